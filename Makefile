@@ -1,0 +1,50 @@
+# Everything runs from one virtual environment, made on first use from pyproject.toml and constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_VERSION := 26.3
+
+.PHONY: help demo test lint format bench clean
+
+help:
+	@echo "make demo     real handwritten digits: train, sample, analyse, report (a few minutes)"
+	@echo "make test     all tests"
+	@echo "make lint     format check, lint and type check"
+	@echo "make bench    accuracy against measured effects, and cost (long)"
+
+# The pins were resolved on Python 3.11. On a newer Python only torch is held; the rest follows pyproject.toml.
+$(VENV)/constraints.txt: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "stagewise needs Python 3.11 or newer, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip==$(PIP_VERSION)
+	$(BIN)/python -c 'import sys; text = open("constraints.txt").read(); keep = text if sys.version_info < (3, 12) else "".join(l + "\n" for l in text.splitlines() if l.startswith("torch")); open("$@", "w").write(keep)'
+
+$(VENV)/.installed: pyproject.toml $(VENV)/constraints.txt
+	$(BIN)/pip install --quiet -c $(VENV)/constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/pip install --quiet -c $(VENV)/constraints.txt -e '.[test,lint]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/stagewise demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/pytest -n 2
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python benchmarks/digits_accuracy.py
+	$(BIN)/python benchmarks/sampling_speed.py
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,1 @@
+"""Which training data mattered for what, and when."""
