@@ -1,1 +1,28 @@
-"""Where weights come from: a training run as ordered checkpoints, and the recorder that writes them."""
+"""Where weights come from: a training run as ordered checkpoints, and the recorder that writes them.
+
+``Recorder`` saves the model and the optimiser's moments from any training loop;
+``stagewise.checkpoints.huggingface.RecorderCallback`` does so inside a ``transformers.Trainer`` (imported
+from there, because transformers is optional). ``Trajectory`` reads a run back, one checkpoint at a time, be
+it recorded here or saved by somebody else's script.
+
+This room knows files and optimisers. It may not know losses, data, posteriors or chains, and reading weights
+never runs code that comes with them.
+"""
+
+from stagewise.checkpoints.directory import read_checkpoint, scan, write_checkpoint
+from stagewise.checkpoints.recorder import Recorder, linear, log_spaced
+from stagewise.checkpoints.trajectory import Checkpoint, CheckpointError, Optimizer, Trajectory, check_fits
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Optimizer",
+    "Recorder",
+    "Trajectory",
+    "check_fits",
+    "linear",
+    "log_spaced",
+    "read_checkpoint",
+    "scan",
+    "write_checkpoint",
+]

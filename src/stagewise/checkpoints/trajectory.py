@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ class Optimizer:
 
     Attributes:
         name: ``"sgd"`` or ``"adam"`` (AdamW is Adam with ``decoupled=True``).
-        learning_rate: step size at the checkpoint.
+        learning_rate: step size of the update that follows the checkpoint.
         momentum: SGD's momentum, 0 if none.
         betas: Adam's decay rates of the two moments.
         eps: Adam's stability constant.
@@ -52,7 +52,8 @@ class Checkpoint:
         step: number of updates made before this checkpoint was saved.
         params: parameters and buffers by name, float32 or float64.
         optimizer: the update rule, or None if it was not recorded.
-        first_moment: raw (not bias-corrected) first moment or momentum buffer by parameter name; empty if unknown.
+        first_moment: raw (not bias-corrected) first moment or momentum buffer by parameter name; empty if
+            unknown.
         second_moment: raw second moment of Adam by parameter name; empty if unknown.
     """
 
@@ -66,6 +67,7 @@ class Checkpoint:
     def digest(self) -> str:
         """Content hash of everything that can change a number computed at this checkpoint."""
         named = {f"params/{name}": t for name, t in self.params.items()}
+        named |= {f"first/{name}": t for name, t in self.first_moment.items()}
         named |= {f"second/{name}": t for name, t in self.second_moment.items()}
         named["optimizer/" + repr(self.optimizer)] = torch.tensor(self.step)
         return tensors_digest(named)
@@ -99,11 +101,20 @@ class Trajectory:
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Trajectory:
-        """A folder of checkpoints, see :mod:`stagewise.checkpoints.directory` for the layouts that are read."""
-        from stagewise.checkpoints.directory import read_checkpoint, scan
+        """A folder of checkpoints, in one of the layouts of :mod:`stagewise.checkpoints.directory`."""
+        from stagewise.checkpoints.directory import scan
 
         files = scan(Path(path))
-        return cls(tuple(files), lambda step: read_checkpoint(files[step], step))
+        return cls(tuple(files), partial(_read, files))
+
+
+def _read(files: Mapping[int, Path], step: int) -> Checkpoint:
+    """A function of this module, so that a trajectory can be sent to worker processes."""
+    from stagewise.checkpoints.directory import read_checkpoint
+
+    if step not in files:
+        raise KeyError(f"no checkpoint of step {step}; there are {sorted(files)}")
+    return read_checkpoint(files[step], step)
 
 
 def check_fits(task: Task, checkpoint: Checkpoint, source: str | Path = "") -> None:
@@ -122,7 +133,8 @@ def check_fits(task: Task, checkpoint: Checkpoint, source: str | Path = "") -> N
             raise CheckpointError(f"{where} has {name!r}, which the model does not; is it of another model?")
         if tensor.shape != model[name].shape:
             raise CheckpointError(
-                f"{where}: {name!r} has shape {tuple(tensor.shape)}, the model expects {tuple(model[name].shape)}"
+                f"{where}: {name!r} has shape {tuple(tensor.shape)}, "
+                f"the model expects {tuple(model[name].shape)}"
             )
 
 

@@ -1,0 +1,220 @@
+"""A folder of checkpoints: the one layout that is written, and the layouts that are read.
+
+Written: ``step_00000042.safetensors``, one file per checkpoint, which appears complete or not at all. Its
+tensors are named ``params/<name>``, ``first_moment/<name>`` and ``second_moment/<name>``; its header holds
+the format, the step and the optimiser.
+
+Read as well, with the step taken from the last integer in the name of the file or subfolder:
+
+* state dicts: ``model_500.safetensors``, or ``.pt``, ``.pth``, ``.bin`` from ``torch.save``, where the state
+  dict may sit under ``model``, ``state_dict`` or ``model_state_dict``;
+* Hugging Face: ``checkpoint-500/`` or ``step512/`` with ``model.safetensors`` or ``pytorch_model.bin``
+  inside.
+
+State dicts say nothing of the optimiser, so theirs is None and the moments are empty. Pickled files are read
+as weights only: a file that would run code is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stagewise.checkpoints.trajectory import Checkpoint, CheckpointError, Optimizer
+from stagewise.checkpoints.weights import read_weights, reason_of
+
+FORMAT = "stagewise-checkpoint-1"
+
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+_INSIDE_SUBFOLDER = ("model.safetensors", "pytorch_model.bin")
+# What trainers put beside the weights under the same suffixes.
+_NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state\w*)\.(bin|pt|pth)")
+_LOOKED_FOR = (
+    "step_00000042.safetensors, other .safetensors, .pt, .pth or .bin files with the step in their name, "
+    "and subfolders such as checkpoint-500 or step512 with model.safetensors or pytorch_model.bin"
+)
+
+
+def write_checkpoint(directory: str | Path, checkpoint: Checkpoint) -> Path:
+    """Write one checkpoint, replacing any that this folder holds for the same step.
+
+    The file is renamed into place when its bytes are on disk: a crash leaves the old file or the new one,
+    never half of one. Tensors on any device are written, in their own dtype.
+
+    Returns:
+        The path of the file, ``directory/step_00000042.safetensors``.
+
+    Raises:
+        CheckpointError: the folder cannot be made or written to, or the disk is full.
+    """
+    path = make_folder(directory) / f"step_{checkpoint.step:08d}.safetensors"
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    optimizer = checkpoint.optimizer and asdict(checkpoint.optimizer)
+    metadata = {"format": FORMAT, "step": str(checkpoint.step), "optimizer": json.dumps(optimizer)}
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode
+        save_file(_to_tensors(checkpoint), partial, metadata)
+        partial.chmod(mode)  # safetensors makes files that only their owner may read
+        _flush(partial)
+        partial.replace(path)
+        _flush(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {path}: {reason_of(error)}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def read_checkpoint(path: str | Path, step: int) -> Checkpoint:
+    """Read one file found by :func:`scan`.
+
+    Half precision becomes float32; other dtypes are kept bit for bit. Names that share one tensor in a
+    ``torch.save`` file (tied weights) are kept once, under the first name, as ``Module.named_parameters``
+    does.
+
+    Args:
+        path: the file.
+        step: number of updates made before it was saved.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, not weights, of another step, or holds values that are
+            not finite. Entries of minus infinity are let through: attention masks are kept as buffers full of
+            them.
+    """
+    path = Path(path)
+    tensors, metadata = read_weights(path)
+    if not metadata.get("format", "").startswith("stagewise-checkpoint"):
+        return Checkpoint(step, tensors)
+    checkpoint = _from_tensors(tensors, metadata, path)
+    if checkpoint.step != step:
+        raise CheckpointError(f"{path} holds step {checkpoint.step}, not {step}; was it renamed?")
+    return checkpoint
+
+
+def scan(path: str | Path) -> dict[int, Path]:
+    """The checkpoint files of a folder by step, ascending; only names are looked at.
+
+    Hidden and ``tmp-`` entries (writes that were cut off) and what trainers save beside the weights are
+    passed over.
+
+    Raises:
+        FileNotFoundError: the folder is missing, or holds no checkpoint.
+        CheckpointError: ``path`` is a file, a name has no step, two files have the same step, or a subfolder
+            named like a checkpoint holds no weights.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no such folder of checkpoints: {path}")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is a file, expected the folder that holds the checkpoints")
+    files: dict[int, Path] = {}
+    for name, file in _weights_in(path):
+        step = _step_of(name, file)
+        if step in files:
+            raise CheckpointError(
+                f"{files[step]} and {file} are both of step {step}; keep one "
+                "(the step is the last integer in a name)"
+            )
+        files[step] = file
+    if not files:
+        raise FileNotFoundError(f"no checkpoints in {path}; looked for {_LOOKED_FOR}")
+    return dict(sorted(files.items()))
+
+
+def make_folder(directory: str | Path) -> Path:
+    """The folder, made if it is missing.
+
+    Raises:
+        CheckpointError: it cannot be made or written to, so that a run fails before its first step and not
+            after.
+    """
+    path = Path(directory)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot make the folder {path}: {reason_of(error)}") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise CheckpointError(f"cannot write checkpoints to {path}: permission denied")
+    return path
+
+
+def _weights_in(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Every file of weights, with the name that carries its step."""
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith((".", "tmp-")) or _NOT_WEIGHTS.fullmatch(entry.name):
+            continue
+        if entry.is_dir():
+            inside = [entry / name for name in _INSIDE_SUBFOLDER if (entry / name).is_file()]
+            if inside:
+                yield entry.name, inside[0]
+            elif re.fullmatch(r"(checkpoint|step)[-_]?\d+", entry.name):
+                raise CheckpointError(
+                    f"{entry} holds neither {' nor '.join(_INSIDE_SUBFOLDER)}; adapters and weights split "
+                    "over several files are not read: save the whole model in one file, or remove the folder"
+                )
+        elif entry.suffix in _SUFFIXES:
+            yield entry.stem, entry
+
+
+def _step_of(name: str, file: Path) -> int:
+    integers = re.findall(r"\d+", name)
+    if not integers:
+        raise CheckpointError(
+            f"{file} has no step in its name; rename it to e.g. step_500{file.suffix}, or move it elsewhere"
+        )
+    return int(integers[-1])
+
+
+def _to_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    parts = {
+        "params": checkpoint.params,
+        "first_moment": checkpoint.first_moment,
+        "second_moment": checkpoint.second_moment,
+    }
+    # Always a copy, because safetensors refuses tensors that share memory (tied weights).
+    return {
+        f"{part}/{name}": tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for part, tensors in parts.items()
+        for name, tensor in tensors.items()
+    }
+
+
+def _from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> Checkpoint:
+    if metadata["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path} is in the format {metadata['format']!r}, this version of stagewise reads {FORMAT!r}"
+        )
+    parts: dict[str, dict[str, Tensor]] = {"params": {}, "first_moment": {}, "second_moment": {}}
+    try:
+        for key, tensor in tensors.items():
+            part, _, name = key.partition("/")
+            parts[part][name] = tensor
+        fields = json.loads(metadata["optimizer"])
+        optimizer = Optimizer(**fields | {"betas": tuple(fields["betas"])}) if fields else None
+        return Checkpoint(int(metadata["step"]), optimizer=optimizer, **parts)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} claims the format {FORMAT} but does not follow it: {error!r}"
+        ) from error
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows keeps folders consistent by itself and cannot open them
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,124 @@
+"""Groups of samples: how they are named, and the mean loss of each.
+
+Influence and retraining both speak of groups (train group i, query group j); this file is the only place that
+decides which samples a label means, so that a prediction and its measurement can be compared label by label.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stagewise.task import Task
+
+Labels = Sequence[Any] | np.ndarray[Any, Any]
+"""One label per sample: names, numbers, an array or a tensor."""
+
+_LARGEST_LEAVE_ONE_OUT = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Named groups of samples; a group lies in one data set.
+
+    Attributes:
+        labels: one name per group.
+        datasets: the data set of each group: ``"train"``, or the name of a query set.
+        indices: the samples of each group, ascending, as indices into its data set.
+    """
+
+    labels: tuple[str, ...]
+    datasets: tuple[str, ...]
+    indices: tuple[Tensor, ...]
+
+    def __post_init__(self) -> None:
+        label, count = Counter(self.labels).most_common(1)[0]
+        if count > 1:
+            raise ValueError(f"{count} groups are called {label!r}; rename the query set or its labels")
+
+    @classmethod
+    def of_labels(cls, labels: Labels, dataset: str) -> Groups:
+        """The groups of samples that share a label; numbers in numeric order, then names."""
+        names = np.asarray(labels).astype(str)
+        distinct = sorted(set(names.tolist()), key=_natural)
+        indices = tuple(torch.from_numpy(np.flatnonzero(names == label)) for label in distinct)
+        return cls(tuple(distinct), (dataset,) * len(distinct), indices)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of samples in each group."""
+        return tuple(len(index) for index in self.indices)
+
+    def mean(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """Mean over each group of the sample losses.
+
+        Args:
+            losses: by data set, shape ``(..., samples)``.
+
+        Returns:
+            ``(..., groups)``, in the unit of the losses.
+        """
+        pairs = zip(self.datasets, self.indices, strict=True)
+        return torch.stack([losses[dataset][..., index].mean(-1) for dataset, index in pairs], -1)
+
+
+def train_groups(task: Task, labels: Labels | None = None) -> Groups:
+    """Groups of training samples: by ``labels``, else by ``task.train_groups``, else every sample alone.
+
+    Raises:
+        ValueError: not one label per sample, or no labels and too many samples for each to be a group.
+    """
+    n = len(task.train)
+    chosen: Labels | None = task.train_groups if labels is None else labels
+    if chosen is None:
+        if n > _LARGEST_LEAVE_ONE_OUT:
+            raise ValueError(
+                f"the training set has {n} samples and no groups; pass groups=[label of every sample] "
+                f"(only in sets of at most {_LARGEST_LEAVE_ONE_OUT} samples is every sample its own group)"
+            )
+        chosen = range(n)
+    if (shape := np.shape(chosen)) != (n,):
+        raise ValueError(f"groups: expected one label for each of {n} training samples, got shape {shape}")
+    return Groups.of_labels(chosen, "train")
+
+
+def query_groups(task: Task) -> Groups:
+    """Groups of query samples, over all query sets.
+
+    A group is called by its label, ``"name:label"`` where there are several query sets; a query set without
+    labels is one group under its own name.
+    """
+    parts = [_query_set_groups(task, name) for name in task.queries]
+    return Groups(
+        tuple(label for part in parts for label in part.labels),
+        tuple(dataset for part in parts for dataset in part.datasets),
+        tuple(index for part in parts for index in part.indices),
+    )
+
+
+def per_sample(losses: Tensor) -> Tensor:
+    """Loss of a sample = mean over its tokens: ``(batch,)`` or ``(batch, tokens)`` to ``(batch,)``."""
+    return losses if losses.ndim == 1 else losses.mean(1)
+
+
+def _query_set_groups(task: Task, name: str) -> Groups:
+    labels = task.query_groups[name]
+    if labels is None:
+        return Groups((name,), (name,), (torch.arange(len(task.queries[name])),))
+    prefix = f"{name}:" if len(task.queries) > 1 else ""
+    groups = Groups.of_labels(labels, name)
+    return Groups(tuple(prefix + label for label in groups.labels), groups.datasets, groups.indices)
+
+
+def _natural(label: str) -> tuple[bool, int, str]:
+    number = label.isdecimal()
+    return not number, int(label) if number else 0, label

@@ -1,0 +1,188 @@
+"""Window ablation: what a change of the data during a window of training does to the queries, by retraining.
+
+This is the ground truth for influence at a checkpoint. Leaving data out of the whole run is not: its effect
+is carried through all later training, while the influence at a checkpoint belongs to that moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from stagewise.checkpoints.trajectory import Checkpoint, Trajectory, check_fits
+from stagewise.groups import Groups, Labels, per_sample, query_groups, train_groups
+from stagewise.retraining.schedule import BatchOrder, Order, Schedule
+from stagewise.retraining.training import Batching, train
+from stagewise.retraining.updates import TrainingState, recorded_optimizer
+from stagewise.task import Batch, Params, Task
+from stagewise.vector import ParameterVector
+
+_EVALUATION_BATCH = 512
+
+
+def window_ablation(
+    task: Task,
+    trajectory: Trajectory,
+    *,
+    window: int,
+    weight: float = 0.8,
+    groups: Labels | None = None,
+    steps: Sequence[int] | None = None,
+    orders: int = 1,
+    seed: int = 0,
+    order: Order | None = None,
+    max_runs: int = 64,
+    batching: Batching = "stacked",
+    progress: Callable[[int, int], None] | None = None,
+) -> xr.Dataset:
+    """Effect on every query group of changing the weight of every train group during a window of training.
+
+    From each checkpoint the run is continued for ``window`` updates with its own optimiser (the learning rate
+    held at the checkpoint's), once unchanged and once per group with the losses of that group's samples
+    weighted by ``weight``. All continuations share their batches. At the window's end
+
+        effect[i, j] = mean loss of query group j, group i changed  -  the same, unchanged.
+
+    Args:
+        task: the model, its losses and data.
+        trajectory: the run's checkpoints, with optimiser and optimiser state.
+        window: number of updates. Only if the window is shorter than a stage of training can a single
+            checkpoint predict its effect.
+        weight: of the changed group's samples; 0 leaves them out, 0.8 is nearly a derivative.
+        groups: label of every training sample; default ``task.train_groups``, or every sample alone in a set
+            of at most 64.
+        steps: the checkpoints to start from; default all.
+        orders: number of independent batch orders to average over; one where the batch is the whole set.
+        seed: of the batch orders.
+        order: the recorded run's own batch order, used as the first. By default all orders are fresh.
+        max_runs: most runs trained at once.
+        batching: how the runs are evaluated, ``"stacked"`` or ``"loop"``.
+        progress: called with (checkpoints done, checkpoints in all) after every checkpoint.
+
+    Returns:
+        ``effect`` (step, train, query) in nats, positive = the group was helpful if ``weight`` < 1;
+        ``effect_stderr``, the standard error over batch orders, where there are several; coordinate
+        ``train_size`` (train), the number of samples in the group.
+
+    Raises:
+        ValueError: a checkpoint lacks what its optimiser needs, a step is not recorded, or there are no
+            groups.
+        CheckpointError: a checkpoint is of another model.
+    """
+    if window < 1 or orders < 1 or max_runs < 2:
+        raise ValueError(
+            f"need window >= 1, orders >= 1 and max_runs >= 2, got {window}, {orders} and {max_runs}"
+        )
+    chosen = trajectory.steps if steps is None else tuple(steps)
+    unknown = sorted(set(chosen) - set(trajectory.steps))
+    if unknown or not chosen:
+        raise ValueError(f"steps {unknown} are not recorded; the trajectory has {list(trajectory.steps)}")
+    trained, queried = train_groups(task, groups), query_groups(task)
+    effects = []
+    for done, step in enumerate(chosen, start=1):
+        checkpoint = trajectory.load(step)
+        check_fits(task, checkpoint)
+        schedules = [Schedule.window(index, step, window, weight) for index in trained.indices]
+        own_steps = range(step, step + window)
+        repeats = [
+            _effects(task, checkpoint, schedules, batches, own_steps, queried, max_runs, batching)
+            for batches in _orders(task, checkpoint, order, orders, seed)
+        ]
+        effects.append(torch.stack(repeats).double().cpu().numpy())
+        if progress is not None:
+            progress(done, len(chosen))
+    return _dataset(effects, chosen, trained, queried, window, weight)
+
+
+def _orders(task: Task, checkpoint: Checkpoint, first: Order | None, count: int, seed: int) -> list[Order]:
+    """``count`` independent batch orders, or the only one there is if the batch is the whole training set."""
+    n = len(task.train)
+    batch_size = recorded_optimizer(checkpoint).batch_size if first is None else len(first(checkpoint.step))
+    if batch_size is None:
+        raise ValueError(
+            f"the checkpoint at step {checkpoint.step} does not say how many samples its updates used; pass "
+            "order=BatchOrder(n, batch_size), or record the optimizer with its batch_size (0 = all samples)"
+        )
+    if batch_size == 0 or batch_size >= n:
+        return [first or BatchOrder(n)]
+    # Seeds are hashed so that a fresh order is not by accident the one the run was recorded with.
+    seeds = np.random.SeedSequence(seed).generate_state(count)
+    fresh: list[Order] = [BatchOrder(n, batch_size, int(state)) for state in seeds]
+    return fresh if first is None else [first, *fresh[1:]]
+
+
+def _effects(
+    task: Task,
+    checkpoint: Checkpoint,
+    schedules: Sequence[Schedule],
+    order: Order,
+    steps: range,
+    queried: Groups,
+    max_runs: int,
+    batching: Batching,
+) -> Tensor:
+    """Changed minus unchanged loss at the window's end, ``(train, query)``."""
+    vector = ParameterVector.of(task)
+    fixed = {name: tensor.to(task.device) for name, tensor in vector.fixed(checkpoint.params).items()}
+    optimizer = recorded_optimizer(checkpoint)
+    effects = []
+    # Every stack has its own unchanged run: differences within a stack are free of its rounding.
+    for first in range(0, len(schedules), max_runs - 1):
+        runs = [Schedule(), *schedules[first : first + max_runs - 1]]
+        state = TrainingState.from_checkpoint(checkpoint, vector, len(runs), task.device)
+        state = train(task, vector, state, optimizer, runs, order, steps, fixed=fixed, batching=batching)
+        means = queried.mean(_query_losses(task, vector, state.params, fixed, batching))
+        effects.append(means[1:] - means[0])
+    return torch.cat(effects)
+
+
+def _query_losses(
+    task: Task, vector: ParameterVector, params: Tensor, fixed: Params, batching: Batching
+) -> dict[str, Tensor]:
+    """Sample losses of every query set at every run's parameters: ``(runs, samples)`` by name."""
+
+    def losses(run: Tensor, batch: Batch) -> Tensor:
+        return per_sample(task.losses({**fixed, **vector.unflatten(run)}, batch))
+
+    def of_runs(batch: Batch) -> Tensor:
+        if batching == "stacked":
+            return torch.func.vmap(lambda run: losses(run, batch))(params)
+        return torch.stack([losses(run, batch) for run in params])
+
+    with torch.no_grad():
+        return {
+            name: torch.cat([of_runs(batch) for batch in samples.batches(_EVALUATION_BATCH, task.device)], 1)
+            for name, samples in task.queries.items()
+        }
+
+
+def _dataset(
+    effects: Sequence[np.ndarray[Any, Any]],
+    steps: Sequence[int],
+    trained: Groups,
+    queried: Groups,
+    window: int,
+    weight: float,
+) -> xr.Dataset:
+    """From one ``(orders, train, query)`` array per step."""
+    dims = ("step", "train", "query")
+    orders = min(len(repeats) for repeats in effects)
+    attrs = {"unit": "nats", "sign": "loss with the group's weight changed minus unchanged"}
+    variables = {"effect": (dims, np.stack([repeats.mean(0) for repeats in effects]), attrs)}
+    if orders > 1:
+        error = np.stack([repeats.std(0, ddof=1) / len(repeats) ** 0.5 for repeats in effects])
+        variables["effect_stderr"] = (dims, error, {"unit": "nats", "over": "batch orders"})
+    coords = {
+        "step": list(steps),
+        "train": list(trained.labels),
+        "train_size": ("train", list(trained.sizes)),
+        "query": list(queried.labels),
+    }
+    meaning = "positive = helpful" if weight < 1 else "negative = helpful"
+    parameters = {"window": window, "weight": weight, "orders": orders}
+    return xr.Dataset(variables, coords, {"estimator": "window ablation", "sign": meaning, **parameters})

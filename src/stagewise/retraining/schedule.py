@@ -1,0 +1,114 @@
+"""What every training step sees: which samples, in which order, with which weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Order = Callable[[int], Tensor]
+"""``order(step) -> (batch,)``: the training samples of the update made at ``step``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """Training samples whose weight differs from 1 at the steps ``start <= step < stop``.
+
+    Attributes:
+        start: first step that is changed.
+        stop: first step that is not changed any more.
+        samples: indices of training samples.
+        weight: their weight beta; 0 removes them.
+    """
+
+    start: int
+    stop: int
+    samples: Tensor
+    weight: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop:
+            raise ValueError(
+                f"a change lasts from start to stop > start >= 0, got [{self.start}, {self.stop})"
+            )
+        if not math.isfinite(self.weight):
+            raise ValueError(f"weight must be finite, got {self.weight}")
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """The weight beta_i(t) of every training sample at every training step.
+
+    A run with this schedule minimises, on a batch B_t of m samples,
+
+        L_t(w) = (1/m) sum_{i in B_t} beta_i(t) l_i(w)
+
+    with m the number of samples in the batch, whatever their weights. Dividing by the sum of the weights
+    instead would raise the step size of all other samples whenever one is down-weighted: the changed run
+    would be ahead at every transition, and that head start, not the missing samples, would be what is
+    measured.
+
+    Attributes:
+        changes: the changes to the weight 1; where they overlap, the later one in the tuple holds.
+    """
+
+    changes: tuple[Change, ...] = ()
+
+    @classmethod
+    def window(cls, samples: Tensor | Sequence[int], start: int, length: int, weight: float) -> Schedule:
+        """``samples`` have ``weight`` during the ``length`` updates from ``start`` on, else 1."""
+        return cls((Change(start, start + length, torch.as_tensor(samples), weight),))
+
+    def weights(self, step: int, n: int) -> Tensor:
+        """Weights of the ``n`` training samples in the update made at ``step``: ``(n,)``, float64.
+
+        Raises:
+            ValueError: a change names a sample that does not exist.
+        """
+        weights = torch.ones(n, dtype=torch.float64)
+        for change in self.changes:
+            outside = change.samples[(change.samples < 0) | (change.samples >= n)]
+            if len(outside):
+                raise ValueError(
+                    f"a change names sample {outside[0].item()}, but there are {n} training samples"
+                )
+            if change.start <= step < change.stop:
+                weights[change.samples] = change.weight
+        return weights
+
+
+@dataclass(frozen=True)
+class BatchOrder:
+    """Random batches without replacement: a new permutation every epoch, its incomplete last batch left out.
+
+    A pure function of ``(seed, step)``, so that counterfactual runs see the same batches and a run can be
+    continued from any checkpoint.
+
+    Attributes:
+        n: number of training samples.
+        batch_size: samples per update; 0, None or anything from ``n`` on is the whole training set.
+        seed: of the permutations.
+    """
+
+    n: int
+    batch_size: int | None = None
+    seed: int = 0
+
+    def __call__(self, step: int) -> Tensor:
+        """Indices ``(batch,)`` of the samples in the update made at ``step``."""
+        if not self.batch_size or self.batch_size >= self.n:
+            return torch.arange(self.n)
+        epoch, batch = divmod(step, self.n // self.batch_size)
+        return _permutation(self.n, self.seed, epoch)[batch * self.batch_size :][: self.batch_size]
+
+
+@lru_cache(maxsize=2)
+def _permutation(n: int, seed: int, epoch: int) -> Tensor:
+    # A seed sequence keeps the streams of neighbouring seeds and epochs apart.
+    state = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
+    return torch.randperm(n, generator=torch.Generator().manual_seed(int(state[0])))

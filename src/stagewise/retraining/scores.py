@@ -1,0 +1,141 @@
+"""How well predicted effects agree with measured ones: in order (correlation) and in size (slope)."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+_RESAMPLES = 2000
+_LEVEL = 0.95
+_ROUNDING = 1e-12
+
+
+def predicted_effect(influence: xr.Dataset, weight: float) -> xr.Dataset:
+    """First-order effect of giving a whole train group another weight during the window.
+
+        effect[i, j] = influence[i, j] * train_size[i] * (weight - 1)
+
+    Args:
+        influence: ``value`` (step, train, query) in nats per unit weight of one sample, the mean over the
+            samples of the group, negative = helpful; ``stderr`` if there is one; coordinate ``train_size``.
+        weight: the new weight of every sample of the group.
+
+    Returns:
+        ``effect``, and ``effect_stderr`` if there is a ``stderr``, in nats; positive = the group was helpful
+        if ``weight`` < 1. To be held against :func:`stagewise.retraining.ablation.window_ablation`.
+
+    Raises:
+        ValueError: ``value`` or ``train_size`` is missing.
+    """
+    if "value" not in influence or "train_size" not in influence.coords:
+        raise ValueError(
+            "influence needs a variable 'value' and a coordinate 'train_size' (samples per train group), "
+            f"got variables {sorted(map(str, influence.data_vars))} and coordinates "
+            f"{sorted(map(str, influence.coords))}"
+        )
+    change = influence["train_size"] * (weight - 1)
+    dims = influence["value"].dims
+    effects = {"effect": (influence["value"] * change).transpose(*dims)}
+    if "stderr" in influence:
+        effects["effect_stderr"] = (influence["stderr"] * abs(change)).transpose(*dims)
+    meaning = "positive = helpful" if weight < 1 else "negative = helpful"
+    attrs = dict(influence.attrs) | {"sign": meaning, "unit": "nats", "weight": weight}
+    return xr.Dataset(
+        {name: effect.assign_attrs(unit="nats") for name, effect in effects.items()}, attrs=attrs
+    )
+
+
+def agreement(predicted: xr.DataArray, measured: xr.DataArray, seed: int = 0) -> xr.Dataset:
+    """Correlation and slope of measured on predicted effects over all (train, query) pairs, at every step.
+
+    The slope is the least-squares line through the origin, sum(p m) / sum(p p): 1 = the predicted size in
+    nats is right. A group's effect on itself is large and easily predicted, so both are also given without
+    the pairs that carry the same label.
+
+    The 95 % intervals are percentiles of a bootstrap that resamples train groups and query groups, not pairs:
+    pairs share groups, and treating them as independent would make the intervals too narrow. They say how
+    much rests on the groups that happen to be there.
+
+    Args:
+        predicted: (step, train, query) in nats; may have further steps.
+        measured: (step, train, query) in nats, with the same train and query labels in any order.
+        seed: of the bootstrap.
+
+    Returns:
+        ``correlation`` and ``slope`` (step), each with ``_lower`` and ``_upper``; the same with the suffix
+        ``_off_diagonal`` if a train label equals a query label. NaN where effects do not vary at all.
+
+    Raises:
+        ValueError: labels or steps of one are missing in the other, naming them, or an effect is not finite.
+    """
+    p, m = _aligned(predicted, measured)
+    other = measured["train"].values[:, None] != measured["query"].values[None, :]
+    choices = {"": np.ones_like(other)} | ({} if other.all() else {"_off_diagonal": other})
+    rows, columns = _resampled(other.shape, np.random.default_rng(seed))
+    attrs = {"interval": f"{_LEVEL:.0%} bootstrap over train and query groups", "resamples": _RESAMPLES}
+    scores: dict[str, tuple[str, Array, dict[str, Any]]] = {}
+    for suffix, pairs in choices.items():
+        value = _scores(p, m, np.ones((1, len(rows[0]))), np.ones((1, len(columns[0]))), pairs)
+        draws = _scores(p, m, rows, columns, pairs)
+        for name in value:
+            lower, upper = _quantiles(draws[name])
+            for end, numbers in (("", value[name][0]), ("_lower", lower), ("_upper", upper)):
+                scores[f"{name}{suffix}{end}"] = ("step", numbers, attrs | {"pairs": int(pairs.sum())})
+    return xr.Dataset(scores, {"step": measured["step"].values})
+
+
+def _aligned(predicted: xr.DataArray, measured: xr.DataArray) -> tuple[Array, Array]:
+    """Both as ``(step, train, query)`` float64 arrays in the order of ``measured``."""
+    for dim in ("step", "train", "query"):
+        here, there = (set(array[dim].values.tolist()) for array in (predicted, measured))
+        lacking = {"predicted": there - here, "measured": set() if dim == "step" else here - there}
+        for name, labels in lacking.items():
+            if labels:
+                raise ValueError(
+                    f"{name} effects lack {dim} {sorted(labels)}; both must cover the same groups"
+                )
+    arrays = []
+    for array in (predicted.sel({dim: measured[dim] for dim in ("step", "train", "query")}), measured):
+        arrays.append(np.asarray(array.transpose("step", "train", "query").values, dtype=np.float64))
+        if not np.isfinite(arrays[-1]).all():
+            bad = measured["step"].values[~np.isfinite(arrays[-1]).all((1, 2))].tolist()
+            raise ValueError(f"effects at steps {bad} are not all finite; leave these steps out")
+    return arrays[0], arrays[1]
+
+
+def _resampled(shape: tuple[int, ...], generator: np.random.Generator) -> tuple[Array, Array]:
+    """How often every train group and every query group is drawn: ``(resamples, groups)`` each."""
+    rows, columns = (generator.multinomial(k, np.full(k, 1 / k), _RESAMPLES).astype(float) for k in shape)
+    return rows, columns
+
+
+def _scores(p: Array, m: Array, rows: Array, columns: Array, pairs: Array) -> dict[str, Array]:
+    """Correlation and slope of the chosen pairs, weighted by rows x columns: ``(resamples, step)``."""
+
+    def total(values: Array) -> Array:
+        sums: Array = np.einsum("br,srq,bq->bs", rows, values * pairs, columns, optimize=True)
+        return sums
+
+    # Correlation ignores a common shift; removing it first keeps the sums free of cancellation.
+    p0, m0 = (values - values.mean((1, 2), keepdims=True) for values in (p, m))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        size, sum_p, sum_m = total(np.ones_like(p)), total(p0), total(m0)
+        power_p, power_m = total(p0 * p0), total(m0 * m0)
+        spread = (power_p - sum_p**2 / size) * (power_m - sum_m**2 / size)
+        # A resample may hold one pair only: what is left of its spread is rounding.
+        spread = np.where(spread > _ROUNDING * power_p * power_m, spread, np.nan)
+        correlation = (total(p0 * m0) - sum_p * sum_m / size) / np.sqrt(spread)
+        return {"correlation": correlation, "slope": total(p * m) / total(p * p)}
+
+
+def _quantiles(draws: Array) -> tuple[Array, Array]:
+    """Ends of the interval over the resamples in which the score is defined."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # defined in none: NaN is the answer
+        lower, upper = np.nanquantile(draws, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], axis=0)
+    return lower, upper

@@ -1,0 +1,207 @@
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from stagewise.checkpoints.trajectory import Checkpoint, Optimizer
+from stagewise.retraining.schedule import BatchOrder, Schedule
+from stagewise.retraining.training import train, train_and_record
+from stagewise.retraining.updates import TrainingState
+from stagewise.task import Task
+from stagewise.vector import ParameterVector
+
+N, BATCH = 30, 8
+ORDER = BatchOrder(N, BATCH, seed=3)
+RULES = {
+    "sgd": (Optimizer("sgd", 0.1), torch.optim.SGD, {}),
+    "momentum": (
+        Optimizer("sgd", 0.05, momentum=0.9, weight_decay=0.02),
+        torch.optim.SGD,
+        {"momentum": 0.9, "weight_decay": 0.02},
+    ),
+    "adam": (
+        Optimizer("adam", 0.01, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.03),
+        torch.optim.Adam,
+        {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.03},
+    ),
+    "adamw": (
+        Optimizer("adam", 0.01, weight_decay=0.1, decoupled=True),
+        torch.optim.AdamW,
+        {"weight_decay": 0.1},
+    ),
+}
+
+
+def cross_entropy(model, batch):
+    x, y = batch
+    return nn.functional.cross_entropy(model(x), y, reduction="none")
+
+
+def classifier(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
+    for parameter in model.parameters():
+        parameter.data = 0.5 * torch.randn(parameter.shape, generator=generator, dtype=dtype)
+    x = torch.randn(N, 5, generator=generator, dtype=dtype)
+    y = torch.randint(3, (N,), generator=generator)
+    return Task(model, cross_entropy, train=(x, y), queries={"val": (x[:6], y[:6])})
+
+
+def continued(task, checkpoint, schedules, until, **options):
+    """Train on from a checkpoint; returns the stacked weights ``(runs, parameters)``."""
+    vector = ParameterVector.of(task)
+    state = TrainingState.from_checkpoint(checkpoint, vector, len(schedules))
+    steps = range(checkpoint.step, until)
+    return train(task, vector, state, checkpoint.optimizer, schedules, ORDER, steps, **options).params
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_weights_and_moments_are_those_of_torch_optim(rule):
+    task, (optimizer, torch_class, options) = classifier(), RULES[rule]
+    recorded = {c.step: c for c in train_and_record(task, optimizer, ORDER, [0, 1, 17, 40])}
+
+    model = copy.deepcopy(task.model)
+    theirs = torch_class(model.parameters(), lr=optimizer.learning_rate, **options)
+    for step in range(40):
+        theirs.zero_grad()
+        cross_entropy(model, task.train.batch(ORDER(step))).mean().backward()
+        theirs.step()
+        if step + 1 not in recorded:
+            continue
+        for name, parameter in model.named_parameters():
+            ours, memory = recorded[step + 1], theirs.state[parameter]
+            torch.testing.assert_close(ours.params[name], parameter.data, rtol=1e-12, atol=1e-12)
+            first = memory.get("exp_avg", memory.get("momentum_buffer"))
+            if first is None:
+                assert not ours.first_moment
+            else:
+                torch.testing.assert_close(ours.first_moment[name], first, rtol=1e-12, atol=1e-12)
+            if "exp_avg_sq" in memory:
+                second = memory["exp_avg_sq"]
+                torch.testing.assert_close(ours.second_moment[name], second, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_unchanged_replay_from_a_checkpoint_meets_the_later_one(rule):
+    task = classifier(torch.float32)
+    middle, end = train_and_record(task, RULES[rule][0], ORDER, [20, 45])
+    expected = ParameterVector.of(task).flatten(end.params)
+    runs = continued(task, middle, [Schedule()] * 3, 45)
+    assert ((runs - expected).norm(dim=1) / expected.norm()).max() < 1e-6
+
+
+def test_recording_leaves_the_model_alone_and_fills_in_the_batch_size():
+    task = classifier()
+    before = {name: tensor.clone() for name, tensor in task.state().items()}
+    (end,) = train_and_record(task, RULES["adam"][0], ORDER, [5])
+    (full,) = train_and_record(task, RULES["adam"][0], BatchOrder(N), [5])
+    assert all(torch.equal(before[name], tensor) for name, tensor in task.state().items())
+    assert (end.optimizer.batch_size, full.optimizer.batch_size) == (BATCH, 0)
+
+
+def test_stacked_runs_and_a_loop_over_them_agree():
+    task = classifier()
+    start = Checkpoint(0, task.state(), RULES["adam"][0])
+    schedules = [Schedule(), Schedule.window([0, 4, 9], 2, 5, 0.0), Schedule.window(range(9), 1, 9, 3.0)]
+    stacked = continued(task, start, schedules, 12)
+    looped = continued(task, start, schedules, 12, batching="loop")
+    torch.testing.assert_close(stacked, looped, rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(stacked[0], stacked[1])
+
+
+def test_a_window_changes_its_own_steps_and_divides_by_the_batch_size_not_by_the_weights():
+    task, rate = classifier(), 0.1
+    start = Checkpoint(0, task.state(), Optimizer("sgd", rate))
+    ours = continued(task, start, [Schedule.window(range(15), 3, 4, 0.0)], 10)
+
+    model = copy.deepcopy(task.model)
+    for step in range(10):
+        beta = torch.ones(N, dtype=torch.float64)
+        if step in (3, 4, 5, 6):
+            beta[:15] = 0
+        index = ORDER(step)
+        objective = (beta[index] * cross_entropy(model, task.train.batch(index))).sum() / BATCH
+        gradients = torch.autograd.grad(objective, list(model.parameters()))
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.data -= rate * gradient
+    expected = nn.utils.parameters_to_vector(model.parameters())
+    torch.testing.assert_close(ours[0], expected.data, rtol=1e-12, atol=1e-12)
+
+
+def test_token_losses_train_on_their_mean_per_sample():
+    task = classifier()
+    tokens = Task(
+        task.model,
+        lambda model, batch: torch.stack(
+            [0.5 * cross_entropy(model, batch), 1.5 * cross_entropy(model, batch)], 1
+        ),
+        train=task.train,
+        queries={"val": task.queries["val"]},
+    )
+    start = Checkpoint(0, task.state(), RULES["adam"][0])
+    schedules = [Schedule(), Schedule.window([1, 2], 0, 9, 0.3)]
+    torch.testing.assert_close(
+        continued(tokens, start, schedules, 9), continued(task, start, schedules, 9), rtol=1e-9, atol=1e-12
+    )
+
+
+def test_parameters_that_do_not_move_are_the_checkpoints_not_the_models():
+    task = classifier()
+    task.model[0].requires_grad_(False)
+    vector = ParameterVector.of(task)
+    elsewhere = {name: tensor + 0.3 for name, tensor in task.state().items()}
+    start = Checkpoint(0, elsewhere, Optimizer("sgd", 0.1))
+    runs = continued(task, start, [Schedule()], 6, fixed=vector.fixed(start.params))
+
+    moved = copy.deepcopy(task.model)
+    moved.load_state_dict(elsewhere)
+    same = Task(moved, cross_entropy, train=task.train, queries={"val": task.queries["val"]})
+    (end,) = train_and_record(same, start.optimizer, ORDER, [6])
+    torch.testing.assert_close(runs[0], vector.flatten(end.params), rtol=1e-12, atol=1e-12)
+    assert torch.equal(end.params["0.weight"], elsewhere["0.weight"])
+
+
+def test_on_step_sees_every_update_once():
+    task = classifier()
+    seen = []
+    start = Checkpoint(0, task.state(), Optimizer("sgd", 0.1))
+    schedules = [Schedule.window([0], 2, 3, 0.5)]
+    end = continued(task, start, schedules, 7, on_step=lambda step, state: seen.append((step, state.params)))
+    assert [step for step, _ in seen] == list(range(1, 8))
+    assert torch.equal(seen[-1][1], end)
+
+
+def test_every_run_needs_its_schedule():
+    task = classifier()
+    vector = ParameterVector.of(task)
+    start = Checkpoint(0, task.state(), Optimizer("sgd", 0.1))
+    state = TrainingState.from_checkpoint(start, vector, 3)
+    with pytest.raises(ValueError, match="each of 3 runs, got 1"):
+        train(task, vector, state, start.optimizer, [Schedule()], ORDER, range(2))
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ({"optimizer": None}, "does not say which optimizer"),
+        ({"second_moment": {}}, "no second moment for 4 of 4"),
+        ({"first_moment": {}}, "no first moment for 4 of 4"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_continued_says_what_it_lacks_and_the_remedy(missing, message):
+    task = classifier()
+    (checkpoint,) = train_and_record(task, RULES["adam"][0], ORDER, [5])
+    with pytest.raises(ValueError, match=rf"step 5 .*{message}.*Recorder"):
+        TrainingState.from_checkpoint(replace(checkpoint, **missing), ParameterVector.of(task))
+
+
+def test_momentum_needs_its_buffer_and_plain_sgd_nothing():
+    task = classifier()
+    (checkpoint,) = train_and_record(task, RULES["momentum"][0], ORDER, [5])
+    bare = replace(checkpoint, first_moment={})
+    with pytest.raises(ValueError, match="no first moment"):
+        TrainingState.from_checkpoint(bare, ParameterVector.of(task))
+    plain = replace(bare, optimizer=Optimizer("sgd", 0.1))
+    assert not TrainingState.from_checkpoint(plain, ParameterVector.of(task)).first_moment.any()

@@ -1,0 +1,83 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from stagewise.groups import Groups, per_sample, query_groups, train_groups
+from stagewise.task import Task
+
+
+def task(n=6, queries=("val",), train_groups=None, query_groups=None):
+    sets = {name: torch.zeros(4, 1) for name in queries}
+    return Task(
+        nn.Linear(1, 1),
+        lambda model, x: model(x)[:, 0],
+        train=torch.zeros(n, 1),
+        queries=sets,
+        train_groups=train_groups,
+        query_groups=query_groups,
+    )
+
+
+def test_numbers_are_ordered_as_numbers_and_before_names():
+    groups = Groups.of_labels(["10", "b", "9", "b", "a", "10"], "train")
+    assert groups.labels == ("9", "10", "a", "b")
+    assert [index.tolist() for index in groups.indices] == [[2], [0, 5], [4], [1, 3]]
+    assert groups.sizes == (1, 2, 1, 2)
+
+
+def test_tensor_and_string_labels_name_the_same_groups():
+    numbers = Groups.of_labels(torch.tensor([2, 0, 2]), "train")
+    assert numbers.labels == Groups.of_labels(["2", "0", "2"], "train").labels == ("0", "2")
+
+
+def test_the_mean_is_over_each_groups_own_data_set():
+    groups = query_groups(
+        task(queries=("a", "b"), query_groups={"a": ["x", "y", "x", "x"], "b": ["y"] * 2 + ["z"] * 2})
+    )
+    assert groups.labels == ("a:x", "a:y", "b:y", "b:z")
+    losses = {"a": torch.arange(8.0).reshape(2, 4), "b": 100 + torch.arange(8.0).reshape(2, 4)}
+    expected = [[5 / 3, 1, 100.5, 102.5], [17 / 3, 5, 104.5, 106.5]]
+    np.testing.assert_allclose(groups.mean(losses), expected, rtol=1e-6)
+
+
+def test_one_labelled_query_set_keeps_bare_labels_and_an_unlabelled_one_its_name():
+    assert query_groups(task(query_groups={"val": list("abab")})).labels == ("a", "b")
+    assert query_groups(task()).labels == ("val",)
+    mixed = query_groups(task(queries=("v", "w"), query_groups={"v": list("abab")}))
+    assert mixed.labels == ("v:a", "v:b", "w")
+    assert mixed.sizes == (2, 2, 4)
+
+
+def test_given_labels_come_before_the_tasks_own():
+    labelled = task(train_groups=list("aabbcc"))
+    assert train_groups(labelled).labels == ("a", "b", "c")
+    assert train_groups(labelled, [0, 1, 0, 1, 0, 1]).labels == ("0", "1")
+
+
+def test_small_unlabelled_sets_are_left_out_one_by_one():
+    groups = train_groups(task(n=12))
+    assert groups.labels == tuple(map(str, range(12)))
+    assert [index.tolist() for index in groups.indices] == [[i] for i in range(12)]
+
+
+def test_large_unlabelled_sets_are_refused_with_the_remedy():
+    with pytest.raises(ValueError, match="65 samples and no groups; pass groups="):
+        train_groups(task(n=65))
+
+
+@pytest.mark.parametrize("labels", [["a"] * 5, [["a", "b"]] * 6])
+def test_labels_that_are_not_one_per_sample_are_refused(labels):
+    with pytest.raises(ValueError, match="one label for each of 6"):
+        train_groups(task(), labels)
+
+
+def test_two_query_groups_of_one_name_are_refused():
+    clash = task(queries=("a", "a:x"), query_groups={"a": ["x"] * 4})
+    with pytest.raises(ValueError, match="2 groups are called 'a:x'"):
+        query_groups(clash)
+
+
+def test_the_loss_of_a_sample_is_the_mean_over_its_tokens():
+    assert per_sample(torch.tensor([[1.0, 3.0], [0.0, 5.0]])).tolist() == [2.0, 2.5]
+    assert per_sample(torch.tensor([1.0, 3.0])).tolist() == [1.0, 3.0]
