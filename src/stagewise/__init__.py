@@ -1,1 +1,71 @@
-"""Which training data mattered for what, and when."""
+"""Which training data mattered for what, and when: influence as a function of training time.
+
+The public names are loaded when they are first used, so that the command line starts without PyTorch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stagewise.checkpoints.directory import write_checkpoint as write_checkpoint
+    from stagewise.checkpoints.huggingface import RecorderCallback as RecorderCallback
+    from stagewise.checkpoints.recorder import Recorder as Recorder
+    from stagewise.checkpoints.recorder import linear as linear
+    from stagewise.checkpoints.recorder import log_spaced as log_spaced
+    from stagewise.checkpoints.trajectory import Checkpoint as Checkpoint
+    from stagewise.checkpoints.trajectory import Optimizer as Optimizer
+    from stagewise.checkpoints.trajectory import Trajectory as Trajectory
+    from stagewise.dynamics.curves import curves as curves
+    from stagewise.dynamics.events import events as events
+    from stagewise.influence.bif import bif as bif
+    from stagewise.influence.damped import damped_influence as damped_influence
+    from stagewise.influence.gradients import gradient_product as gradient_product
+    from stagewise.retraining.ablation import window_ablation as window_ablation
+    from stagewise.retraining.schedule import BatchOrder as BatchOrder
+    from stagewise.retraining.schedule import Schedule as Schedule
+    from stagewise.retraining.scores import agreement as agreement
+    from stagewise.retraining.scores import predicted_effect as predicted_effect
+    from stagewise.run.engine import sample as sample
+    from stagewise.run.pipeline import report as report
+    from stagewise.sampling.chains import Chains as Chains
+    from stagewise.sampling.posterior import LocalPosterior as LocalPosterior
+    from stagewise.task import Task as Task
+    from stagewise.traces.diagnostics import diagnose_run as diagnose_run
+    from stagewise.traces.store import TraceStore as TraceStore
+
+_ROOMS = {
+    "stagewise.checkpoints.directory": ("write_checkpoint",),
+    "stagewise.checkpoints.huggingface": ("RecorderCallback",),
+    "stagewise.checkpoints.recorder": ("Recorder", "linear", "log_spaced"),
+    "stagewise.checkpoints.trajectory": ("Checkpoint", "Optimizer", "Trajectory"),
+    "stagewise.dynamics.curves": ("curves",),
+    "stagewise.dynamics.events": ("events",),
+    "stagewise.influence.bif": ("bif",),
+    "stagewise.influence.damped": ("damped_influence",),
+    "stagewise.influence.gradients": ("gradient_product",),
+    "stagewise.retraining.ablation": ("window_ablation",),
+    "stagewise.retraining.schedule": ("BatchOrder", "Schedule"),
+    "stagewise.retraining.scores": ("agreement", "predicted_effect"),
+    "stagewise.run.engine": ("sample",),
+    "stagewise.run.pipeline": ("report",),
+    "stagewise.sampling.chains": ("Chains",),
+    "stagewise.sampling.posterior": ("LocalPosterior",),
+    "stagewise.task": ("Task",),
+    "stagewise.traces.diagnostics": ("diagnose_run",),
+    "stagewise.traces.store": ("TraceStore",),
+}
+_HOME = {name: room for room, names in _ROOMS.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'stagewise' has no attribute {name!r}; it has {', '.join(_HOME)}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

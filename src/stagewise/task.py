@@ -186,7 +186,7 @@ class Task:
         return recorder.outputs[0]
 
     def losses_from_outputs(self, outputs: Any, batch: Batch) -> Tensor:
-        """Losses as a function of the model's outputs: ``losses(p, b) = losses_from_outputs(outputs(p, b), b)``."""
+        """The losses that follow from given outputs of the model: ``(batch,)`` or ``(batch, tokens)``."""
         return self.loss(lambda *_args, **_kwargs: outputs, batch)
 
     def check(self, params: Params) -> None:

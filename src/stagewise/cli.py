@@ -1,0 +1,157 @@
+"""The command line. Torch is imported inside the commands, so that help appears at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from stagewise.run.config import RunConfig
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Which training data mattered for what, **and when**: influence as a function of training time, "
+    "with error bars, and an experiment to prove it.\n\nStart with `stagewise demo`. "
+    "Then copy `examples/own_model` and `stagewise run` it on your own checkpoints.",
+)
+console = Console(stderr=False)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change a setting, e.g. `-s sampling.draws=200`."),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Only predict time, memory and disk; sample nothing.")
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, the `out` of a configuration.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, traces and report.")] = Path("runs/demo"),
+    dry_run: DryRun = False,
+) -> None:
+    """Real handwritten digits: train, sample, retrain, report. A few minutes on two cores."""
+    from stagewise.studies.digits.study import demo as settings
+
+    with _readable_errors():
+        _run(settings(out), dry_run)
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML configuration; see examples/.")],
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Study your own model: sample at every checkpoint, analyse, retrain if asked to, report.
+
+    A run that was interrupted continues where it was. A run folder's own `config.yaml` runs again.
+    """
+    from stagewise.run.config import load_config
+
+    with _readable_errors():
+        _run(load_config(config, overrides or ()), dry_run)
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="`digits`")],
+    out: Annotated[Path, typer.Option(help="Folder for everything the study writes.")] = Path("runs"),
+    dry_run: DryRun = False,
+) -> None:
+    """A complete experiment. `digits`: 32 checkpoints each of a full-batch and a minibatch run."""
+    from stagewise.studies import STUDIES
+
+    with _readable_errors():
+        if name not in STUDIES:
+            raise ValueError(f"there is no study {name!r}; there are: {', '.join(STUDIES)}")
+        for settings in STUDIES[name](out / name):
+            console.rule(settings.title)
+            _run(settings, dry_run)
+
+
+@app.command()
+def doctor(folder: RunFolder) -> None:
+    """Are these chains to be trusted, and if not, what to change. One line per checkpoint."""
+    from rich.table import Table
+
+    from stagewise.run.pipeline import checkup
+
+    with _readable_errors():
+        verdicts = checkup(folder)
+        table = Table("step", "verdict", "R-hat", "ESS", "loss rise", "even share", "chains ok", box=None)
+        for row in verdicts.rows:
+            table.add_row(*row)
+        console.print(table)
+        for line in verdicts.advice:
+            console.print(line, highlight=False, markup=False)
+
+
+@app.command()
+def report(folder: RunFolder) -> None:
+    """Write the report of a run again, without sampling."""
+    from stagewise.run.pipeline import report as write
+
+    with _readable_errors():
+        write(folder)
+        console.print(f"report: {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def config(
+    path: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="A configuration to check.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Check a configuration and show it with every default filled in; without CONFIG, list all settings."""
+    import yaml
+
+    from stagewise.run.config import describe, load_config, plain
+
+    with _readable_errors():
+        if path is None:
+            console.print(describe(), highlight=False, markup=False)
+        else:
+            settings = plain(load_config(path, overrides or ()))
+            console.print(yaml.safe_dump(settings, sort_keys=False), highlight=False, markup=False)
+
+
+def _run(settings: RunConfig, dry_run: bool) -> None:
+    """Predict the cost of a configuration or carry it out, and say what was found."""
+    from stagewise.report.findings import findings
+    from stagewise.run.cost import estimate
+    from stagewise.run.pipeline import run as carry_out
+    from stagewise.run.progress import progress_bars
+
+    if dry_run:
+        console.print(estimate(settings).text(), highlight=False, markup=False)
+        return
+    with progress_bars(console) as progress:
+        results = carry_out(settings, progress)
+    console.print()
+    for sentence in findings(results):
+        console.print(f"- {sentence}", highlight=False, markup=False)
+    console.print(f"\nreport: {settings.out / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _readable_errors() -> Iterator[None]:
+    """Faults of input end with their message and code 1; anything else is a bug and keeps its traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    app()

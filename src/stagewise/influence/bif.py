@@ -1,0 +1,198 @@
+"""The Bayesian influence function: minus the covariance of losses over the local posterior.
+
+    BIF(i, j) = d E[l_j] / d beta_i = - kappa Cov(l_i, l_j),      kappa = n_beta / n          (arXiv 2510.12071)
+
+With a posterior set by ``window=W`` this predicts, in nats, the change of l_j after W training steps with one more unit
+of weight on sample i.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+import xarray as xr
+
+from stagewise.groups import Labels
+from stagewise.influence.covariance import Centring, stretches
+from stagewise.influence.pairs import Estimator, Kind, Part, columns, influence_matrix
+from stagewise.traces.diagnostics import diagnose
+
+# Verdicts under which a covariance of the draws says nothing about the posterior.
+_UNTRUSTED = ("not localised", "chains failed", "not converged", "cannot say")
+
+
+class NoTrustedCheckpointError(ValueError):
+    """No checkpoint has chains that can be trusted; the message gives the reason for each."""
+
+
+class Traces(Protocol):
+    """Loss traces of a run: a store, or anything that loads one step's tree.
+
+    It may carry ``labels``: ``{"train": labels or None, "queries": {name: labels or None}}``.
+    """
+
+    @property
+    def steps(self) -> Sequence[int]:
+        """The steps with complete cells, ascending."""
+        ...
+
+    def load(self, step: int) -> xr.DataTree:
+        """All chains of one step, in the form that ``sample_block`` returns."""
+        ...
+
+
+def bif(
+    traces: Traces,
+    *,
+    train_groups: Labels | None = None,
+    query_groups: Mapping[str, Labels | None] | None = None,
+    grouped: bool = True,
+    kind: Kind = "covariance",
+    centring: Centring = "pooled",
+    part: Part = "full",
+    tokens: bool = False,
+    trusted_only: bool = True,
+) -> xr.Dataset:
+    """Influence of training samples, tokens or groups on queries at every checkpoint.
+
+    Args:
+        traces: loss traces.
+        train_groups: label of every training sample ``(sample,)``, or with ``tokens`` of every token
+            ``(sample, token)``.
+        query_groups: the same by query name.
+        grouped: where no labels are given here, take those that ``traces`` carries; a query set without labels is one
+            group under its own name. Training samples without labels stay single samples.
+        kind: ``"covariance"``: -kappa Cov, nats per unit weight; ``"correlation"``: -Corr, without unit.
+        centring: ``"pooled"``, ``"within"`` or ``"between"`` chains; see ``covariance_replicates``.
+        part: ``"odd"`` or ``"even"`` under reflection about the checkpoint; the odd part has no curvature floor.
+        tokens: one column per token, and the weight is that of a single token; otherwise a sample's loss is the mean
+            over its tokens.
+        trusted_only: leave out checkpoints whose chains cannot be trusted; attribute ``omitted`` says which and why.
+
+    Returns:
+        Dataset with ``value`` and ``stderr`` ``(step, train, query)``, the mean over pairs where there are groups.
+        Pairs of a sample (or two tokens of one sequence) with itself are left out of such means, unless there are no
+        others. Below 2^21 numbers per checkpoint also ``replicates`` ``(step, replicate, train, query)``, over the
+        chains that ended well at all checkpoints. Negative is helpful.
+
+    Raises:
+        NoTrustedCheckpointError: no checkpoint can be trusted, with the reasons.
+        ValueError: labels do not fit the traces, or an odd or even part is asked of
+            traces without reflected losses.
+    """
+    labels = _labels(traces, train_groups, query_groups or {}, grouped)
+    results: list[xr.Dataset] = []
+    omitted: dict[str, str] = {}
+    facts: dict[Any, Any] = {}
+    for step in traces.steps:
+        tree = traces.load(step)
+        if reason := _reason_to_omit(tree, trusted_only):
+            omitted[str(step)] = reason
+            continue
+        matrix = _at_checkpoint(tree, labels, grouped, kind, centring, part, tokens)
+        results.append(matrix.expand_dims(step=[step]))
+        facts = tree.attrs
+    if not results:
+        reasons = "; ".join(f"step {step}: {reason}" for step, reason in omitted.items())
+        raise NoTrustedCheckpointError(
+            f"no checkpoint has chains that can be trusted. {reasons or 'The store is empty'}"
+        )
+    stacked = _joined(results, "step")
+    units = "nats per unit weight" if kind == "covariance" else "1"
+    stacked.attrs = {
+        "estimator": "bif",
+        "kind": kind,
+        "centring": centring,
+        "part": part,
+        "tokens": tokens,
+        "units": units,
+        "sign": "negative = helpful: more weight on the training data lowers the query loss",
+        "omitted": json.dumps(omitted),
+    } | {name: facts[name] for name in ("n_beta", "window", "metric", "centred") if facts.get(name) is not None}
+    for variable in stacked.data_vars.values():
+        variable.attrs["units"] = units
+    return stacked
+
+
+def _labels(
+    traces: Traces, train: Labels | None, queries: Mapping[str, Labels | None], grouped: bool
+) -> tuple[Labels | None, dict[str, Labels | None]]:
+    """Labels of the training set and of the query sets: those given, else those that the traces carry."""
+    carried = getattr(traces, "labels", None) if grouped else None
+    if not carried:
+        return train, dict(queries)
+    given = {name: labels for name, labels in queries.items() if labels is not None}
+    return (carried["train"] if train is None else train), dict(carried["queries"]) | given
+
+
+def _reason_to_omit(tree: xr.DataTree, trusted_only: bool) -> str:
+    """Why a checkpoint cannot be used; empty if it can."""
+    diagnosis = diagnose(tree)
+    verdict, advice = (str(np.asarray(diagnosis[name]).item()) for name in ("verdict", "advice"))
+    drawn = "train" in tree.children and (tree["chains"]["status"] == "ok").any()
+    return "" if drawn and not (trusted_only and verdict in _UNTRUSTED) else f"{verdict}: {advice}"
+
+
+def _at_checkpoint(
+    tree: xr.DataTree,
+    labels: tuple[Labels | None, dict[str, Labels | None]],
+    grouped: bool,
+    kind: Kind,
+    centring: Centring,
+    part: Part,
+    tokens: bool,
+) -> xr.Dataset:
+    """The influence matrix of one checkpoint."""
+    of_train, of_queries = labels
+    names = list(tree["queries"].children)
+    if unknown := sorted(set(of_queries) - set(names)):
+        raise ValueError(f"query_groups names {unknown}, but the traces have the queries {names}")
+    chains = tree["chains"].to_dataset()
+    status = chains["status"].values
+    kept = np.flatnonzero(status == "ok")
+    train_set = tree["train"].to_dataset()
+    train = columns(train_set, kept, of_train, "train_groups", part=part, tokens=tokens)
+    # One token is one of n x tokens losses that the training objective averages.
+    weight = tree.attrs["kappa"] / (train_set.sizes["token"] if tokens else 1)
+    # By all chains, failed or not, so that replicates are cut alike at every checkpoint.
+    pieces = stretches(len(status), train_set.sizes["draw"])
+    estimator = Estimator(kind, centring, -weight if kind == "covariance" else -1.0, pieces)
+    matrices = []
+    for name in names:
+        dataset = tree[f"queries/{name}"].to_dataset()
+        argument = f"query_groups[{name!r}]"
+        query = columns(dataset, kept, of_queries.get(name), argument, part=part, tokens=tokens)
+        if grouped and of_queries.get(name) is None:
+            query = replace(query, names=[name], rows=[np.arange(len(query.samples))])
+        elif len(names) > 1:
+            query = replace(query, names=[f"{name}:{row}" for row in query.names])
+        matrix = influence_matrix(train, query, estimator, bool(dataset.attrs.get("is_training_set")))
+        matrices.append(_numbered(matrix, chains["chain"].values[kept]))
+    name, count = Counter(name for matrix in matrices for name in matrix["query"].values.tolist()).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"{count} query groups are called {name!r}; rename a query set or its labels")
+    return _joined(matrices, "query")
+
+
+def _numbered(matrix: xr.Dataset, chains: np.ndarray[Any, Any]) -> xr.Dataset:
+    """Number the replicates by chain and stretch, the same at every checkpoint."""
+    if "replicates" not in matrix:
+        return matrix
+    cut = matrix.sizes["replicate"] // len(chains)
+    return matrix.assign_coords(replicate=(chains[:, None] * cut + np.arange(cut)).reshape(-1))
+
+
+def _joined(matrices: Sequence[xr.Dataset], dim: str) -> xr.Dataset:
+    """One dataset, with the replicates that all have in common."""
+    numbers = [set(m["replicate"].values.tolist()) if "replicates" in m else set() for m in matrices]
+    common = sorted(set.intersection(*numbers))
+    if len(common) > 1:
+        matrices = [matrix.sel(replicate=common) for matrix in matrices]
+    else:
+        matrices = [matrix.drop_dims("replicate", errors="ignore") for matrix in matrices]
+    return xr.concat(matrices, dim, join="exact", data_vars="minimal", coords="minimal", compat="override")

@@ -1,0 +1,169 @@
+"""Covariances of loss traces, as replicates whose spread is their standard error.
+
+Every estimator here returns *replicates* ``(replicate, A, B)``: one estimate per chain (or per stretch of a chain when
+chains are few), whose mean is the estimate. Stretches are longer than the autocorrelation, so replicates are close to
+independent and the standard error of the mean needs no model of the chain:  stderr = std / sqrt(replicates).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+Centring = Literal["pooled", "within", "between"]
+Groups = Sequence[np.ndarray[Any, np.dtype[np.intp]]] | None
+"""The columns of each group; None where every column is a group of its own."""
+
+# Fewer replicates than this make the standard error itself too noisy, so long chains are cut into stretches.
+MIN_REPLICATES = 16
+_MIN_STRETCH = 4
+# Deviations from a mean that are this small beside it are rounding: the column did not change.
+_ROUNDING = 1e-13
+
+
+def stretches(chains: int, draws: int) -> int:
+    """Into how many stretches each chain is cut, so that there are enough replicates of a useful length."""
+    wanted = -(-MIN_REPLICATES // chains)
+    return max(1, min(wanted, draws // _MIN_STRETCH))
+
+
+def covariance_replicates(a: Array, b: Array, centring: Centring = "pooled", pieces: int | None = None) -> Array:
+    """Replicates of Cov(a, b) over the draws of all chains.
+
+    Args:
+        a: traces ``(chain, draw, A)``.
+        b: traces ``(chain, draw, B)``.
+        centring: ``"pooled"`` about the mean of all chains; ``"within"`` about each chain's own mean, blind to
+            differences between chains; ``"between"`` the covariance of the chain means alone. With C chains of T draws
+            (CT - 1) pooled = (CT - C) within + T (C - 1) between. Pooled and within agree where chains have mixed and
+            are many times longer than their autocorrelation; within is too small where they are short.
+        pieces: stretches per chain; default :func:`stretches`. The earliest draws that do not fill a stretch are left
+            out.
+
+    Returns:
+        ``(replicate, A, B)``, the stretches of a chain one after the other.
+
+    Raises:
+        ValueError: between-chain covariance of fewer than two chains.
+    """
+    a, b, pieces = _prepared(a, b, centring, pieces)
+    chains, draws = a.shape[:2]
+    lost = chains if centring == "within" else 1
+    a, b = _centred(a, centring), _centred(b, centring)
+    return _product_replicates(a, b, pieces, chains * draws - lost)
+
+
+def correlation_replicates(
+    a: Array,
+    b: Array,
+    groups_a: Groups = None,
+    groups_b: Groups = None,
+    centring: Centring = "pooled",
+    pieces: int | None = None,
+) -> Array:
+    """Replicates of the sum of correlations over all pairs of a group of columns of ``a`` and one of ``b``.
+
+    Uses  sum_(i in A, j in B) Corr(a_i, b_j) = Cov(sum_A z, sum_B z):  cost |A| + |B| instead of |A| |B|.
+    The estimated variances fluctuate together with the covariance, so each replicate carries the linear response of
+    the correlation to all three,  z_i z_j - (rho/2)(z_i^2 + z_j^2) + rho.  A column that never changes is correlated
+    with nothing.
+
+    Args:
+        a: traces ``(chain, draw, columns)``.
+        b: traces ``(chain, draw, columns)``.
+        groups_a: columns of each group of ``a``.
+        groups_b: the same for ``b``.
+        centring: as in :func:`covariance_replicates`.
+        pieces: the same.
+
+    Returns:
+        ``(replicate, groups of a, groups of b)``; divide by the number of pairs for the mean correlation.
+
+    Raises:
+        ValueError: between-chain correlation of fewer than two chains.
+    """
+    a, b, pieces = _prepared(a, b, centring, pieces)
+    za, zb = _standardised(a, centring), _standardised(b, centring)
+    total = za.shape[0] * za.shape[1]
+    sum_a, sum_b = group_sums(za, groups_a), group_sums(zb, groups_b)
+    products = _product_replicates(sum_a, sum_b, pieces, total)
+    # Each column's variance responds with the weight of its correlation with the whole group on the other side.
+    rho_a = np.tensordot(za, sum_b, ((0, 1), (0, 1))) / total
+    rho_b = np.tensordot(zb, sum_a, ((0, 1), (0, 1))) / total
+    response_a = _response(_piece_means(za**2, pieces), rho_a, groups_a)
+    response_b = _response(_piece_means(zb**2, pieces), rho_b, groups_b).transpose(0, 2, 1)
+    replicates: Array = products - 0.5 * (response_a + response_b) + products.mean(0)
+    return replicates
+
+
+def group_sums(trace: Array, groups: Groups) -> Array:
+    """Sum of the columns of each group, ``(..., columns)`` to ``(..., groups)``."""
+    if groups is None:
+        return trace
+    return np.stack([trace[..., columns].sum(-1) for columns in groups], -1)
+
+
+def mean_and_stderr(replicates: Array) -> tuple[Array, Array]:
+    """Estimate and standard error from replicates along the first axis.
+
+    Raises:
+        ValueError: a single replicate, which has no spread.
+    """
+    if len(replicates) < 2:
+        raise ValueError(
+            f"one chain with fewer than {2 * _MIN_STRETCH} draws leaves no spread to take a standard error from; run "
+            "more chains or draws"
+        )
+    return replicates.mean(0), replicates.std(0, ddof=1) / np.sqrt(len(replicates))
+
+
+def _prepared(a: Array, b: Array, centring: Centring, pieces: int | None) -> tuple[Array, Array, int]:
+    """Traces cut to whole stretches, or to the means of their chains, and the stretches of a chain."""
+    chains, draws = a.shape[:2]
+    pieces = stretches(chains, draws) if pieces is None else pieces
+    a, b = (trace[:, draws % pieces :] for trace in (a, b))
+    if centring != "between":
+        return a, b, pieces
+    if chains < 2:
+        raise ValueError("the between-chain covariance needs at least two chains, got 1")
+    return a.mean(1, keepdims=True), b.mean(1, keepdims=True), 1
+
+
+def _centred(trace: Array, centring: Centring) -> Array:
+    """Deviations of ``trace (chain, draw, column)`` from the mean of its own chain ("within") or of all chains."""
+    deviations: Array = trace - trace.mean(1 if centring == "within" else (0, 1), keepdims=True)
+    return deviations
+
+
+def _standardised(trace: Array, centring: Centring) -> Array:
+    """z-scores of every column; a column that never changes becomes zero."""
+    z = _centred(trace, centring)
+    spread = np.sqrt((z**2).mean((0, 1)))
+    moves = spread > _ROUNDING * np.abs(trace).max((0, 1))
+    scores: Array = np.divide(z, spread, out=np.zeros_like(z), where=moves)
+    return scores
+
+
+def _product_replicates(a: Array, b: Array, pieces: int, denominator: float) -> Array:
+    """Replicates of sum(a b) / denominator over all draws, scaled so that their *mean* is the estimate."""
+    chains, draws = a.shape[:2]
+    a = a.reshape(chains * pieces, draws // pieces, -1)
+    b = b.reshape(chains * pieces, draws // pieces, -1)
+    products: Array = np.matmul(a.transpose(0, 2, 1), b) * (len(a) / denominator)
+    return products
+
+
+def _piece_means(trace: Array, pieces: int) -> Array:
+    chains, draws = trace.shape[:2]
+    means: Array = trace.reshape(chains * pieces, draws // pieces, -1).mean(1)
+    return means
+
+
+def _response(squares: Array, rho: Array, groups: Groups) -> Array:
+    """Sum over each group of squares ``(replicate, column)`` times rho ``(column, B)``: ``(replicate, group, B)``."""
+    if groups is None:
+        return squares[:, :, None] * rho
+    return np.stack([squares[:, columns] @ rho[columns] for columns in groups], 1)

@@ -1,0 +1,126 @@
+"""What a run will cost, measured on a few gradients instead of guessed."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+
+from stagewise.checkpoints.trajectory import Trajectory
+from stagewise.run.config import RunConfig, load_task
+from stagewise.sampling.chains import Chains, Watch, tune
+from stagewise.sampling.gradient import choose_batching, potential_gradient
+from stagewise.sampling.posterior import LocalDensity
+from stagewise.task import Task
+
+# Cells are stored as zstd-compressed float32, which keeps about this share of the bytes of loss traces.
+_COMPRESSED = 0.9
+_PROBES = 3
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Predicted cost of sampling.
+
+    Attributes:
+        cells: units of work.
+        seconds: wall-clock time on ``workers`` processes.
+        memory: bytes of one worker's chains and traces.
+        disk: bytes of all traces.
+        workers: processes.
+        steps: sampler steps over all cells.
+    """
+
+    cells: int
+    seconds: float
+    memory: float
+    disk: float
+    workers: int
+    steps: int
+
+    def text(self) -> str:
+        """For a person."""
+        minutes = self.seconds / 60
+        duration = f"{minutes:.1f} minutes" if minutes >= 1 else f"{self.seconds:.0f} seconds"
+        return (
+            f"{self.cells} cells (checkpoint x chain block), {self.steps:,} sampler steps in all\n"
+            f"time    about {duration} of sampling on {self.workers} worker(s), plus analysis and retraining\n"
+            f"memory  about {self.memory / 2**20:,.0f} MiB for each worker, beside the libraries\n"
+            f"disk    about {self.disk / 2**20:,.0f} MiB of traces"
+        )
+
+
+def estimate(config: RunConfig) -> Cost:
+    """Tune the sampler at three checkpoints and time one gradient and one draw there.
+
+    Raises:
+        ValueError: the configuration, task or checkpoints cannot be used.
+    """
+    from stagewise.run.pipeline import chosen_steps
+
+    task, trajectory = load_task(config.task, config.task_args), Trajectory.from_directory(config.checkpoints)
+    steps, plan = chosen_steps(config, trajectory), config.sampling
+    workers = config.workers or os.cpu_count() or 1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // workers))
+    try:
+        probes = [_probe(config, task, trajectory, step) for step in _spread(steps)]
+    finally:
+        torch.set_num_threads(threads)
+    cells = len(steps) * plan.blocks
+    per_cell = sum(seconds for seconds, _ in probes) / len(probes)
+    per_cell_steps = sum(count for _, count in probes) / len(probes)
+    samples = len(task.train) + sum(len(data) for data in task.queries.values())
+    traces = 4.0 * plan.chains * plan.draws * samples * _tokens(task) * (2 if plan.reflect else 1)
+    parameters = sum(p.numel() for p in task.model.parameters())
+    memory = traces + 4.0 * parameters * plan.chains * 8
+    return Cost(
+        cells,
+        per_cell * cells / min(workers, cells),
+        memory,
+        traces * cells * _COMPRESSED,
+        workers,
+        round(per_cell_steps * cells),
+    )
+
+
+def _probe(config: RunConfig, task: Task, trajectory: Trajectory, step: int) -> tuple[float, int]:
+    """Seconds and sampler steps of one cell at this checkpoint."""
+    start = time.perf_counter()
+    density = config.posterior.at(task, trajectory.load(step))
+    tuning = tune(density, config.sampling)
+    tuned = time.perf_counter() - start
+    if not tuning.localised and config.posterior.require_localised:
+        return tuned, 0
+    count = tuning.burn_in + config.sampling.draws * tuning.thinning
+    gradient, draw = _times(density, config.sampling)
+    return tuned + count * gradient + config.sampling.draws * draw, count
+
+
+def _times(density: LocalDensity, plan: Chains) -> tuple[float, float]:
+    """Seconds of one gradient and of one draw of a block of chains."""
+    batching = choose_batching(density, plan.chains, plan.batch_size) if plan.batching == "auto" else plan.batching
+    u = torch.zeros(plan.chains, density.vector.size).to(density.anchor)
+    gradient = potential_gradient(
+        density, plan.chains, plan.batch_size, plan.control_variate, batching, torch.Generator()
+    )
+    gradient(u)
+    start = time.perf_counter()
+    for _ in range(3):
+        gradient(u).potential.sum().item()
+    middle = time.perf_counter()
+    Watch(density, batching, plan.reflect).draw(u)
+    return (middle - start) / 3, time.perf_counter() - middle
+
+
+def _tokens(task: Task) -> int:
+    with torch.no_grad():
+        losses = task.losses({}, task.train.batch(slice(0, 1), task.device))
+    return losses.shape[1] if losses.ndim == 2 else 1
+
+
+def _spread(steps: list[int]) -> list[int]:
+    """First, middle and last, without repeats."""
+    return sorted({steps[i * (len(steps) - 1) // (_PROBES - 1)] for i in range(_PROBES)})

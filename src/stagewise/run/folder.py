@@ -1,0 +1,86 @@
+"""What a run folder holds beside its traces, and how it is read back.
+
+config.yaml        the resolved configuration; `stagewise run` continues from it
+provenance.json    versions and times
+results/           everything the report shows that is not in the traces, as JSON
+report.html        the report, and figures/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from stagewise.report.results import Exemplar
+
+_PACKAGES = ("stagewise", "torch", "numpy", "scipy", "xarray", "zarr", "arviz-stats")
+
+
+def provenance() -> dict[str, Any]:
+    """Versions and the time, for the record."""
+    return {
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        **{package: version(package) for package in _PACKAGES},
+    }
+
+
+def save_results(folder: Path, datasets: Mapping[str, xr.Dataset], found: Sequence[Exemplar]) -> None:
+    """Write datasets and exemplars; the folder ``results`` is replaced in one rename."""
+    partial = folder / f".results-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, dataset in datasets.items():
+        (partial / f"{name}.json").write_text(json.dumps(_to_json(dataset)), encoding="utf-8")
+    (partial / "exemplars.json").write_text(json.dumps([_exemplar_to_json(e) for e in found]), encoding="utf-8")
+    target = folder / "results"
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+
+
+def load_results(folder: Path) -> tuple[dict[str, xr.Dataset], list[Exemplar]]:
+    """Read what :func:`save_results` wrote.
+
+    Raises:
+        FileNotFoundError: the run has no results yet.
+    """
+    target = folder / "results"
+    if not target.is_dir():
+        raise FileNotFoundError(f"{folder} has no results yet; run `stagewise run {folder / 'config.yaml'}` first")
+    datasets = {
+        path.stem: _from_json(json.loads(path.read_text(encoding="utf-8")))
+        for path in sorted(target.glob("*.json"))
+        if path.stem != "exemplars"
+    }
+    stored = json.loads((target / "exemplars.json").read_text(encoding="utf-8"))
+    return datasets, [_exemplar_from_json(entry) for entry in stored]
+
+
+def _to_json(dataset: xr.Dataset) -> dict[str, Any]:
+    content: dict[str, Any] = dataset.to_dict(data="list")
+    return content
+
+
+def _from_json(content: Mapping[str, Any]) -> xr.Dataset:
+    return xr.Dataset.from_dict(dict(content))
+
+
+def _exemplar_to_json(exemplar: Exemplar) -> dict[str, Any]:
+    images = None if exemplar.images is None else np.round(exemplar.images, 4).tolist()
+    return vars(exemplar) | {"images": images}
+
+
+def _exemplar_from_json(entry: Mapping[str, Any]) -> Exemplar:
+    images = entry["images"]
+    return Exemplar(**{**entry, "images": None if images is None else np.asarray(images)})

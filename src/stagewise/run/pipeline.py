@@ -1,0 +1,152 @@
+"""What `stagewise run` does, in order: load, sample, analyse, prove, report."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+import yaml
+
+from stagewise.checkpoints.trajectory import Trajectory
+from stagewise.dynamics.events import events
+from stagewise.influence.bif import NoTrustedCheckpointError, bif
+from stagewise.report.page import write_report
+from stagewise.report.results import Results
+from stagewise.run import analysis
+from stagewise.run.config import RunConfig, load_task, save_config
+from stagewise.run.engine import sample
+from stagewise.run.folder import load_results, provenance, save_results
+from stagewise.run.progress import Progress, silent
+from stagewise.sampling.posterior import LocalPosterior
+from stagewise.traces.diagnostics import diagnose_run
+from stagewise.traces.store import TraceStore
+
+
+def run(config: RunConfig, progress: Progress = silent) -> Results:
+    """Carry out a configuration; what the run folder already holds is not sampled again.
+
+    Returns:
+        The results that the report in ``config.out`` shows.
+
+    Raises:
+        ValueError: the configuration, task, checkpoints or run folder cannot be used, with the reason.
+    """
+    make_task = partial(load_task, config.task, config.task_args)
+    task, trajectory = make_task(), Trajectory.from_directory(config.checkpoints)
+    steps = chosen_steps(config, trajectory)
+    plan = {field.name: getattr(config.sampling, field.name) for field in fields(config.sampling)}
+    store = sample(
+        task,
+        trajectory,
+        posterior=config.posterior,
+        out=config.out,
+        steps=steps,
+        workers=config.workers or os.cpu_count() or 1,
+        progress=progress,
+        make_task=make_task,
+        **plan,
+    )
+    save_config(config, config.out / "config.yaml")
+    (config.out / "provenance.json").write_text(json.dumps(provenance(), indent=1), encoding="utf-8")
+    store.write_labels(task.train_groups, task.query_groups)
+
+    datasets = {"losses": analysis.mean_losses(task, trajectory, steps)}
+    influence = _influence(store)
+    for name, result in analysis.baselines(task, trajectory, config, steps, progress).items():
+        datasets[f"baseline {name}"] = result
+    measured = analysis.measure(task, trajectory, config, steps, progress)
+    if measured is not None:
+        datasets["measured"] = measured
+    found = [] if influence is None else analysis.exemplars(task, store, influence, config.exemplars)
+    save_results(config.out, datasets, found)
+    return report(config.out)
+
+
+def report(folder: str | Path) -> Results:
+    """Write the report of a run folder again, from its traces and saved results.
+
+    Raises:
+        RunFolderError: it is no run folder.
+        FileNotFoundError: the run has not got as far as results.
+    """
+    folder = Path(folder)
+    store = TraceStore.read_only(folder)
+    datasets, found = load_results(folder)
+    settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    influence = _influence(store)
+    results = Results(
+        title=settings["title"],
+        losses=datasets["losses"],
+        diagnostics=diagnose_run(store),
+        influence=influence,
+        correlation=None if influence is None else bif(store, kind="correlation"),
+        events=[] if influence is None else events(influence),
+        baselines={
+            name.removeprefix("baseline "): dataset
+            for name, dataset in datasets.items()
+            if name.startswith("baseline ")
+        },
+        measured=datasets.get("measured"),
+        exemplars=found,
+        config=settings,
+        provenance=json.loads((folder / "provenance.json").read_text(encoding="utf-8")),
+    )
+    write_report(results, folder)
+    return results
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """The doctor's findings: a row of words per checkpoint, and what to change."""
+
+    rows: list[tuple[str, ...]]
+    advice: list[str]
+
+
+def checkup(folder: str | Path) -> Checkup:
+    """Verdict on the chains of every checkpoint of a run folder.
+
+    Raises:
+        RunFolderError: it is no run folder.
+        ValueError: nothing has been sampled yet.
+    """
+    verdicts = diagnose_run(TraceStore.read_only(folder))
+    rows, advice = [], []
+    for step in verdicts["step"].values:
+        one = verdicts.sel(step=step)
+        numbers = [
+            f"{float(one[name]):.3g}" if name in one and np.isfinite(float(one[name])) else "-"
+            for name in ("rhat", "ess_bulk", "loss_rise", "even_share")
+        ]
+        chains = f"{int(one['chains_ok'])}/{int(one['chains_ok']) + int(one['chains_failed'])}"
+        rows.append((str(step), str(one["verdict"].item()), *numbers, chains))
+        if text := str(one["advice"].item()):
+            advice.append(f"step {step}: {text}")
+    return Checkup(rows, advice)
+
+
+def chosen_steps(config: RunConfig, trajectory: Trajectory) -> list[int]:
+    """The checkpoints a configuration asks for; by default all that the posterior can be defined at."""
+    if config.steps is not None:
+        return list(config.steps)
+    return [step for step in trajectory.steps if step > 0 or not _needs_moments(config.posterior, trajectory)]
+
+
+def _needs_moments(posterior: LocalPosterior, trajectory: Trajectory) -> bool:
+    """Before its first update Adam has no second moments, and so no metric."""
+    optimizer = trajectory.load(trajectory.steps[0]).optimizer
+    by_default = posterior.window is not None and optimizer is not None and optimizer.name == "adam"
+    return posterior.metric == "adam" or (posterior.metric is None and by_default)
+
+
+def _influence(store: TraceStore) -> xr.Dataset | None:
+    """Group influence at every checkpoint that can be answered; None if there is none."""
+    try:
+        return bif(store)
+    except NoTrustedCheckpointError:
+        return None

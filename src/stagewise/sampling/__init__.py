@@ -1,0 +1,16 @@
+"""The local posterior around a checkpoint, and chains that draw from it.
+
+``posterior`` says what is sampled, ``curvature`` what a sampler must know before it starts, ``gradient`` what
+drives the chains, one file per sampler how they move, ``watch`` what they see, and ``chains`` runs a block.
+
+Numerics are pure here: functions of tensors with a leading chain axis and an explicit generator. Nothing
+logs, saves, seeds globally or changes the caller's model, and no influence is computed.
+"""
+
+from stagewise.sampling.chains import Chains, sample_block
+from stagewise.sampling.posterior import LocalPosterior
+from stagewise.sampling.rmsprop_sgld import RMSpropSGLD
+from stagewise.sampling.sgld import SGLD
+from stagewise.sampling.underdamped import Underdamped
+
+__all__ = ["SGLD", "Chains", "LocalPosterior", "RMSpropSGLD", "Underdamped", "sample_block"]

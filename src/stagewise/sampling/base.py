@@ -1,0 +1,69 @@
+"""What a sampler is: an initial state and a step, on chains of whitened displacements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, Self
+
+from torch import Generator, Tensor
+
+
+class Gradient(NamedTuple):
+    """A (stochastic) gradient at the current position of every chain.
+
+    Attributes:
+        potential: of U = n_beta L + (gamma/2)|u|^2, the negative log density ``(chain, parameters)``.
+        loss: of the mean loss of the minibatch alone ``(chain, parameters)``; what RMSprop's metric averages.
+    """
+
+    potential: Tensor
+    loss: Tensor
+
+
+GradientFunction = Callable[[Tensor], Gradient]
+"""Positions ``(chain, parameters)`` to their gradient; every call may draw a fresh minibatch."""
+
+
+class State(Protocol):
+    """A sampler's state: at least the position of every chain."""
+
+    @property
+    def position(self) -> Tensor:
+        """Whitened displacements ``(chain, parameters)``."""
+        ...
+
+
+class Sampler(Protocol):
+    """A Markov chain that leaves exp(-U) invariant, up to its step-size error.
+
+    ``step`` is pure: it returns a new state, takes its noise from ``generator`` and touches nothing else.
+    """
+
+    @property
+    def step_size(self) -> float:
+        """Length of a step, in the sampler's own units."""
+        ...
+
+    @classmethod
+    def tuned(cls, slow: float, fast: float) -> Self:
+        """The sampler for a density whose precisions range from ``slow`` to ``fast``."""
+        ...
+
+    def relaxation(self, slow: float) -> float:
+        """Steps in which a direction of precision ``slow`` forgets its position (by a factor of about e)."""
+        ...
+
+    def init(self, position: Tensor, generator: Generator) -> Any:
+        """The state of chains that start at ``position`` ``(chain, parameters)``."""
+        ...
+
+    def step(self, state: Any, gradient: GradientFunction, generator: Generator) -> Any:
+        """One transition of every chain."""
+        ...
+
+    def freeze(self, state: Any) -> Any:
+        """The state with all adaptation stopped; called once, halfway through burn-in.
+
+        While it adapts a chain has another law, which the second half of burn-in lets it forget.
+        """
+        ...

@@ -1,0 +1,257 @@
+"""Run a block of chains at one checkpoint and collect what they see."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Generator, Tensor
+
+from stagewise.checkpoints.trajectory import Checkpoint
+from stagewise.sampling.base import Sampler
+from stagewise.sampling.curvature import extreme_curvature
+from stagewise.sampling.gradient import Batching, full_gradient, potential_gradient
+from stagewise.sampling.posterior import LocalDensity, LocalPosterior, largest_window
+from stagewise.sampling.rmsprop_sgld import RMSpropSGLD
+from stagewise.sampling.sgld import SGLD
+from stagewise.sampling.underdamped import Underdamped
+from stagewise.sampling.watch import Watch
+from stagewise.task import Task
+
+SamplerName = Literal["underdamped", "sgld", "rmsprop_sgld"]
+SAMPLERS: dict[SamplerName, type[Sampler]] = {
+    "underdamped": Underdamped,
+    "sgld": SGLD,
+    "rmsprop_sgld": RMSpropSGLD,
+}
+
+# The localisation alone keeps gamma u^2 at 1 in every direction; a chain at a multiple of that has diverged.
+_DIVERGED = 10.0
+
+
+@dataclass(frozen=True)
+class Chains:
+    """How the posterior is sampled at every checkpoint.
+
+    Attributes:
+        sampler: ``"underdamped"``, ``"sgld"`` or ``"rmsprop_sgld"``.
+        chains: chains in a block; they run together.
+        blocks: blocks per checkpoint.
+        draws: draws kept of each chain.
+        step_size: of the sampler; default from the curvature at the checkpoint.
+        burn_in: steps before the first draw; default five relaxation times.
+        thinning: steps per draw; default half a relaxation time.
+        batch_size: samples per gradient; default the whole training set.
+        control_variate: subtract each minibatch's gradient at the checkpoint.
+        reflect: also record losses at the reflected point 2w* - w, for odd and even parts.
+        batching: stack the chains or loop over them; ``"auto"`` takes the faster.
+        seed: of the noise and the minibatches. Checkpoints share it, so that their differences are less
+            noisy.
+    """
+
+    # a mistyped key in a config is an error
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    sampler: SamplerName = "underdamped"
+    chains: int = 16
+    blocks: int = 1
+    draws: int = 64
+    step_size: float | None = None
+    burn_in: int | None = None
+    thinning: int | None = None
+    batch_size: int | None = None
+    control_variate: bool = True
+    reflect: bool = True
+    batching: Literal["auto", "stacked", "loop"] = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler must be one of {sorted(SAMPLERS)}, got {self.sampler!r}")
+        for name in ("chains", "blocks", "draws", "step_size", "thinning", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.burn_in is not None and self.burn_in < 0:
+            raise ValueError(f"burn_in must not be negative, got {self.burn_in}")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A sampler with its burn-in and thinning for one checkpoint, and the curvature they follow from.
+
+    Attributes:
+        sampler: with its step size.
+        burn_in: steps before the first draw.
+        thinning: steps per draw.
+        slow: smallest precision of the posterior's directions.
+        curvature_min: smallest eigenvalue of the whitened Hessian.
+        curvature_max: largest.
+        localised: whether the posterior exists.
+    """
+
+    sampler: Sampler
+    burn_in: int
+    thinning: int
+    slow: float
+    curvature_min: float
+    curvature_max: float
+    localised: bool
+
+
+def tune(density: LocalDensity, plan: Chains) -> Tuning:
+    """Choose step size, burn-in and thinning from the curvature at the checkpoint, unless they are given."""
+    curvature = extreme_curvature(density)
+    slow, fast = curvature.precision_range(density)
+    sampler = SAMPLERS[plan.sampler].tuned(slow, fast)
+    if plan.step_size is not None:
+        sampler = replace(sampler, step_size=plan.step_size)  # type: ignore[type-var]  # all are dataclasses
+    relaxation = sampler.relaxation(slow)
+    burn_in = math.ceil(5 * relaxation) if plan.burn_in is None else plan.burn_in
+    thinning = plan.thinning or max(1, math.ceil(relaxation / 2))
+    localised = curvature.localised(density)
+    return Tuning(sampler, burn_in, thinning, slow, curvature.smallest, curvature.largest, localised)
+
+
+def sample_block(
+    task: Task,
+    checkpoint: Checkpoint,
+    posterior: LocalPosterior,
+    plan: Chains,
+    block: int = 0,
+    on_step: Callable[[], None] | None = None,
+) -> xr.DataTree:
+    """One cell of work: a block of chains at one checkpoint.
+
+    Args:
+        task: the task.
+        checkpoint: where.
+        posterior: what is sampled.
+        plan: how; ``batching`` must be decided (not ``"auto"``) for the same bits every time.
+        block: which block; it seeds the noise together with ``plan.seed``.
+        on_step: called after every sampler step.
+
+    Returns:
+        Groups ``train`` and ``queries/<name>`` with ``loss (chain, draw, sample[, token])`` in nats, the same
+        at the reflected points (``loss_reflected``) and at the checkpoint (``loss_anchor``), and attribute
+        ``is_training_set``, true of a query set whose samples are the training samples; group ``chains`` with
+        the ``status`` of every chain; attributes with every number that was chosen. A chain that left the
+        posterior is ``"diverged"``, and its later draws are the losses at the checkpoint. Where the posterior
+        does not exist nothing is drawn and every chain's status is ``"not_localised"``.
+
+    Raises:
+        ValueError: the losses are unusable (see ``Task.check``), or the checkpoint lacks what the posterior
+            needs.
+    """
+    density = posterior.at(task, checkpoint)
+    task.check(density.state)
+    tuning = tune(density, plan)
+    facts = _facts(density, tuning, plan, checkpoint)
+    numbers = np.arange(block * plan.chains, (block + 1) * plan.chains)
+    if not tuning.localised and posterior.require_localised:
+        status = np.full(plan.chains, "not_localised")
+        return _tree({}, status, numbers, facts)
+    traces, status = _run(density, tuning, plan, block, on_step or (lambda: None))
+    tree = _tree(traces, status, numbers, facts)
+    for name, data in task.queries.items():
+        if f"queries/{name}" in traces:
+            tree[f"queries/{name}"].attrs["is_training_set"] = data.digest == task.train.digest
+    return tree
+
+
+def _run(
+    density: LocalDensity, tuning: Tuning, plan: Chains, block: int, on_step: Callable[[], None]
+) -> tuple[dict[str, dict[str, Tensor]], np.ndarray[Any, Any]]:
+    """Burn in, then draw: traces by data set and variable, and the status of every chain."""
+    batching: Batching = "stacked" if plan.batching == "auto" else plan.batching
+    noise, minibatches = (
+        _generator(plan.seed, block, use, density.anchor.device) for use in ("noise", "batch")
+    )
+    gradient = potential_gradient(
+        density, plan.chains, plan.batch_size, plan.control_variate, batching, minibatches
+    )
+    sampler = tuning.sampler
+    state = sampler.init(torch.zeros(plan.chains, density.vector.size).to(density.anchor), noise)
+    alive = torch.ones(plan.chains, dtype=torch.bool, device=density.anchor.device)
+    farthest = _farthest(density, tuning.slow)
+    watch = Watch(density, batching, plan.reflect)
+    for step in range(-tuning.burn_in, plan.draws * tuning.thinning):
+        if step == -(tuning.burn_in // 2):
+            state = sampler.freeze(state)
+        if alive.any():
+            state = sampler.step(state, gradient, noise)
+            alive &= state.position.square().sum(1) < farthest  # also False for NaN
+        if step >= 0 and (step + 1) % tuning.thinning == 0:
+            alive &= watch.draw(torch.where(alive[:, None], state.position, 0.0))
+        on_step()
+    status = np.where(alive.cpu().numpy(), "ok", "diverged")
+    return watch.traces(), status
+
+
+def _farthest(density: LocalDensity, slow: float) -> float:
+    """Squared distance from the checkpoint that no chain of this posterior reaches.
+
+    Generous enough for every quantile of the stationary law: a chi-square of all directions, one of them as
+    soft as ``slow``, about a centre as far downhill as the gradient can push it.
+    """
+    spread = _DIVERGED * (density.vector.size / density.gamma + 4 / slow)
+    if density.posterior.centred:
+        return spread
+    return spread + _DIVERGED * float(density.n_beta * full_gradient(density).norm() / slow) ** 2
+
+
+def _tree(
+    traces: dict[str, dict[str, Tensor]],
+    status: np.ndarray[Any, Any],
+    numbers: np.ndarray[Any, Any],
+    facts: dict[str, Any],
+) -> xr.DataTree:
+    tree = {"chains": xr.Dataset({"status": ("chain", status.astype(str))}, {"chain": numbers})}
+    for name, variables in traces.items():
+        dims = {key: (() if key == "loss_anchor" else ("chain", "draw")) for key in variables}
+        tree[name] = xr.Dataset(
+            {
+                key: ((*dims[key], "sample", "token")[: value.ndim], value.numpy(), {"units": "nats"})
+                for key, value in variables.items()
+            },
+            {"chain": numbers},
+        )
+    result = xr.DataTree.from_dict(tree)
+    result.attrs = facts
+    return result
+
+
+def _facts(density: LocalDensity, tuning: Tuning, plan: Chains, checkpoint: Checkpoint) -> dict[str, Any]:
+    optimizer, window = density.optimizer, density.posterior.window
+    return {
+        "step": checkpoint.step,
+        "n_beta": density.n_beta,
+        "gamma": density.gamma,
+        "kappa": density.kappa,
+        "metric": density.metric,
+        "centred": density.posterior.centred,
+        "window": window,
+        "learning_rate": optimizer.learning_rate if optimizer else None,
+        "sampler": plan.sampler,
+        "step_size": tuning.sampler.step_size,
+        "burn_in": tuning.burn_in,
+        "thinning": tuning.thinning,
+        "curvature_min": tuning.curvature_min,
+        "curvature_max": tuning.curvature_max,
+        "damping": density.damping,
+        "localised": tuning.localised,
+        "largest_window": largest_window(tuning.curvature_min, optimizer) if optimizer and window else None,
+    }
+
+
+def _generator(seed: int, block: int, use: str, device: torch.device) -> Generator:
+    """Independent streams for every (seed, block, use): hashed, so that neighbours share nothing."""
+    digest = hashlib.sha256(f"{seed}/{block}/{use}".encode()).digest()
+    on = device if use == "noise" else torch.device("cpu")
+    return Generator(on).manual_seed(int.from_bytes(digest[:8], "big") % 2**63)

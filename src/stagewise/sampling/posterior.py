@@ -1,0 +1,199 @@
+"""The local posterior around a checkpoint: what is sampled.
+
+    p(w) ~ exp( - n_beta L(w) - (gamma/2) (w - w*)^T P^-1 (w - w*) )
+
+L is the mean training loss, w* the checkpoint, P the metric (identity, or Adam's 1/(sqrt(v)+eps)).
+Everything downstream works in *whitened displacements* u, with w = w* + P^(1/2) u, where the localisation is
+(gamma/2)|u|^2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor
+
+from stagewise.checkpoints.trajectory import Checkpoint, Optimizer, check_fits
+from stagewise.task import Batch, Task
+from stagewise.vector import ParameterVector
+
+Metric = Literal["euclidean", "adam"]
+
+LONGEST_WINDOW = 10**6
+
+# Fluctuations this much smaller than at n_beta = n keep the loss close to its quadratic form on ordinary
+# networks. The diagnostics measure whether they do (the share of the even part), and say by how much to raise
+# n_beta if not.
+DEFAULT_N_BETA_PER_SAMPLE = 10.0
+
+
+@dataclass(frozen=True)
+class LocalPosterior:
+    """Which posterior is sampled at every checkpoint.
+
+    Give either ``window``, the number of training steps whose influence is measured, or ``gamma``. With a
+    window the localisation follows from the run,  gamma = n_beta / (learning_rate * W),  in the optimiser's
+    metric: the local posterior then predicts what re-weighting data during W steps does to the losses.
+
+    Attributes:
+        window: length W of the training window, in steps.
+        gamma: precision of the localisation, if set by hand.
+        n_beta: inverse temperature times the number of samples; larger is closer to first order. Default:
+            10 n.
+        metric: ``"euclidean"``, or ``"adam"``, which needs second moments in the checkpoints. Default: Adam's
+            metric for Adam-trained runs with a window, Euclidean otherwise.
+        centred: drop the gradient at the checkpoint, so that the posterior is centred there. Otherwise chains
+            drift downhill to where training is going.
+        parameters: regular expressions; trainable parameters that match one of them move, the others stay.
+        require_localised: do not sample where the curvature is more negative than the localisation can hold.
+    """
+
+    # a mistyped key in a config is an error
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    window: int | None = None
+    gamma: float | None = None
+    n_beta: float | None = None
+    metric: Metric | None = None
+    centred: bool = True
+    parameters: tuple[str, ...] = (".*",)
+    require_localised: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.window is None) == (self.gamma is None):
+            raise ValueError(
+                f"give either window= or gamma=, got window={self.window} and gamma={self.gamma}"
+            )
+        for name in ("window", "gamma", "n_beta"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.metric not in (None, "euclidean", "adam"):
+            raise ValueError(f"metric must be 'euclidean' or 'adam', got {self.metric!r}")
+
+    def at(self, task: Task, checkpoint: Checkpoint) -> LocalDensity:
+        """The posterior's numbers at one checkpoint.
+
+        Raises:
+            ValueError: the checkpoint lacks what the window (optimiser) or the metric (second moments) needs.
+        """
+        check_fits(task, checkpoint)
+        state = task.state() | {k: v.to(task.device) for k, v in checkpoint.params.items()}
+        vector = ParameterVector.of(task, self.parameters)
+        anchor = vector.flatten(state)
+        n_beta = self.n_beta or DEFAULT_N_BETA_PER_SAMPLE * len(task.train)
+        optimizer = checkpoint.optimizer
+        adam_run = optimizer is not None and optimizer.name == "adam"
+        metric = self.metric or ("adam" if self.window is not None and adam_run else "euclidean")
+        scale = adam_scale(vector, checkpoint).to(anchor) if metric == "adam" else torch.ones_like(anchor)
+        gamma = self._gamma(n_beta, checkpoint)
+        return LocalDensity(task, vector, state, anchor, scale, gamma, n_beta, metric, self, optimizer)
+
+    def _gamma(self, n_beta: float, checkpoint: Checkpoint) -> float:
+        if self.window is None:
+            return cast(float, self.gamma)
+        if checkpoint.optimizer is None:
+            raise ValueError(
+                f"checkpoint at step {checkpoint.step} has no record of its optimiser, which window= needs; "
+                "record checkpoints with stagewise.Recorder, or set gamma= by hand"
+            )
+        return n_beta / window_reach(self.window, checkpoint.optimizer)
+
+
+@dataclass(frozen=True)
+class LocalDensity:
+    """A :class:`LocalPosterior` at one checkpoint, in whitened displacements ``u (parameters,)``.
+
+    Attributes:
+        task: the task.
+        vector: the parameters that move.
+        state: parameters and buffers at the checkpoint.
+        anchor: the checkpoint w* ``(parameters,)``.
+        scale: square root of the metric P ``(parameters,)``.
+        gamma: precision of the localisation of ``u``.
+        n_beta: inverse temperature times the number of samples.
+        metric: name of the metric.
+        posterior: the settings this came from.
+        optimizer: the run's update rule at the checkpoint, if recorded.
+    """
+
+    task: Task
+    vector: ParameterVector
+    state: dict[str, Tensor]
+    anchor: Tensor
+    scale: Tensor
+    gamma: float
+    n_beta: float
+    metric: Metric
+    posterior: LocalPosterior
+    optimizer: Optimizer | None
+
+    @property
+    def kappa(self) -> float:
+        """Weight of one sample in the exponent, n_beta / n."""
+        return self.n_beta / len(self.task.train)
+
+    @property
+    def damping(self) -> float:
+        """Ratio gamma / n_beta: with a window, 1 / (learning rate x effective window)."""
+        return self.gamma / self.n_beta
+
+    def losses(self, u: Tensor, batch: Batch) -> Tensor:
+        """Losses at one displacement ``(parameters,)``: ``(batch,)`` or ``(batch, tokens)``, nats."""
+        moved = self.vector.unflatten(self.anchor + self.scale * u)
+        return self.task.losses(self.state | moved, batch)
+
+    def mean_loss(self, u: Tensor, batch: Batch) -> Tensor:
+        """Mean loss of a batch at one displacement, nats."""
+        return self.losses(u, batch).mean()
+
+
+def adam_scale(vector: ParameterVector, checkpoint: Checkpoint) -> Tensor:
+    """Square root of Adam's metric, (sqrt(v / (1 - beta2^step)) + eps)^(-1/2), shape ``(parameters,)``.
+
+    Raises:
+        ValueError: the checkpoint has no second moments, or lacks those of a parameter that moves.
+    """
+    optimizer, moments = checkpoint.optimizer, checkpoint.second_moment
+    if optimizer is None or optimizer.name != "adam" or checkpoint.step == 0 or not moments:
+        raise ValueError(
+            f"checkpoint at step {checkpoint.step} has no second moments of Adam, which metric='adam' needs; "
+            "record checkpoints with stagewise.Recorder after the first update, or use metric='euclidean'"
+        )
+    if missing := [name for name in vector.names if name not in moments]:
+        raise ValueError(
+            f"checkpoint at step {checkpoint.step} has no second moment for {len(missing)} of "
+            f"{len(vector.names)} parameters ({missing[0]!r}, ...), which metric='adam' needs; leave them "
+            "out with parameters=, or use metric='euclidean'"
+        )
+    corrected = vector.flatten(moments) / (1 - optimizer.betas[1] ** checkpoint.step)
+    return (corrected.sqrt() + optimizer.eps).rsqrt()
+
+
+def window_reach(window: int, optimizer: Optimizer) -> float:
+    """How far a constant gradient moves the weights in ``window`` steps, in the metric: learning rate x W.
+
+    Momentum delays the response: W is replaced by  W - b/(1-b) (1 - b^W).  SGD's buffer also multiplies the
+    step by 1/(1-b), Adam's first moment is an average and does not.
+    """
+    b = optimizer.betas[0] if optimizer.name == "adam" else optimizer.momentum
+    effective = window - b / (1 - b) * (1 - b**window)
+    rate = optimizer.learning_rate / (1 - b) if optimizer.name == "sgd" else optimizer.learning_rate
+    return rate * effective
+
+
+def largest_window(curvature_min: float, optimizer: Optimizer) -> int:
+    """The longest window, in steps up to a million, whose posterior exists at this most negative curvature.
+
+    0 if not even that of one step does. The curvature is that of the whitened Hessian.
+    """
+    exists, too_long = 0, LONGEST_WINDOW + 1
+    while too_long - exists > 1:
+        middle = (exists + too_long) // 2
+        if 1 / window_reach(middle, optimizer) > -curvature_min:
+            exists = middle
+        else:
+            too_long = middle
+    return exists

@@ -1,0 +1,87 @@
+"""SGLD with RMSprop's elementwise step sizes (Li et al. 2016, arXiv 1512.07666)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Self
+
+import torch
+from torch import Generator, Tensor
+
+from stagewise.sampling.base import GradientFunction
+
+
+class RMSpropSGLDState(NamedTuple):
+    """Where every chain is, and the metric it has learnt.
+
+    Attributes:
+        position: of every chain ``(chain, parameters)``.
+        second_moment: running mean of squared minibatch gradients of the mean loss ``(chain, parameters)``.
+        updates: how many gradients have entered it.
+        frozen: whether it has stopped adapting.
+    """
+
+    position: Tensor
+    second_moment: Tensor
+    updates: int
+    frozen: bool
+
+
+@dataclass(frozen=True)
+class RMSpropSGLD:
+    """SGLD whose step size adapts to each parameter in the first half of burn-in and is frozen from there on.
+
+        V_t   = decay V_(t-1) + (1 - decay) g_t^2            g: gradient of the mean minibatch loss
+        eps_t = step_size / (sqrt(V_hat) + stability)
+        u'    = u - (eps_t/2) grad U(u) + sqrt(eps_t) noise
+
+    With V frozen the target is the same as SGLD's: preconditioning changes how fast chains mix, not what they
+    sample. While V adapts, without Li et al.'s correction term, the law is another.
+
+    Attributes:
+        step_size: epsilon, before division.
+        decay: of the running mean.
+        stability: added to sqrt(V); gradients much smaller than it make this plain SGLD with
+            step_size / stability.
+        start: V before the first gradient. Both are divided by 1 - decay^t after t gradients, which makes the
+            first steps from 1 short.
+    """
+
+    step_size: float
+    decay: float = 0.99
+    stability: float = 0.1
+    start: Literal[0, 1] = 0
+
+    @classmethod
+    def tuned(cls, slow: float, fast: float) -> Self:
+        """Safe for any V: the longest elementwise step, step_size / stability, times ``fast`` is 0.4."""
+        del slow
+        return cls(0.4 / fast * cls.stability)
+
+    def relaxation(self, slow: float) -> float:
+        """As for SGLD at the longest elementwise step; larger gradients make it slower."""
+        return 2 * self.stability / (self.step_size * slow)
+
+    def init(self, position: Tensor, generator: Generator) -> RMSpropSGLDState:
+        """Start at ``position`` with V = ``start``."""
+        del generator
+        return RMSpropSGLDState(position, torch.full_like(position, float(self.start)), 0, False)
+
+    def step(
+        self, state: RMSpropSGLDState, gradient: GradientFunction, generator: Generator
+    ) -> RMSpropSGLDState:
+        """One preconditioned Euler step of every chain."""
+        u, v, updates = state.position, state.second_moment, state.updates
+        g = gradient(u)
+        if not state.frozen:
+            v = self.decay * v + (1 - self.decay) * g.loss**2
+            updates = updates + 1
+        # Frozen before the first gradient (no burn-in), V stays what it started as.
+        corrected = v / (1 - self.decay**updates) if updates else v
+        eps = self.step_size / (corrected.sqrt() + self.stability)
+        noise = torch.randn(u.shape, generator=generator, dtype=u.dtype, device=u.device)
+        return RMSpropSGLDState(u - eps / 2 * g.potential + eps.sqrt() * noise, v, updates, state.frozen)
+
+    def freeze(self, state: RMSpropSGLDState) -> RMSpropSGLDState:
+        """Stop adapting V."""
+        return state._replace(frozen=True)

@@ -1,0 +1,152 @@
+"""Can these chains be trusted, and if not, what to change: one verdict per step.
+
+The statistics of chains come from ``arviz-stats``. They look at series of mean losses, one per data set: the
+mean training loss and the mean loss of each query set, over the chains that ended ok.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import arviz_stats
+import numpy as np
+import xarray as xr
+
+from stagewise.traces.cells import loss_groups
+from stagewise.traces.store import TraceStore
+from stagewise.traces.verdicts import MIN_CHAINS, MIN_DRAWS, judge
+
+_DIMS = ["chain", "draw"]
+_az: Any = arviz_stats  # calls itself typed, but is not
+
+
+def diagnose(tree: xr.DataTree) -> xr.Dataset:
+    """Diagnostics and verdict of one step.
+
+    Args:
+        tree: the traces of a step, see :meth:`stagewise.traces.store.TraceStore.load`.
+
+    Returns:
+        Scalars. Always there:
+
+        * ``chains_ok``, ``chains_failed``, ``draws`` (per chain), ``localised``;
+        * ``verdict``: the first that applies, in order of severity, of ``"not localised"``,
+          ``"chains failed"``, ``"cannot say"``, ``"not converged"``, ``"beyond first order"``, ``"ok"``;
+        * ``advice``: the reason and what to change; empty if ok.
+
+        There unless nothing was drawn:
+
+        * ``loss_rise``: mean training loss over draws minus that at the checkpoint, in nats.
+
+        There unless the verdict on convergence is "cannot say":
+
+        * ``rhat``: rank-normalised split R-hat, the largest of all series;
+        * ``ess_bulk``: effective number of draws of all chains together, the smallest of all series;
+        * ``mcse_mean``: Monte Carlo standard error of the mean training loss, in nats;
+        * ``loss_rise_stderr``: that of ``loss_rise``, in nats: the same, as the checkpoint's loss is exact;
+        * ``drift``: mean of the later half of the draws minus that of the earlier half in units of its
+          standard error, for the series where it is largest in size.
+
+        There if the losses at the reflected points were recorded:
+
+        * ``even_share``: see :func:`even_share`.
+    """
+    status = np.asarray(tree["chains"].to_dataset()["status"])
+    ok = status == "ok"
+    groups = {path: group.isel(chain=ok) for path, group in loss_groups(tree).items()}
+    drawn = "train" in groups and ok.any()
+    facts = {
+        "chains_ok": int(ok.sum()),
+        "chains_failed": int((~ok).sum()),
+        "draws": groups["train"].sizes["draw"] if drawn else 0,
+        "localised": bool(tree.attrs.get("localised", True)),
+    }
+    numbers = _numbers(groups) if drawn else {}
+    verdict, advice = judge(facts | numbers, status.tolist(), tree.attrs)
+    result = xr.Dataset(facts | numbers | {"verdict": verdict, "advice": advice})
+    for name in {"loss_rise", "loss_rise_stderr", "mcse_mean"} & set(result):
+        result[name].attrs["unit"] = "nats"
+    return result
+
+
+def diagnose_run(store: TraceStore) -> xr.Dataset:
+    """:func:`diagnose` for every step of a run, stacked along ``step``.
+
+    A number that some steps have and others lack is NaN where it lacks; the verdict of that step says why.
+
+    Raises:
+        ValueError: the store holds no complete cell yet.
+    """
+    if not store.steps:
+        raise ValueError(f"{store.root} holds no complete cell yet; run the sampling first")
+    results = [diagnose(store.load(step)) for step in store.steps]
+    return xr.concat(results, xr.Variable("step", list(store.steps)), data_vars="all", join="outer")
+
+
+def even_share(groups: dict[str, xr.Dataset]) -> float:
+    """How much of the posterior's spread is beyond first order in the weights, between 0 and 1.
+
+    With the losses of a draw split under reflection at the checkpoint, ``odd = [l(w) - l(2w* - w)] / 2`` and
+    ``even = [l(w) + l(2w* - w)] / 2``, this is ``sum_i Var[even_i] / sum_i (Var[even_i] + Var[odd_i])`` over
+    samples i, in the data set where it is largest. It goes per sample because at a minimum the mean loss has
+    no first order, while the losses of single samples still have one.
+
+    Args:
+        groups: data sets with ``loss`` and ``loss_reflected``.
+    """
+    return max(_even_share(group) for group in groups.values())
+
+
+def _even_share(group: xr.Dataset) -> float:
+    even, odd = (
+        (group["loss"] + sign * group["loss_reflected"]).var(_DIMS, skipna=False, dtype=float).sum().item()
+        for sign in (1, -1)
+    )
+    return even / (even + odd) if even + odd > 0 else 0.0
+
+
+def _numbers(groups: dict[str, xr.Dataset]) -> dict[str, float]:
+    series = xr.concat([_mean(group["loss"]) for group in groups.values()], xr.Variable("series", list(groups)))
+    anchor = _mean(groups["train"]["loss_anchor"])
+    numbers = {"loss_rise": (series.sel(series="train").mean() - anchor).item()}
+    if series.sizes["chain"] >= MIN_CHAINS and series.sizes["draw"] >= MIN_DRAWS:
+        numbers |= _convergence(series)
+    reflected = {path: group for path, group in groups.items() if "loss_reflected" in group}
+    if reflected and series.sizes["draw"] >= MIN_DRAWS:
+        numbers["even_share"] = even_share(reflected)
+    return numbers
+
+
+def _mean(loss: xr.DataArray) -> xr.DataArray:
+    """Mean over samples and tokens, in float64."""
+    return loss.mean([dim for dim in loss.dims if dim not in _DIMS], skipna=False, dtype=float)
+
+
+def _convergence(series: xr.DataArray) -> dict[str, float]:
+    # A loss that never changes, e.g. of a query solved exactly, has nothing to converge.
+    moving = series[(series.max(_DIMS) > series.min(_DIMS)).values]
+    if "train" not in moving["series"]:
+        return {}
+    with np.errstate(divide="ignore", invalid="ignore"):  # chains frozen at different values: R-hat is infinite
+        mcse = _mcse(moving).sel(series="train").item()
+        numbers = {
+            "rhat": _az.rhat(moving, sample_dims=_DIMS).max(skipna=False).item(),
+            "ess_bulk": _az.ess(moving, sample_dims=_DIMS, method="bulk").min(skipna=False).item(),
+            "mcse_mean": mcse,
+            "loss_rise_stderr": mcse,
+            "drift": _drift(moving),
+        }
+    return {} if np.isnan(list(numbers.values())).any() else numbers
+
+
+def _drift(series: xr.DataArray) -> float:
+    half = series.sizes["draw"] // 2
+    early, late = series[..., :half], series[..., -half:]
+    # From the autocorrelation of all chains: a standard error from the scatter of a few chains' own differences has
+    # heavy tails and raises false alarms.
+    z = ((late.mean(_DIMS) - early.mean(_DIMS)) / np.hypot(_mcse(early), _mcse(late))).values
+    return float(z[np.argmax(np.abs(z))])
+
+
+def _mcse(series: xr.DataArray) -> xr.DataArray:
+    return cast(xr.DataArray, _az.mcse(series, sample_dims=_DIMS, method="mean"))

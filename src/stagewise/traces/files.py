@@ -1,0 +1,66 @@
+"""Files that are either whole and on disk, or not there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import Timeout
+
+PARTIAL = ".partial-"
+"""Start of the name of whatever is not whole yet."""
+
+
+class RunFolderError(ValueError):
+    """A folder that cannot be used as a run folder; the message names the folder and the reason."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write or replace a small file in one instant."""
+    partial = path.with_name(f"{PARTIAL}{path.name}-{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    fsync(partial)
+    partial.replace(path)
+    fsync(path.parent)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Bring every file and folder below ``folder`` to disk, so that not even a power cut can tear it."""
+    with ThreadPoolExecutor(8) as pool:  # file systems commit together what waits together
+        list(pool.map(fsync, [folder, *folder.rglob("*")]))
+
+
+def fsync(path: Path) -> None:
+    """Bring one file or folder to disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows can neither open nor flush a folder
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def explain_write(root: Path) -> Iterator[None]:
+    """Turn what the system says while writing into an error that says what to do."""
+    try:
+        yield
+    except Timeout:  # an OSError too, but about the lock
+        raise
+    except OSError as error:
+        raise RunFolderError(f"cannot write the run folder {root}: {error}; choose another folder (out=...)") from error
+
+
+@contextmanager
+def explain_read(root: Path, what: str) -> Iterator[None]:
+    """Turn whatever goes wrong while reading cells into an error that says what to do."""
+    try:
+        yield
+    except Exception as error:
+        raise RunFolderError(
+            f"{root}: {what} cannot be read ({error}); delete it and run again to compute it anew"
+        ) from error

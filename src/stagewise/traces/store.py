@@ -1,0 +1,247 @@
+"""The run folder: every cell of a run, complete or absent, never in between.
+
+    root/identity.json              what the numbers depend on, one hash per part
+    root/cells/<step>-<block>/      one cell, a Zarr v3 group whose root attributes hold its key
+
+A cell is written into a hidden folder beside its place and renamed when it is whole and on disk. Killing a
+writer at any moment leaves all complete cells as they were, plus at most one hidden folder, which
+:meth:`TraceStore.sweep` removes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+
+from stagewise.groups import Labels
+from stagewise.traces.cells import Cell, Facts, check_cell, join_blocks, join_facts
+from stagewise.traces.files import PARTIAL, RunFolderError, explain_read, explain_write, fsync, fsync_tree, write_text
+from stagewise.traces.identity import RunMismatchError, check_identity, read_identity, write_identity
+from stagewise.traces.lock import RunLockedError, run_lock
+from stagewise.traces.zarr_tree import read_attrs, read_label, read_tree, write_tree
+
+__all__ = ["Cell", "RunFolderError", "RunLockedError", "RunMismatchError", "TraceStore"]
+
+_CELL_NAME = re.compile(r"(\d{8,})-(\d{4,})")
+_SWEPT = ".swept-"
+
+
+@dataclass(frozen=True)
+class TraceStore:
+    """The cells of one run in one folder, made by :meth:`open` or :meth:`read_only`.
+
+    It holds no open file, so it can be sent to worker processes, and workers may write at the same time.
+
+    Attributes:
+        root: the run folder.
+        identity: one hash per part that the run's numbers depend on.
+        writable: False if opened to be read only.
+    """
+
+    root: Path
+    identity: Mapping[str, str]
+    writable: bool = True
+
+    @classmethod
+    def open(cls, root: str | Path, identity: Mapping[str, str], *, create: bool = True) -> TraceStore:
+        """The run folder of this identity: a new one, or one that already holds some of its cells.
+
+        Args:
+            root: the run folder.
+            identity: one hash per part, e.g. ``{"model": ..., "training data": ..., "sampler": ...}``.
+            create: make the folder if there is none.
+
+        Raises:
+            RunMismatchError: the folder holds a run of another identity.
+            RunFolderError: there is no run folder and ``create`` is False, or it cannot be read or written.
+            RunLockedError: another process is creating it right now.
+        """
+        store = cls(Path(root), dict(identity))
+        if create:
+            store._create()
+        check_identity(store.root, read_identity(store.root), store.identity)
+        return store
+
+    @classmethod
+    def read_only(cls, root: str | Path) -> TraceStore:
+        """An existing run folder, whatever its identity.
+
+        Raises:
+            RunFolderError: ``root`` is no run folder.
+        """
+        return cls(Path(root), read_identity(Path(root)), writable=False)
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Context that keeps other runs out of the folder. It refuses at once, and dies with its process.
+
+        Raises:
+            RunLockedError: another process holds the lock.
+            RunFolderError: the folder cannot be written.
+        """
+        with self._writing():
+            return run_lock(self.root)
+
+    def is_complete(self, cell: Cell) -> bool:
+        """Whether the cell is in the store.
+
+        Raises:
+            RunMismatchError: a cell with another key stands in its place.
+        """
+        folder = self._cells / cell.name
+        if not folder.exists():
+            return False
+        with explain_read(self.root, f"cells/{cell.name}"):
+            key = read_label(folder)["key"]
+        if key != cell.key:
+            raise RunMismatchError(
+                f"{self.root} holds step {cell.step}, block {cell.block} under another key: something that "
+                "decides its numbers has changed since, e.g. the weights of the checkpoint. Choose another "
+                f"folder (out=...), or delete {folder} to compute it again"
+            )
+        return True
+
+    def write(self, cell: Cell, tree: xr.DataTree) -> None:
+        """Write a cell: complete when this returns, absent if interrupted. Writing it again changes nothing.
+
+        Raises:
+            ValueError: the tree is not a cell, see :mod:`stagewise.traces.cells`.
+            RunMismatchError: a cell with another key stands in its place.
+            RunFolderError: the folder cannot be written.
+        """
+        check_cell(tree)
+        if self.is_complete(cell):
+            return
+        partial = self._cells / f"{PARTIAL}{cell.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        try:
+            with self._writing():
+                write_tree(tree, partial, asdict(cell))
+                fsync_tree(partial)
+                self._publish(partial, cell)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Remove what killed writers left behind. Call it under :meth:`lock`, before workers start."""
+        with self._writing():
+            for text in self.root.glob(f"{PARTIAL}*"):
+                text.unlink()
+            for partial in self._cells.glob(f"{PARTIAL}*"):
+                # Renamed first, so that a writer which is still alive loses its folder at one instant.
+                with suppress(FileNotFoundError):
+                    partial.rename(partial.with_name(_SWEPT + uuid.uuid4().hex))
+            for swept in self._cells.glob(f"{_SWEPT}*"):
+                shutil.rmtree(swept, ignore_errors=True)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Steps with at least one complete cell, ascending."""
+        return tuple(sorted({step for step, _ in self._folders()}))
+
+    def load(self, step: int) -> xr.DataTree:
+        """All chains of a step, in memory: its complete blocks one after the other along ``chain``.
+
+        The root attributes are the facts on which the blocks agree.
+
+        Raises:
+            KeyError: the store holds nothing of this step.
+            RunFolderError: a cell is damaged, or the blocks do not fit together.
+        """
+        trees = []
+        for folder in self._blocks(step):
+            with explain_read(self.root, f"cells/{folder.name}"):
+                trees.append(read_tree(folder))
+                check_cell(trees[-1])
+        with explain_read(self.root, f"step {step}"):
+            return join_blocks(trees)
+
+    def attrs(self, step: int) -> Facts:
+        """The facts of a step, without reading its traces; raises like :meth:`load`."""
+        folders = self._blocks(step)
+        with explain_read(self.root, f"step {step}"):
+            return join_facts([read_attrs(folder) for folder in folders])
+
+    def write_labels(self, train: Labels | None, queries: Mapping[str, Labels | None]) -> None:
+        """Keep the group labels beside the traces; they decide no traced number and may change between runs.
+
+        Args:
+            train: label of every training sample, or None.
+            queries: labels of every sample of each query set, or None, by name.
+
+        Raises:
+            RunFolderError: the folder cannot be written.
+        """
+        labels = {"train": _words(train), "queries": {name: _words(words) for name, words in queries.items()}}
+        with self._writing():
+            write_text(self.root / "labels.json", json.dumps(labels))
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """``{"train": labels or None, "queries": {name: labels or None}}``, empty where none were kept."""
+        path = self.root / "labels.json"
+        if not path.exists():
+            return {"train": None, "queries": {}}
+        with explain_read(self.root, "labels.json"):
+            labels: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return labels
+
+    @property
+    def _cells(self) -> Path:
+        return self.root / "cells"
+
+    def _create(self) -> None:
+        identity = self.root / "identity.json"
+        with self._writing():
+            if identity.exists():
+                return
+            self._cells.mkdir(parents=True, exist_ok=True)
+        with self.lock(), self._writing():
+            if identity.exists():
+                return
+            if self._folders():
+                raise RunFolderError(f"{self.root} holds cells but no identity.json: nobody knows of which run")
+            write_identity(self.root, self.identity)
+
+    def _folders(self) -> dict[tuple[int, int], Path]:
+        folders = list(self._cells.iterdir()) if self._cells.is_dir() else []
+        matches = [(folder, _CELL_NAME.fullmatch(folder.name)) for folder in folders]
+        return {(int(match[1]), int(match[2])): folder for folder, match in matches if match}
+
+    def _blocks(self, step: int) -> list[Path]:
+        folders = self._folders()
+        blocks = [folders[cell] for cell in sorted(folders) if cell[0] == step]
+        if not blocks:
+            raise KeyError(f"{self.root} holds no traces of step {step}; it holds {list(self.steps)}")
+        return blocks
+
+    def _publish(self, partial: Path, cell: Cell) -> None:
+        # The root's metadata is written first. If it is gone, another run has swept the folder, because this
+        # is an orphaned worker of a killed run, and what stands there now is only the rest.
+        if not (partial / "zarr.json").exists():
+            raise RunFolderError(f"{partial} was swept by another run before it was complete")
+        try:
+            partial.rename(self._cells / cell.name)
+        except OSError:
+            if not self.is_complete(cell):  # or else another worker wrote the same cell first
+                raise
+        fsync(self._cells)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        if not self.writable:
+            raise RunFolderError(f"{self.root} was opened to be read only; use TraceStore.open to write")
+        with explain_write(self.root):
+            yield
+
+
+def _words(labels: Labels | None) -> list[str] | None:
+    return None if labels is None else [str(label) for label in labels]

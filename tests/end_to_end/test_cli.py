@@ -1,0 +1,76 @@
+"""The commands as a person types them."""
+
+import pytest
+import yaml
+from tiny import write_run
+from typer.testing import CliRunner
+
+from stagewise.cli import app
+
+cli = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    config = write_run(tmp_path_factory.mktemp("cli"))
+    result = cli.invoke(app, ["run", str(config)])
+    assert result.exit_code == 0, result.output
+    return config.parent / "run", result.output
+
+
+def test_run_prints_findings_and_the_path_of_the_report(finished):
+    folder, output = finished
+    assert "report.html" in output.replace("\n", "")
+    assert "nats" in output
+
+
+def test_report_is_written_again_without_the_task(finished, tmp_path):
+    folder, _ = finished
+    (folder / "report.html").unlink()
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    assert cli.invoke(app, ["report", str(folder)]).exit_code == 0
+    assert settings["title"] in (folder / "report.html").read_text()
+
+
+def test_doctor_shows_a_verdict_per_checkpoint(finished):
+    result = cli.invoke(app, ["doctor", str(finished[0])])
+    assert result.exit_code == 0
+    for step in (5, 10, 20, 30, 40):
+        assert str(step) in result.output
+
+
+def test_dry_run_predicts_cost_and_samples_nothing(tmp_path):
+    config = write_run(tmp_path)
+    result = cli.invoke(app, ["run", str(config), "--dry-run"])
+    assert result.exit_code == 0, result.output
+    for word in ("time", "memory", "disk", "5 cells"):
+        assert word in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_faults_end_with_a_message_and_no_traceback(tmp_path):
+    result = cli.invoke(app, ["run", str(tmp_path / "absent.yaml")])
+    assert result.exit_code == 1
+    assert "cannot read the configuration" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_unwritable_run_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    config = write_run(tmp_path, out="file/run")
+    result = cli.invoke(app, ["run", str(config)])
+    assert result.exit_code == 1
+    assert "file" in result.output
+
+
+def test_doctor_on_a_folder_that_is_no_run_says_so(tmp_path):
+    result = cli.invoke(app, ["doctor", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "no run folder" in result.output.replace("\n", " ")
+
+
+def test_config_lists_every_setting_with_its_meaning():
+    result = cli.invoke(app, ["config"])
+    assert result.exit_code == 0
+    for key in ("posterior", "window", "draws", "retraining", "workers"):
+        assert key in result.output

@@ -1,0 +1,125 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from stagewise.checkpoints.trajectory import Checkpoint, Optimizer
+from stagewise.sampling import Chains, LocalPosterior, sample_block
+from stagewise.sampling.curvature import extreme_curvature, hessian_product, training_batches
+from stagewise.task import Task
+
+
+def network(hidden, seed=0, n=40):
+    """A random network away from any minimum, and its density in Adam's metric: an indefinite Hessian."""
+    random = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, hidden), nn.Tanh(), nn.Linear(hidden, 2)).double()
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=random, dtype=torch.float64)
+    data = (
+        torch.randn(n, 3, generator=random, dtype=torch.float64),
+        torch.randint(2, (n,), generator=random),
+    )
+    task = Task(
+        model,
+        lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1], reduction="none"),
+        train=data,
+        queries={"val": tuple(part[:2] for part in data)},
+    )
+    moments = {name: torch.rand(p.shape, generator=random).double() for name, p in model.named_parameters()}
+    return task, Checkpoint(100, task.state(), Optimizer("adam", 0.01), second_moment=moments)
+
+
+def dense_spectrum(density):
+    batch = density.task.train.batch(slice(None))
+    hessian = torch.autograd.functional.hessian(
+        lambda u: density.mean_loss(u, batch), torch.zeros_like(density.anchor)
+    )
+    return hessian, torch.linalg.eigvalsh(hessian)
+
+
+@pytest.mark.parametrize("hidden", [2, 5, 12, 60])
+@pytest.mark.parametrize("gamma", [0.1, 100.0])
+def test_extremes_agree_with_the_dense_spectrum(hidden, gamma):
+    density = LocalPosterior(gamma=gamma, n_beta=10.0, metric="adam").at(*network(hidden))
+    assert (density.vector.size > 32) == (hidden > 5)
+    _, spectrum = dense_spectrum(density)
+    curvature = extreme_curvature(density)
+    precise = 0.01 * (density.damping + abs(spectrum[0].item()))
+    assert spectrum[0] < -0.01
+    assert curvature.smallest == pytest.approx(spectrum[0].item(), abs=precise)
+    assert curvature.largest == pytest.approx(spectrum[-1].item(), rel=0.01)
+
+
+def test_hessian_product_is_the_hessian_in_whitened_coordinates():
+    density = LocalPosterior(gamma=1.0, metric="adam").at(*network(4))
+    hessian, _ = dense_spectrum(density)
+    vectors = torch.randn(3, density.vector.size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    product = hessian_product(density)
+    torch.testing.assert_close(product(vectors), vectors @ hessian, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(product(vectors[0]), hessian @ vectors[0], rtol=1e-10, atol=1e-12)
+
+
+def linear_task(rank, size=300):
+    """Least squares with far more weights than data: most directions are exactly flat."""
+    x = torch.randn(max(rank, 1), size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = x * (rank > 0)
+    model = nn.Linear(size, 1, bias=False).double()
+    task = Task(model, lambda m, b: 0.5 * m(b[0])[:, 0] ** 2, train=(x,), queries={"val": (x,)})
+    return task, Checkpoint(0, task.state())
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5, 50, 200])
+def test_flat_directions_are_found_flat(rank):
+    task, checkpoint = linear_task(rank)
+    density = LocalPosterior(gamma=3.0, n_beta=10.0).at(task, checkpoint)
+    curvature = extreme_curvature(density)
+    x = task.train.batch(slice(None))[0]
+    assert curvature.smallest == pytest.approx(0, abs=0.01 * density.damping)
+    assert curvature.largest == pytest.approx(torch.linalg.matrix_norm(x, 2).item() ** 2 / len(x), rel=0.01)
+
+
+@pytest.mark.parametrize("size", [5, 50])
+def test_curvature_that_is_not_finite_is_refused(size):
+    model = nn.Linear(size, 1, bias=False).double()
+    model.weight.data.zero_()
+    x = torch.ones(2, size, dtype=torch.float64)
+    task = Task(model, lambda m, b: m(b[0])[:, 0].abs() ** 1.5, train=(x,), queries={"val": (x,)})
+    density = LocalPosterior(gamma=1.0).at(task, Checkpoint(0, task.state()))
+    with pytest.raises(ValueError, match="not finite"):
+        extreme_curvature(density)
+
+
+def test_sorted_training_sets_are_represented_from_end_to_end():
+    x = torch.arange(1000.0).reshape(-1, 1)
+    task = Task(nn.Linear(1, 1), lambda m, b: m(b[0])[:, 0], train=(x,), queries={"val": (x,)})
+    density = LocalPosterior(gamma=1.0).at(task, Checkpoint(0, task.state()))
+    batches = training_batches(density, 600)
+    rows = torch.cat([batch[0][:, 0] for batch, _ in batches])
+    assert len(rows) == len(set(rows.tolist())) == 600
+    assert rows[0] == 0
+    assert rows[-1] > 990
+    assert rows.diff().max() <= 2
+    assert sum(share for _, share in batches) == pytest.approx(1)
+    everything = torch.cat([batch[0][:, 0] for batch, _ in training_batches(density, 10**6)])
+    assert torch.equal(everything, x[:, 0])
+
+
+@pytest.mark.parametrize("hidden", [3, 12])
+def test_checkpoint_curved_downwards_beyond_the_localisation_is_not_sampled(hidden):
+    task, checkpoint = network(hidden)
+    most_negative = -dense_spectrum(LocalPosterior(gamma=1.0).at(task, checkpoint))[1][0].item()
+    plan = Chains(chains=3, draws=2, burn_in=2, thinning=1)
+    for factor, status in ((0.97, "not_localised"), (1.03, "ok")):
+        tree = sample_block(task, checkpoint, LocalPosterior(gamma=10 * factor * most_negative, n_beta=10.0), plan)
+        assert set(tree["chains"]["status"].values) == {status}
+        assert tree.attrs["localised"] == (status == "ok")
+        assert ("train" in tree.children) == (status == "ok")
+        assert tree.attrs["curvature_min"] == pytest.approx(-most_negative, rel=0.02)
+
+
+def test_posterior_that_is_not_localised_is_sampled_when_asked_and_says_so():
+    task, checkpoint = network(3)
+    posterior = LocalPosterior(gamma=0.01, n_beta=1.0, require_localised=False)
+    tree = sample_block(task, checkpoint, posterior, Chains(chains=2, draws=2, burn_in=2, thinning=1))
+    assert tree.attrs["localised"] is False
+    assert np.isfinite(tree["train"]["loss"]).all()

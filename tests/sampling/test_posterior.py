@@ -1,0 +1,155 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from stagewise.checkpoints.trajectory import Checkpoint, Optimizer
+from stagewise.sampling import LocalPosterior
+from stagewise.sampling.posterior import LONGEST_WINDOW, largest_window, window_reach
+from stagewise.task import Task
+
+SGD = Optimizer("sgd", 0.05)
+MOMENTUM = Optimizer("sgd", 0.05, momentum=0.9)
+ADAM = Optimizer("adam", 0.01, betas=(0.9, 0.9999), eps=1e-4)
+V = (0.25, 4.0, 1e-6)
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Parameter(torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64))
+        self.second = nn.Parameter(torch.tensor([[0.5]], dtype=torch.float64))
+
+    def forward(self, x):
+        return x @ self.first + self.second[0, 0]
+
+
+def task():
+    x = torch.arange(12.0, dtype=torch.float64).reshape(4, 3)
+    return Task(Pair(), lambda model, b: model(b[0]) ** 2, train=(x,), queries={"val": (x[:2],)})
+
+
+def checkpoint(optimizer=None, step=1000, **more):
+    moments = {"first": torch.tensor(V, dtype=torch.float64), "second": torch.ones(1, 1, dtype=torch.float64)}
+    fields = {"second_moment": moments if optimizer and optimizer.name == "adam" else {}} | more
+    return Checkpoint(step, task().state(), optimizer, **fields)
+
+
+def response(optimizer, window, push):
+    """How far a torch optimiser moves when a constant is added to its gradient, per unit of that constant."""
+
+    def run(extra):
+        w = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+        if optimizer.name == "sgd":
+            trainer = torch.optim.SGD([w], optimizer.learning_rate, optimizer.momentum)
+        else:
+            trainer = torch.optim.Adam([w], optimizer.learning_rate, optimizer.betas, optimizer.eps)
+            bias = 1 - optimizer.betas[1] ** 1000
+            trainer.state[w] = {
+                "step": torch.tensor(1000.0),
+                "exp_avg": torch.zeros_like(w),
+                "exp_avg_sq": torch.tensor(V, dtype=torch.float64),
+            }
+        for step in range(window):
+            # gradients whose squares keep Adam's second moment where it is, and whose mean is 0
+            size = torch.tensor(V, dtype=torch.float64).div(bias).sqrt() if optimizer.name == "adam" else 1.0
+            w.grad = (-1) ** step * size + extra * torch.ones_like(w)
+            trainer.step()
+        return w.detach()
+
+    return (run(0.0) - run(push)) / push
+
+
+@pytest.mark.parametrize("window", [1, 5, 40])
+@pytest.mark.parametrize("optimizer", [SGD, MOMENTUM, ADAM], ids=["sgd", "momentum", "adam"])
+def test_localisation_of_a_window_is_the_response_of_the_optimiser_to_a_constant_push(optimizer, window):
+    density = LocalPosterior(window=window).at(task(), checkpoint(optimizer))
+    reach = density.n_beta / density.gamma * density.scale[:3] ** 2
+    torch.testing.assert_close(reach, response(optimizer, window, 1e-7), rtol=2e-3, atol=0)
+
+
+def test_adam_metric_is_the_step_adam_would_take():
+    density = LocalPosterior(gamma=1.0, metric="adam").at(task(), checkpoint(ADAM, step=7))
+    corrected = torch.tensor([*V, 1.0], dtype=torch.float64) / (1 - 0.9999**7)
+    expected = 1 / (corrected.sqrt() + 1e-4)
+    torch.testing.assert_close(density.scale**2, expected, rtol=1e-12, atol=0)
+
+
+def test_whitened_displacements_move_the_weights_by_the_root_of_the_metric():
+    local = LocalPosterior(gamma=1.0, metric="adam").at(task(), checkpoint(ADAM))
+    u = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    w = local.anchor + local.scale * u
+    x = torch.ones(1, 3, dtype=torch.float64)
+    torch.testing.assert_close(local.losses(u, (x,)), (x @ w[:3] + w[3]) ** 2, rtol=1e-12, atol=0)
+
+
+def test_defaults_follow_the_run():
+    adam, sgd = (checkpoint(rule) for rule in (ADAM, SGD))
+    assert LocalPosterior(window=5).at(task(), adam).metric == "adam"
+    assert LocalPosterior(window=5).at(task(), sgd).metric == "euclidean"
+    assert LocalPosterior(gamma=5.0).at(task(), adam).metric == "euclidean"
+    assert LocalPosterior(gamma=5.0).at(task(), checkpoint()).gamma == 5.0
+    local = LocalPosterior(window=5).at(task(), sgd)
+    assert local.n_beta == 40.0
+    assert local.kappa == 10.0
+    assert local.damping == pytest.approx(1 / (0.05 * 5))
+
+
+@pytest.mark.parametrize("optimizer", [SGD, MOMENTUM, ADAM], ids=["sgd", "momentum", "adam"])
+@pytest.mark.parametrize("curvature", [-0.01, -0.3, -7.0])
+def test_largest_window_is_the_last_one_that_is_localised(optimizer, curvature):
+    window = largest_window(curvature, optimizer)
+    damping = [1 / window_reach(w, optimizer) for w in (window, window + 1)]
+    assert damping[0] > -curvature >= damping[1]
+
+
+def test_largest_window_at_its_ends():
+    assert largest_window(0.5, SGD) == LONGEST_WINDOW
+    assert largest_window(-1e9, SGD) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "either window= or gamma="),
+        ({"window": 3, "gamma": 1.0}, "either window= or gamma="),
+        ({"window": 0}, "window must be positive, got 0"),
+        ({"gamma": -1.0}, "gamma must be positive"),
+        ({"gamma": math.nan}, "gamma must be positive"),
+        ({"gamma": 1.0, "n_beta": 0.0}, "n_beta must be positive"),
+        ({"gamma": 1.0, "metric": "Adam"}, "metric must be 'euclidean' or 'adam', got 'Adam'"),
+    ],
+)
+def test_settings_that_define_no_posterior_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LocalPosterior(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "at", "message"),
+    [
+        ({"window": 3}, checkpoint(), "no record of its optimiser"),
+        ({"window": 3}, checkpoint(ADAM, second_moment={}), "no second moments of Adam"),
+        ({"window": 3}, checkpoint(ADAM, step=0), "step 0 has no second moments"),
+        ({"gamma": 1.0, "metric": "adam"}, checkpoint(SGD), "use metric='euclidean'"),
+        (
+            {"window": 3},
+            checkpoint(ADAM, second_moment={"first": torch.ones(3)}),
+            "no second moment for 1 of 2 parameters \\('second'",
+        ),
+        ({"gamma": 1.0, "parameters": ("third",)}, checkpoint(), "no trainable parameter matches 'third'"),
+        ({"gamma": 1.0}, replace(checkpoint(), params={}), "lacks parameter"),
+    ],
+)
+def test_checkpoints_that_lack_what_is_needed_are_refused_with_the_remedy(settings, at, message):
+    with pytest.raises(ValueError, match=message):
+        LocalPosterior(**settings).at(task(), at)
+
+
+def test_moments_of_parameters_that_do_not_move_are_not_needed():
+    partial = checkpoint(ADAM, second_moment={"first": torch.ones(3, dtype=torch.float64)})
+    local = LocalPosterior(window=3, parameters=("first",)).at(task(), partial)
+    assert local.vector.names == ("first",)
+    assert local.anchor.tolist() == [0.1, 0.2, 0.3]

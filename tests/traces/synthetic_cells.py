@@ -1,0 +1,53 @@
+"""Cells with known content, for the tests of the store and of the diagnostics."""
+
+import numpy as np
+import xarray as xr
+
+CHAINS, DRAWS, TRAIN, QUERY = 2, 6, 5, 3
+
+
+def make_cell(step=10, block=0, *, tokens=(), reflected=False, statuses=("ok", "ok"), **facts):
+    """A cell whose losses depend on step and block only; the anchors on the step only."""
+    chain = np.arange(CHAINS) + block * CHAINS
+
+    def group(samples, salt):
+        rng = np.random.default_rng([step, block, salt])
+        shape = (CHAINS, DRAWS, samples, *tokens)
+        dims = ("chain", "draw", "sample", "token")[: len(shape)]
+        names = ["loss", "loss_reflected"] if reflected else ["loss"]
+        variables = {name: (dims, rng.standard_normal(shape).astype(np.float32)) for name in names}
+        anchor = np.random.default_rng([step, salt]).standard_normal(shape[2:]).astype(np.float32)
+        group = xr.Dataset(variables | {"loss_anchor": (dims[2:], anchor)}, coords={"chain": chain})
+        group["loss"].attrs = {"unit": "nats"}
+        return group.assign_attrs(samples=samples)
+
+    tree = xr.DataTree.from_dict(
+        {
+            "/train": group(TRAIN, 0),
+            "/queries/val": group(QUERY, 1),
+            "/chains": xr.Dataset({"status": ("chain", np.array(statuses))}, coords={"chain": chain}),
+        }
+    )
+    tree.attrs = {"n_beta": 100.0, "window": 30, "localised": True, "sampler": "sgld"} | facts
+    return tree
+
+
+def make_empty_cell(block=0, **facts):
+    """A checkpoint at which nothing could be drawn."""
+    chains = xr.Dataset(
+        {"status": ("chain", np.array(["not_localised"] * CHAINS))},
+        coords={"chain": np.arange(CHAINS) + block * CHAINS},
+    )
+    tree = xr.DataTree.from_dict({"/chains": chains})
+    tree.attrs = {"localised": False} | facts
+    return tree
+
+
+def bits(tree):
+    """Everything in a tree, comparable bit by bit (``==`` would take NaN for different and -0 for 0)."""
+    variables = {
+        f"{node.path}/{name}": (v.dims, str(v.dtype), v.shape, v.values.tobytes(), v.attrs)
+        for node in tree.subtree
+        for name, v in node.to_dataset().variables.items()
+    }
+    return variables, {node.path: node.attrs for node in tree.subtree}

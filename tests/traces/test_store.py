@@ -1,0 +1,456 @@
+import json
+import math
+import os
+import warnings
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+from numcodecs import Pickle
+from synthetic_cells import bits, make_cell, make_empty_cell
+
+from stagewise.traces import store as store_module
+from stagewise.traces.store import Cell, RunFolderError, RunMismatchError, TraceStore
+
+IDENTITY = {"model": "a" * 64, "loss": "b" * 64, "training data": "c" * 64, "query 'val'": "d" * 64}
+
+
+@pytest.fixture
+def store(tmp_path):
+    return TraceStore.open(tmp_path / "run", IDENTITY)
+
+
+def files(root):
+    return {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+# What goes in comes out.
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        make_cell(),
+        make_cell(tokens=(4,), reflected=True),
+        make_cell(statuses=("ok", "diverged")),
+        make_empty_cell(largest_window=7.5),
+        make_cell(curvature_min=-math.inf, kappa=float("nan"), seeds=(1, 2), hot={"a": [1.5, None, math.inf]}),
+        make_cell(n_beta=np.float64(3.5), draws=np.int64(7), localised=np.bool_(True), sizes=np.array([1, 2])),
+    ],
+)
+def test_a_cell_comes_back_bit_for_bit_without_a_warning(store, tree):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        store.write(Cell(10, 0, "k"), tree)
+        loaded = store.load(10)
+        attrs = store.attrs(10)
+    arrays, facts = bits(loaded)
+    expected = {k: v for k, v in bits(tree)[0].items() if not k.endswith("status")}
+    assert {k: v for k, v in arrays.items() if not k.endswith("status")} == expected
+    assert loaded["chains"]["status"].values.tolist() == tree["chains"]["status"].values.tolist()
+    plain = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in tree.attrs.items()}
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+    assert repr(facts["/"]) == repr(attrs) == repr(plain)
+    assert facts["/chains"] == {}
+    assert all(facts[path] == tree[path].attrs for path in facts if path != "/")
+
+
+def test_losses_of_a_diverged_chain_are_kept_even_if_not_finite(store):
+    tree = make_cell(statuses=("diverged", "ok"))
+    tree["train"]["loss"].values[0, 3:] = np.nan
+    tree["train"]["loss"].values[0, 2] = -np.inf
+    store.write(Cell(10, 0, "k"), tree)
+    assert bits(store.load(10))[0]["/train/loss"] == bits(tree)[0]["/train/loss"]
+
+
+def test_attributes_on_disk_are_json_for_any_reader(store):
+    store.write(Cell(10, 0, "k"), make_cell(curvature_min=-math.inf, kappa=float("nan")))
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    for path in store.root.rglob("*.json"):
+        json.loads(path.read_text(), parse_constant=refuse)
+
+
+def test_xarray_reads_a_cell_by_itself_and_sees_the_status_as_flags(store):
+    store.write(Cell(10, 0, "k"), make_cell(statuses=("ok", "diverged")))
+    path = store.root / "cells" / "00000010-0000"
+    tree = xr.open_datatree(path, engine="zarr", consolidated=False, chunks=None)
+    np.testing.assert_array_equal(tree["train/loss"], make_cell()["train/loss"])
+    status = tree["chains/status"]
+    assert status.dtype == np.int8
+    meanings = status.attrs["flag_meanings"].split()
+    assert [meanings[code] for code in status.values] == ["ok", "diverged"]
+    assert tree.attrs["stagewise"].items() >= {"step": 10, "block": 0, "key": "k"}.items()
+
+
+def test_an_array_larger_than_the_codec_takes_is_split_into_chunks(store, monkeypatch):
+    monkeypatch.setattr("stagewise.traces.zarr_tree._CHUNK_BYTES", 64)
+    store.write(Cell(10, 0, "k"), make_cell(tokens=(4,)))
+    assert len(list((store.root / "cells/00000010-0000/train/loss").glob("c.*"))) > 10
+    assert bits(store.load(10)) == bits(make_cell(tokens=(4,)))
+
+
+# Blocks of one step become one tree.
+
+
+def test_blocks_are_joined_along_chain_in_block_order(store):
+    for block in (2, 0, 1):
+        statuses = ("ok", "diverged") if block == 1 else ("ok", "ok")
+        store.write(Cell(10, block, f"k{block}"), make_cell(block=block, statuses=statuses, seconds=block))
+    tree = store.load(10)
+    assert tree["chains"]["chain"].values.tolist() == [0, 1, 2, 3, 4, 5]
+    assert tree["chains"]["status"].values.tolist() == ["ok", "ok", "ok", "diverged", "ok", "ok"]
+    for block in range(3):
+        for path in ("train", "queries/val"):
+            part = tree[path].to_dataset().sel(chain=[2 * block, 2 * block + 1])
+            xr.testing.assert_identical(part, make_cell(block=block)[path].to_dataset())
+    assert tree["train"]["loss_anchor"].dims == ("sample",)
+    assert "seconds" not in tree.attrs  # the blocks differ in it
+    assert tree.attrs == store.attrs(10) == make_cell().attrs
+
+
+def test_steps_are_those_with_a_complete_cell_in_ascending_order(store):
+    assert store.steps == ()
+    for step in (1000, 0, 123456789):
+        store.write(Cell(step, 0, "k"), make_cell(step))
+    (store.root / "cells" / "notes").mkdir()
+    (store.root / "cells" / ".partial-00000007-0000-1-x").mkdir()
+    assert store.steps == (0, 1000, 123456789)
+    assert bits(store.load(123456789)) == bits(make_cell(123456789))
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (make_cell(block=0), "share chain numbers"),
+        (make_cell(block=1, n_beta=7.0), "disagree on n_beta: 100.0 and 7.0"),
+        (make_cell(step=11, block=1), "disagree on 'loss_anchor'"),
+        (make_cell(block=1, reflected=True), "differ in size"),
+        (make_cell(block=1, tokens=(2,)), "differ in size"),
+        (make_empty_cell(block=1), "disagree on n_beta"),
+        (make_empty_cell(block=1, n_beta=100.0, window=30, localised=True), None),
+    ],
+)
+def test_blocks_that_do_not_fit_are_refused(store, second, message):
+    store.write(Cell(10, 0, "k"), make_cell())
+    if message is None:
+        with pytest.raises(ValueError, match="localised=False"):
+            store.write(Cell(10, 1, "k"), second)
+        return
+    store.write(Cell(10, 1, "k"), second)
+    with pytest.raises(RunFolderError, match=f"step 10 cannot be read.*{message}"):
+        store.load(10)
+
+
+def test_blocks_with_different_query_sets_are_refused(store):
+    other = make_cell(block=1)
+    other["queries/test"] = other["queries/val"]
+    store.write(Cell(10, 0, "k"), make_cell())
+    store.write(Cell(10, 1, "k"), other)
+    with pytest.raises(RunFolderError, match=r"different groups.*queries/test"):
+        store.load(10)
+
+
+def test_anchors_that_differ_by_rounding_only_are_the_same_checkpoint(store):
+    other = make_cell(block=1)
+    other["train"]["loss_anchor"].values *= np.float32(1 + 1e-6)
+    store.write(Cell(10, 0, "k"), make_cell())
+    store.write(Cell(10, 1, "k"), other)
+    assert store.load(10)["train"].sizes["chain"] == 4
+
+
+def test_a_step_that_is_not_there_names_those_that_are(store):
+    store.write(Cell(10, 0, "k"), make_cell())
+    for read in (store.load, store.attrs):
+        with pytest.raises(KeyError, match=r"no traces of step 11; it holds \[10\]"):
+            read(11)
+
+
+# What is not a cell is refused before anything is written.
+
+
+def _broken(change):
+    tree = make_cell()
+    change(tree)
+    return tree
+
+
+def _set(path, name, value):
+    def change(tree):
+        tree[path] = xr.DataTree(tree[path].to_dataset().assign({name: value}))
+
+    return change
+
+
+def _drop(path, name):
+    return lambda tree: tree.__setitem__(path, xr.DataTree(tree[path].to_dataset().drop_vars(name)))
+
+
+def _label_samples(tree):
+    tree["train"] = xr.DataTree(tree["train"].to_dataset().assign_coords(group=("sample", np.arange(5))))
+
+
+LOSS = make_cell()["train"]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.children["chains"].orphan(), "needs the group 'chains'"),
+        (_drop("chains", "status"), "variable 'status"),
+        (_drop("chains", "chain"), "coordinate 'chain'"),
+        (_drop("train", "chain"), "'train' needs the same coordinate 'chain'"),
+        (_drop("train", "loss_anchor"), "'train/loss_anchor' must be float32 .*got nothing"),
+        (_set("train", "loss", LOSS.astype(float)), "'train/loss' must be float32 .*got float64"),
+        (_set("train", "loss", LOSS.transpose("draw", "chain", "sample")), "dimensions .chain, draw, sample"),
+        (_set("train", "loss_reflected", LOSS[0]), "'train/loss_reflected' must be float32"),
+        (_set("train", "loss", LOSS.where(LOSS[1, 2, 3] != LOSS)), "not finite although .* ok"),
+        (_set("train", "note", ("draw", np.array(["a b"] * 6))), "numbers or single words.*got 'a b'"),
+        (_set("train", "note", ("draw", np.array([{}] * 6, object))), "numbers or single words"),
+        (lambda t: t.attrs.update(model=object()), "attribute 'model' must be JSON"),
+        (_label_samples, "only dimensions may have coordinates"),
+    ],
+)
+def test_what_is_not_a_cell_is_refused_and_leaves_no_trace(store, change, message):
+    before = files(store.root)
+    with pytest.raises(ValueError, match=message):
+        store.write(Cell(10, 0, "k"), _broken(change))
+    assert files(store.root) == before
+    assert store.steps == ()
+
+
+@pytest.mark.parametrize("wrong", [{"step": -1}, {"block": -1}, {"key": ""}])
+def test_a_cell_that_could_not_be_found_again_is_refused(wrong):
+    with pytest.raises(ValueError, match="step >= 0"):
+        Cell(**({"step": 1, "block": 0, "key": "k"} | wrong))
+
+
+# Of which run a folder is.
+
+
+def test_the_same_identity_opens_the_same_cells_again(store):
+    store.write(Cell(10, 0, "k"), make_cell())
+    again = TraceStore.open(store.root, dict(reversed(IDENTITY.items())), create=False)
+    assert again.is_complete(Cell(10, 0, "k"))
+    assert not again.is_complete(Cell(10, 1, "k"))
+    assert not again.is_complete(Cell(11, 0, "k"))
+
+
+def test_a_mismatch_names_every_part_that_differs_is_missing_or_new(store):
+    other = {"model": "e" * 64, "loss": "b" * 64, "query 'val'": "f" * 64, "sampler": "0" * 64}
+    with pytest.raises(RunMismatchError) as error:
+        TraceStore.open(store.root, other)
+    lines = str(error.value).splitlines()
+    assert str(store.root) in lines[0]
+    assert lines[1:-1] == [
+        "  model: differs (folder aaaaaaaaaaaa, now eeeeeeeeeeee)",
+        "  query 'val': differs (folder dddddddddddd, now ffffffffffff)",
+        "  sampler: new, the folder's run has none",
+        "  training data: missing, the folder's run has it",
+    ]
+    assert "out=" in lines[-1]
+    assert TraceStore.read_only(store.root).identity == IDENTITY  # nothing was overwritten
+
+
+def test_a_cell_under_another_key_is_named_by_its_step_and_kept(store):
+    store.write(Cell(46, 3, "old"), make_cell())
+    before = files(store.root)
+    for act in (lambda c: store.is_complete(c), lambda c: store.write(c, make_cell(11))):
+        with pytest.raises(RunMismatchError, match=r"step 46, block 3.*weights of the checkpoint.*out="):
+            act(Cell(46, 3, "new"))
+    assert files(store.root) == before
+
+
+def test_writing_a_cell_again_changes_nothing(store):
+    store.write(Cell(10, 0, "k"), make_cell())
+    before = files(store.root)
+    store.write(Cell(10, 0, "k"), make_cell(99))
+    assert files(store.root) == before
+
+
+# Folders that are no run folders.
+
+
+def test_reading_what_is_no_run_folder_says_so(tmp_path):
+    with pytest.raises(RunFolderError, match="no run folder"):
+        TraceStore.read_only(tmp_path / "nowhere")
+    with pytest.raises(RunFolderError, match="no run folder"):
+        TraceStore.open(tmp_path, IDENTITY, create=False)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "identity.json").write_text("{")
+    with pytest.raises(RunFolderError, match="cannot be read as the identity"):
+        TraceStore.read_only(tmp_path)
+    (tmp_path / "identity.json").write_text("[]")
+    with pytest.raises(RunFolderError, match="cannot be read as the identity"):
+        TraceStore.read_only(tmp_path)
+    (tmp_path / "identity.json").write_text('{"format": "stagewise traces 9", "identity": {}}')
+    with pytest.raises(RunFolderError, match="format 'stagewise traces 9'"):
+        TraceStore.read_only(tmp_path)
+
+
+def test_cells_whose_run_is_unknown_are_not_adopted(store):
+    store.write(Cell(10, 0, "k"), make_cell())
+    (store.root / "identity.json").unlink()
+    with pytest.raises(RunFolderError, match="nobody knows of which run"):
+        TraceStore.open(store.root, IDENTITY)
+
+
+def test_a_folder_with_other_files_may_become_a_run_folder(tmp_path):
+    (tmp_path / "config.yaml").write_text("a: 1")
+    store = TraceStore.open(tmp_path, IDENTITY)
+    store.write(Cell(10, 0, "k"), make_cell())
+    assert TraceStore.read_only(tmp_path).steps == (10,)
+
+
+def test_a_place_that_cannot_be_written_says_so(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunFolderError, match=r"cannot write the run folder .*out="):
+        TraceStore.open(tmp_path / "file" / "run", IDENTITY)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda store: store.write(Cell(10, 0, "k"), make_cell()),
+        lambda store: store.lock().__enter__(),
+        lambda store: store.sweep(),
+    ],
+)
+def test_a_system_that_refuses_is_explained(store, monkeypatch, act):
+    def refuse(*_args, **_kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr("pathlib.Path.glob", refuse)
+    with pytest.raises(RunFolderError, match=r"cannot write the run folder .*Permission denied.*out="):
+        act(store)
+    monkeypatch.undo()
+    assert store.steps == ()
+    assert not list((store.root / "cells").iterdir())
+
+
+def test_a_store_opened_to_be_read_is_not_written(store):
+    store.write(Cell(10, 0, "k"), make_cell())
+    reader = TraceStore.read_only(store.root)
+    assert bits(reader.load(10)) == bits(make_cell())
+    for act in (lambda: reader.write(Cell(11, 0, "k"), make_cell()), reader.lock, reader.sweep):
+        with pytest.raises(RunFolderError, match="read only"):
+            act()
+
+
+# Damage and strangers.
+
+
+def test_no_file_of_a_cell_can_be_lost_or_torn_in_silence(store):
+    store.write(Cell(10, 0, "k"), make_cell())
+    cell = store.root / "cells" / "00000010-0000"
+    paths = sorted(path for path in cell.rglob("*") if path.is_file())
+    assert len(paths) > 15
+    for path in paths:
+        whole = path.read_bytes()
+        for torn in (None, whole[: len(whole) // 2]):
+            path.unlink()
+            if torn is not None:
+                path.write_bytes(torn)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # zarr wonders about foreign files
+                try:
+                    loaded = bits(store.load(10))
+                except (RunFolderError, KeyError):
+                    loaded = None
+            assert loaded is None, f"{path} was damaged and nobody noticed"
+            path.write_bytes(whole)
+    assert bits(store.load(10)) == bits(make_cell())
+
+
+def test_a_flipped_bit_in_the_losses_is_noticed(store):
+    store.write(Cell(10, 0, "k"), make_cell())
+    chunk = store.root / "cells/00000010-0000/train/loss/c.0.0.0"
+    damaged = bytearray(chunk.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    chunk.write_bytes(damaged)
+    with pytest.raises(RunFolderError, match=r"cells/00000010-0000 cannot be read"):
+        store.load(10)
+
+
+def test_group_labels_are_kept_beside_the_traces_and_may_change(store):
+    assert store.labels == {"train": None, "queries": {}}
+    for labels in (["a", "b"], ["a", "c"]):
+        store.write_labels(np.array(labels), {"val": None, "test": np.array(["x"])})
+        assert TraceStore.read_only(store.root).labels == {"train": labels, "queries": {"val": None, "test": ["x"]}}
+
+
+def test_damage_names_the_cell_and_the_remedy(store):
+    store.write(Cell(10, 0, "k"), make_cell())
+    (store.root / "cells/00000010-0000/zarr.json").unlink()
+    for act in (lambda: store.load(10), lambda: store.is_complete(Cell(10, 0, "k")), lambda: store.attrs(10)):
+        with pytest.raises(RunFolderError, match=r"cannot be read .*delete it and run again"):
+            act()
+
+
+def test_pickles_in_a_strangers_cell_are_never_opened(store, tmp_path, monkeypatch):
+    class Trap:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "trapped"),))
+
+    # Zarr version 2 takes a pickle for a compressor; older numcodecs open it without asking.
+    monkeypatch.setattr("numcodecs.pickles.ALLOW_UNSAFE_PICKLE_DECODE", True, raising=False)
+    cell = store.root / "cells" / "00000010-0000"
+    (cell / "trap").mkdir(parents=True)
+    (cell / ".zgroup").write_text('{"zarr_format": 2}')
+    (cell / ".zattrs").write_text('{"stagewise": {"key": "k", "contents": {"": ["trap"]}}}')
+    shape = {"zarr_format": 2, "shape": [1], "chunks": [1], "dtype": "|O", "order": "C", "fill_value": None}
+    codecs = {"filters": [{"id": "vlen-utf8"}], "compressor": {"id": "pickle"}}
+    (cell / "trap" / ".zarray").write_text(json.dumps(shape | codecs))
+    (cell / "trap" / "0").write_bytes(Pickle().encode(np.array([Trap()], dtype=object)))
+    with pytest.raises(RunFolderError):
+        store.load(10)
+    assert not (tmp_path / "trapped").exists()
+    with suppress(Exception):
+        zarr.open_group(cell, mode="r")["trap"][:]
+    assert (tmp_path / "trapped").exists()  # so the trap does work
+
+
+# Leftovers.
+
+
+def test_sweep_removes_leftovers_and_nothing_else(store):
+    store.write(Cell(10, 0, "k"), make_cell())
+    before = files(store.root)
+    for name in ("cells/.partial-00000011-0000-1-a", "cells/.swept-b"):
+        (store.root / name / "train").mkdir(parents=True)
+        (store.root / name / "train" / "zarr.json").write_text("{}")
+    (store.root / ".partial-identity.json-1").write_text("{")
+    store.sweep()
+    assert files(store.root) == before
+    assert {path.name for path in (store.root / "cells").iterdir()} == {"00000010-0000"}
+
+
+def test_an_orphaned_writer_that_was_swept_does_not_publish_what_is_left(store, monkeypatch):
+    def sweep_then_go_on(partial):
+        store.sweep()
+        (partial / "train").mkdir(parents=True)
+        (partial / "train" / "zarr.json").write_text("{}")
+
+    monkeypatch.setattr(store_module, "fsync_tree", sweep_then_go_on)
+    with pytest.raises(RunFolderError, match="swept by another run"):
+        store.write(Cell(10, 0, "k"), make_cell())
+    assert store.steps == ()
+    assert not list((store.root / "cells").iterdir())
+
+
+def test_a_writer_that_comes_second_with_the_same_cell_is_content(store, monkeypatch):
+    other = TraceStore.open(store.root, IDENTITY)
+
+    def be_overtaken(_partial):
+        monkeypatch.undo()
+        other.write(Cell(10, 0, "k"), make_cell())
+
+    monkeypatch.setattr(store_module, "fsync_tree", be_overtaken)
+    store.write(Cell(10, 0, "k"), make_cell())
+    assert bits(store.load(10)) == bits(make_cell())
+    assert [path.name for path in (store.root / "cells").iterdir()] == ["00000010-0000"]
