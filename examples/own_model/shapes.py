@@ -10,12 +10,12 @@ SHAPES = ("disc", "ring", "square", "cross")
 
 
 def draw(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noisy 12 x 12 images of discs, rings, squares and crosses: (count, 1, 12, 12) and their classes (count,)."""
+    """Noisy 10 x 10 images of discs, rings, squares and crosses: (count, 1, 10, 10) and their classes (count,)."""
     generator = torch.Generator().manual_seed(seed)
     classes = torch.randint(len(SHAPES), (count,), generator=generator)
-    centre = 5.5 + 2 * torch.rand(count, 2, 1, 1, generator=generator) - 1
-    size = 2.5 + 1.5 * torch.rand(count, 1, 1, generator=generator)
-    grid = torch.arange(12.0)
+    centre = 4 + torch.rand(count, 2, 1, 1, generator=generator)
+    size = 2.5 + torch.rand(count, 1, 1, generator=generator)
+    grid = torch.arange(10.0)
     dy, dx = grid[:, None] - centre[:, 0], grid[None, :] - centre[:, 1]
     radius, box = (dx**2 + dy**2).sqrt(), torch.maximum(dx.abs(), dy.abs())
     disc = radius < size
@@ -28,17 +28,17 @@ def draw(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class ConvNet(nn.Module):
-    """Two convolutions and a linear read-out, about 2,500 parameters."""
+    """Two convolutions and a linear read-out, about 600 parameters."""
 
     def __init__(self) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv2d(1, 8, 3, stride=2, padding=1),
+            nn.Conv2d(1, 4, 3, stride=2),
             nn.ReLU(),
-            nn.Conv2d(8, 16, 3, stride=2, padding=1),
+            nn.Conv2d(4, 8, 3),
             nn.ReLU(),
         )
-        self.read_out = nn.Linear(16 * 3 * 3, len(SHAPES))
+        self.read_out = nn.Linear(8 * 2 * 2, len(SHAPES))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits (batch, classes)."""
@@ -53,7 +53,7 @@ def losses(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.
 
 def task() -> sw.Task:
     """What is studied: named in config.yaml as `shapes.py:task`."""
-    train, test = draw(600, seed=1), draw(300, seed=2)
+    train, test = draw(240, seed=1), draw(120, seed=2)
     return sw.Task(
         ConvNet().eval(),
         losses,

@@ -5,15 +5,15 @@ from shapes import ConvNet, draw, losses
 
 import stagewise as sw
 
-BATCH, STEPS = 50, 400
+BATCH, STEPS = 40, 300
 
 
 def main() -> None:
     torch.manual_seed(0)
-    images, classes = draw(600, seed=1)
+    images, classes = draw(240, seed=1)
     model = ConvNet()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    schedule = sw.log_spaced(STEPS, 12, first=5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    schedule = sw.log_spaced(STEPS, 8, first=10)
     recorder = sw.Recorder("checkpoints", model, optimizer, schedule, batch_size=BATCH)  # <- stagewise
     for step in range(1, STEPS + 1):
         chosen = torch.randint(len(images), (BATCH,))

@@ -55,9 +55,9 @@ class ParameterVector:
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """A vector ``(..., parameters)`` to named tensors ``(..., *shape)``; views, no copies."""
-        pieces = vector.split([math.prod(shape) for shape in self.shapes], dim=-1)
+        pieces = torch.split(vector, [math.prod(shape) for shape in self.shapes], dim=-1)
         lead = vector.shape[:-1]
-        return {n: t.reshape(*lead, *s) for n, s, t in zip(self.names, self.shapes, pieces, strict=True)}
+        return {n: t.reshape((*lead, *s)) for n, s, t in zip(self.names, self.shapes, pieces, strict=True)}
 
     def fixed(self, params: Params) -> dict[str, Tensor]:
         """The parameters and buffers that do not move."""

@@ -31,9 +31,7 @@ def network(hidden, seed=0, n=40):
 
 def dense_spectrum(density):
     batch = density.task.train.batch(slice(None))
-    hessian = torch.autograd.functional.hessian(
-        lambda u: density.mean_loss(u, batch), torch.zeros_like(density.anchor)
-    )
+    hessian = torch.autograd.functional.hessian(lambda u: density.mean_loss(u, batch), torch.zeros_like(density.anchor))
     return hessian, torch.linalg.eigvalsh(hessian)
 
 

@@ -76,9 +76,7 @@ def test_anchored_gradient_is_the_change_since_the_checkpoint_on_one_shared_mini
     rows = next(reshuffled(24, 6, generator()))
     result = potential_gradient(density(), 3, 6, True, "stacked", generator())(u)
     hessian = GAUSSIAN.losses["train"][0][rows].mean(0)
-    np.testing.assert_allclose(
-        result.potential.numpy(), u.numpy() @ (N_BETA * hessian + GAMMA * np.eye(D)), rtol=1e-10
-    )
+    np.testing.assert_allclose(result.potential.numpy(), u.numpy() @ (N_BETA * hessian + GAMMA * np.eye(D)), rtol=1e-10)
     # RMSprop's metric wants the gradient itself, not its change
     loss = u.numpy() @ hessian + GAUSSIAN.gradients("train")[rows].mean(0)
     np.testing.assert_allclose(result.loss.numpy(), loss, rtol=1e-10)
@@ -132,7 +130,7 @@ class Square(torch.autograd.Function):
         return x**2
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx, inputs, _output):
         ctx.save_for_backward(*inputs)
 
     @staticmethod

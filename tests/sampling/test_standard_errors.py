@@ -83,7 +83,6 @@ def test_minibatches_shared_by_16_chains_do_not_make_intervals_lie(centred):
     values, stderrs = estimates(covariance_replicates, sampler, gradient, 16, 32, 2)
     law = GAUSSIAN.law(replace(POSTERIOR, centred=centred))
     covered = abs(values - truth(covariance_replicates, law)) < 1.96 * stderrs
-    print(covered.mean(), values.std(0).mean() / stderrs.mean(), (values.mean(0)/truth(covariance_replicates,law)).mean())
     assert covered.mean() >= 0.9
 
 
@@ -99,6 +98,5 @@ def test_standard_error_that_ignored_autocorrelation_would_not_cover():
         values, stderrs = estimates(estimator, sampler, exact_gradient, 4, 200, 2)
         return (abs(values - truth(covariance_replicates, law)) < 1.96 * stderrs).mean()
 
-    print(coverage(independent), coverage(covariance_replicates))
     assert coverage(independent) < 0.8
     assert coverage(covariance_replicates) >= 0.9

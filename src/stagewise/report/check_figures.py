@@ -126,7 +126,7 @@ def _score_limits(scores: xr.Dataset, name: str) -> tuple[float, float]:
 
 _PANELS = {
     "rhat": ("R-hat", verdicts.MAX_RHAT, "at most"),
-    "ess_bulk": ("effective draws per chain", verdicts._MIN_ESS_PER_CHAIN, "at least"),
+    "ess_bulk": ("effective draws per chain", verdicts.MIN_ESS_PER_CHAIN, "at least"),
     "loss_rise": ("rise of the training loss over the draws (nats)", None, ""),
     "even_share": ("share of the spread beyond first order", verdicts.MAX_EVEN_SHARE, "at most"),
 }

@@ -170,12 +170,8 @@ def _run(
 ) -> tuple[dict[str, dict[str, Tensor]], np.ndarray[Any, Any]]:
     """Burn in, then draw: traces by data set and variable, and the status of every chain."""
     batching: Batching = "stacked" if plan.batching == "auto" else plan.batching
-    noise, minibatches = (
-        _generator(plan.seed, block, use, density.anchor.device) for use in ("noise", "batch")
-    )
-    gradient = potential_gradient(
-        density, plan.chains, plan.batch_size, plan.control_variate, batching, minibatches
-    )
+    noise, minibatches = (_generator(plan.seed, block, use, density.anchor.device) for use in ("noise", "batch"))
+    gradient = potential_gradient(density, plan.chains, plan.batch_size, plan.control_variate, batching, minibatches)
     sampler = tuning.sampler
     state = sampler.init(torch.zeros(plan.chains, density.vector.size).to(density.anchor), noise)
     alive = torch.ones(plan.chains, dtype=torch.bool, device=density.anchor.device)

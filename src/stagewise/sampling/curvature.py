@@ -123,9 +123,7 @@ def extreme_curvature(density: LocalDensity) -> Curvature:
     )
     start = np.random.default_rng(0).standard_normal(size)
     try:
-        values = eigsh(
-            operator, k=2, which="BE", v0=start, tol=1e-2, maxiter=_RESTARTS, return_eigenvectors=False
-        )
+        values = eigsh(operator, k=2, which="BE", v0=start, tol=1e-2, maxiter=_RESTARTS, return_eigenvectors=False)
     except ArpackNoConvergence as error:
         raise ValueError(
             f"Lanczos did not find the extreme curvatures of the training loss in {_RESTARTS} restarts; "

@@ -63,9 +63,7 @@ class LocalPosterior:
 
     def __post_init__(self) -> None:
         if (self.window is None) == (self.gamma is None):
-            raise ValueError(
-                f"give either window= or gamma=, got window={self.window} and gamma={self.gamma}"
-            )
+            raise ValueError(f"give either window= or gamma=, got window={self.window} and gamma={self.gamma}")
         for name in ("window", "gamma", "n_beta"):
             value = getattr(self, name)
             if value is not None and not value > 0:

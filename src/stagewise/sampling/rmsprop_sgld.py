@@ -67,9 +67,7 @@ class RMSpropSGLD:
         del generator
         return RMSpropSGLDState(position, torch.full_like(position, float(self.start)), 0, False)
 
-    def step(
-        self, state: RMSpropSGLDState, gradient: GradientFunction, generator: Generator
-    ) -> RMSpropSGLDState:
+    def step(self, state: RMSpropSGLDState, gradient: GradientFunction, generator: Generator) -> RMSpropSGLDState:
         """One preconditioned Euler step of every chain."""
         u, v, updates = state.position, state.second_moment, state.updates
         g = gradient(u)

@@ -54,14 +54,10 @@ class Underdamped:
 
     def init(self, position: Tensor, generator: Generator) -> UnderdampedState:
         """Start at ``position`` with momenta drawn from their stationary law."""
-        momentum = torch.randn(
-            position.shape, generator=generator, dtype=position.dtype, device=position.device
-        )
+        momentum = torch.randn(position.shape, generator=generator, dtype=position.dtype, device=position.device)
         return UnderdampedState(position, momentum, None)
 
-    def step(
-        self, state: UnderdampedState, gradient: GradientFunction, generator: Generator
-    ) -> UnderdampedState:
+    def step(self, state: UnderdampedState, gradient: GradientFunction, generator: Generator) -> UnderdampedState:
         """One BAOAB step of every chain."""
         h, u, p = self.step_size, state.position, state.momentum
         g = gradient(u).potential if state.gradient is None else state.gradient
