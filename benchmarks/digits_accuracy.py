@@ -64,7 +64,9 @@ def window_table(config: RunConfig, results: Results) -> None:
             own, trajectory, LocalPosterior(window=posterior.window, metric="euclidean"), steps=steps
         ),
     }
-    table = Table("step", "loss", "ratio", title=f"{config.title}, W = {posterior.window}: r off-diagonal / all, slopes")
+    table = Table(
+        "step", "loss", "ratio", title=f"{config.title}, W = {posterior.window}: r off-diagonal / all, slopes"
+    )
     for name in estimators:
         table.add_column(name)
     rows = []
@@ -77,12 +79,15 @@ def window_table(config: RunConfig, results: Results) -> None:
         words = [f"{off} / {every}  {slope}" for off, every, slope in cells.values()]
         table.add_row(str(step), f"{loss:.3f}", f"{ratio:.2f}", *words)
     console.print(table)
-    answered = [[float(word) for word in (off, every, *slope.split("/"))] for _, _, (off, every, slope) in rows if off != "-"]
+    answered = [
+        [float(word) for word in (off, every, *slope.split("/"))] for _, _, (off, every, slope) in rows if off != "-"
+    ]
     values = np.array(answered)
+    off, every, slope_off, slope = values.T
     console.print(
-        f"BIF at {len(values)} checkpoints: r off-diagonal median {np.median(values[:, 0]):.2f}, "
-        f"least {values[:, 0].min():.2f}; r over all pairs least {values[:, 1].min():.2f}; slope off-diagonal "
-        f"{values[:, 2].min():.2f} to {values[:, 2].max():.2f}, over all pairs {values[:, 3].min():.2f} to {values[:, 3].max():.2f}\n"
+        f"BIF at {len(values)} checkpoints: r off-diagonal median {np.median(off):.2f}, least {off.min():.2f}; "
+        f"r over all pairs least {every.min():.2f}; slope off-diagonal {slope_off.min():.2f} to {slope_off.max():.2f}, "
+        f"over all pairs {slope.min():.2f} to {slope.max():.2f}\n"
     )
 
 
@@ -95,7 +100,9 @@ def localisation_table(config: RunConfig) -> None:
     optimizer = trajectory.load(steps[0]).optimizer
     order = batch_order(optimizer.batch_size)
     measured = window_ablation(own, trajectory, window=LONG_WINDOW, steps=steps, orders=2, order=order)
-    table = Table("step", "ratio", "localised", "exact damped: r off / all", "slope off/all", title=f"{config.title}, W = 100")
+    table = Table(
+        "step", "ratio", "localised", "exact damped: r off / all", "slope off/all", title=f"{config.title}, W = 100"
+    )
     for step in steps:
         density = posterior.at(own, trajectory.load(step))
         curvature = extreme_curvature(density)

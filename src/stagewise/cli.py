@@ -29,9 +29,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change a setting, e.g. `-s sampling.draws=200`."),
 ]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Only predict time, memory and disk; sample nothing.")
-]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only predict time, memory and disk; sample nothing.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, the `out` of a configuration.")]
 
 

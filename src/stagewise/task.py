@@ -46,13 +46,13 @@ class Samples:
 
     def __init__(self, data: Any, name: str = "data") -> None:
         if isinstance(data, Samples):
-            data = data._data
+            data = data.source
         elif isinstance(data, TensorDataset):
             data = data.tensors
         elif isinstance(data, np.ndarray):
             data = torch.from_numpy(data)
         self.name = name
-        self._data = data
+        self.source: Any = data
         self._dataset: Dataset[Any] | None = None
         leaves, _ = tree_flatten(data)
         if leaves and all(isinstance(leaf, Tensor) for leaf in leaves):
@@ -79,7 +79,7 @@ class Samples:
     def batch(self, index: Tensor | slice, device: torch.device | str = "cpu") -> Batch:
         """The samples ``index`` as one batch on ``device``."""
         if self._dataset is None:
-            batch = tree_map(lambda leaf: leaf[index], self._data)
+            batch = tree_map(lambda leaf: leaf[index], self.source)
         else:
             rows = torch.arange(self._length)[index].tolist()
             batch = default_collate([self._dataset[row] for row in rows])
@@ -143,8 +143,7 @@ class Task:
         if unknown := sorted(set(groups) - set(self.queries)):
             raise ValueError(f"query_groups names {unknown}, but the queries are {sorted(self.queries)}")
         self.query_groups = {
-            name: _labels(groups.get(name), len(data), f"query_groups[{name!r}]")
-            for name, data in self.queries.items()
+            name: _labels(groups.get(name), len(data), f"query_groups[{name!r}]") for name, data in self.queries.items()
         }
         self._bound = _Bound(model, loss)
 

@@ -19,9 +19,7 @@ from stagewise.checkpoints import (
     write_checkpoint,
 )
 
-ADAMW = Optimizer(
-    "adam", 1 / 3, betas=(0.85, 0.987), eps=1e-7, weight_decay=0.1, decoupled=True, batch_size=64
-)
+ADAMW = Optimizer("adam", 1 / 3, betas=(0.85, 0.987), eps=1e-7, weight_decay=0.1, decoupled=True, batch_size=64)
 SGD = Optimizer("sgd", 0.1, momentum=0.9, batch_size=0)
 
 
@@ -293,18 +291,14 @@ class Bomb:
 @pytest.mark.parametrize("hide", [lambda bomb: bomb, lambda bomb: {"model": tensors(), "extra": bomb}])
 def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, hide):
     torch.save(hide(Bomb(tmp_path / "exploded")), tmp_path / "1.pt")
-    with pytest.raises(
-        CheckpointError, match=r"1.pt was refused: it asks for \w+.mkdir; .* would run code. Save"
-    ):
+    with pytest.raises(CheckpointError, match=r"1.pt was refused: it asks for \w+.mkdir; .* would run code. Save"):
         read_checkpoint(tmp_path / "1.pt", 1)
     assert not (tmp_path / "exploded").exists()
 
 
 def test_a_whole_pickled_module_is_refused_by_name(tmp_path):
     torch.save(nn.Linear(2, 2), tmp_path / "1.pt")
-    with pytest.raises(
-        CheckpointError, match=r"asks for torch.nn.modules.linear.Linear.*state_dict\(\) alone"
-    ):
+    with pytest.raises(CheckpointError, match=r"asks for torch.nn.modules.linear.Linear.*state_dict\(\) alone"):
         read_checkpoint(tmp_path / "1.pt", 1)
 
 
@@ -336,9 +330,7 @@ def test_weights_that_are_not_finite_are_named_and_counted(tmp_path, value, dtyp
     params = tensors(0, dtype)
     params["layer.bias"][:2] = value
     path = write_checkpoint(tmp_path, Checkpoint(1, params))
-    with pytest.raises(
-        CheckpointError, match=r"step_00000001.*'params/layer.bias' has 2 values that are NaN"
-    ):
+    with pytest.raises(CheckpointError, match=r"step_00000001.*'params/layer.bias' has 2 values that are NaN"):
         read_checkpoint(path, 1)
 
 

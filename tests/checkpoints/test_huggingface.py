@@ -62,10 +62,7 @@ class Witness(transformers.TrainerCallback):
     def look(self, state, model, optimizer):
         params = {n: p.detach().clone() for n, p in model.named_parameters()}
         memory = {n: dict(optimizer.state.get(p, {})) for n, p in model.named_parameters()}
-        moments = {
-            key: {n: m[key].clone() for n, m in memory.items() if key in m}
-            for key in ("exp_avg", "exp_avg_sq")
-        }
+        moments = {key: {n: m[key].clone() for n, m in memory.items() if key in m} for key in ("exp_avg", "exp_avg_sq")}
         self.seen[state.global_step] = (params, moments, optimizer.param_groups[0]["lr"])
 
 
@@ -141,9 +138,7 @@ def test_checkpoints_fit_a_task_of_the_same_model_with_tied_embeddings(tmp_path)
     train(tmp_path, tiny_gpt2(), [huggingface.RecorderCallback(tmp_path / "run", steps=[2])])
     model = tiny_gpt2().eval()
     tokens = torch.arange(16).reshape(2, 8) % 13
-    task = Task(
-        model, lambda m, b: -m(b).logits.float().log_softmax(-1)[..., 0], train=tokens, queries={"q": tokens}
-    )
+    task = Task(model, lambda m, b: -m(b).logits.float().log_softmax(-1)[..., 0], train=tokens, queries={"q": tokens})
     checkpoint = Trajectory.from_directory(tmp_path / "run").load(2)
     check_fits(task, checkpoint)
     before = task.losses(task.state(), tokens)

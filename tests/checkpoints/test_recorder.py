@@ -46,9 +46,7 @@ def one_thread():
 
 def make_model() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.ReLU(), nn.Linear(8, 3)
-    ).double()
+    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.ReLU(), nn.Linear(8, 3)).double()
 
 
 def update(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

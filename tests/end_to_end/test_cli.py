@@ -19,7 +19,7 @@ def finished(tmp_path_factory):
 
 
 def test_run_prints_findings_and_the_path_of_the_report(finished):
-    folder, output = finished
+    _, output = finished
     assert "report.html" in output.replace("\n", "")
     assert "nats" in output
 

@@ -134,9 +134,7 @@ def test_token_losses_train_on_their_mean_per_sample():
     task = classifier()
     tokens = Task(
         task.model,
-        lambda model, batch: torch.stack(
-            [0.5 * cross_entropy(model, batch), 1.5 * cross_entropy(model, batch)], 1
-        ),
+        lambda model, batch: torch.stack([0.5 * cross_entropy(model, batch), 1.5 * cross_entropy(model, batch)], 1),
         train=task.train,
         queries={"val": task.queries["val"]},
     )

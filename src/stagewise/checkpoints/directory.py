@@ -123,8 +123,7 @@ def scan(path: str | Path) -> dict[int, Path]:
         step = _step_of(name, file)
         if step in files:
             raise CheckpointError(
-                f"{files[step]} and {file} are both of step {step}; keep one "
-                "(the step is the last integer in a name)"
+                f"{files[step]} and {file} are both of step {step}; keep one (the step is the last integer in a name)"
             )
         files[step] = file
     if not files:
@@ -204,9 +203,7 @@ def _from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], pa
         optimizer = Optimizer(**fields | {"betas": tuple(fields["betas"])}) if fields else None
         return Checkpoint(int(metadata["step"]), optimizer=optimizer, **parts)
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} claims the format {FORMAT} but does not follow it: {error!r}"
-        ) from error
+        raise CheckpointError(f"{path} claims the format {FORMAT} but does not follow it: {error!r}") from error
 
 
 def _flush(path: Path) -> None:

@@ -25,9 +25,7 @@ def unknown_rule(optimizer: torch.optim.Optimizer) -> str | None:
     return next((f"{name}({key}={value})" for key, value in settings if value), None)
 
 
-def describe(
-    optimizer: torch.optim.Optimizer, learning_rate: float, batch_size: int | None = None
-) -> Optimizer:
+def describe(optimizer: torch.optim.Optimizer, learning_rate: float, batch_size: int | None = None) -> Optimizer:
     """The update rule of an SGD, Adam or AdamW, at the given learning rate.
 
     Raises:
@@ -95,8 +93,7 @@ def _weight_decay(optimizer: torch.optim.Optimizer) -> float:
     decay = max(sizes, key=lambda value: sizes[value])
     if len(sizes) > 1:
         warnings.warn(
-            f"weight decay differs by parameter group: {sorted(sizes)}; "
-            f"recorded {decay}, that of most parameters",
+            f"weight decay differs by parameter group: {sorted(sizes)}; recorded {decay}, that of most parameters",
             stacklevel=2,
         )
     return decay

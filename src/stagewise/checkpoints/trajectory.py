@@ -133,8 +133,7 @@ def check_fits(task: Task, checkpoint: Checkpoint, source: str | Path = "") -> N
             raise CheckpointError(f"{where} has {name!r}, which the model does not; is it of another model?")
         if tensor.shape != model[name].shape:
             raise CheckpointError(
-                f"{where}: {name!r} has shape {tuple(tensor.shape)}, "
-                f"the model expects {tuple(model[name].shape)}"
+                f"{where}: {name!r} has shape {tuple(tensor.shape)}, the model expects {tuple(model[name].shape)}"
             )
 
 

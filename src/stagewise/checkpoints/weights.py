@@ -57,9 +57,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"{path} was refused: {holds}; only weights are read, because unpickling anything else would run "
             "code. Save model.state_dict() alone, best as safetensors"
         ) from error
-    except (
-        Exception
-    ) as error:  # torch.load fails in many ways on a damaged file, none of which names the file
+    except Exception as error:  # torch.load fails in many ways on a damaged file, none of which names the file
         raise CheckpointError(f"cannot read {path}, is it damaged or cut off? {reason_of(error)}") from error
     candidates = [content]
     if isinstance(content, dict):
@@ -67,21 +65,14 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     for candidate in candidates:
         if _is_state_dict(candidate):
             return _without_aliases(candidate)
-    found = (
-        f"a dict with {sorted(map(str, content))[:8]}"
-        if isinstance(content, dict)
-        else type(content).__name__
-    )
+    found = f"a dict with {sorted(map(str, content))[:8]}" if isinstance(content, dict) else type(content).__name__
     raise CheckpointError(
-        f"{path} holds {found}, expected a state dict (names to tensors), "
-        f"alone or under one of {_STATE_DICT_KEYS}"
+        f"{path} holds {found}, expected a state dict (names to tensors), alone or under one of {_STATE_DICT_KEYS}"
     )
 
 
 def _is_state_dict(content: Any) -> bool:
-    return (
-        isinstance(content, dict) and bool(content) and all(isinstance(t, Tensor) for t in content.values())
-    )
+    return isinstance(content, dict) and bool(content) and all(isinstance(t, Tensor) for t in content.values())
 
 
 def _without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -100,7 +91,6 @@ def _usable(tensor: Tensor, name: str, path: Path) -> Tensor:
     bad = int((~(tensor < torch.inf)).sum())  # true for NaN and inf, false for the -inf of a mask
     if bad:
         raise CheckpointError(
-            f"{path}: {name!r} has {bad} values that are NaN or infinite; "
-            "the run had diverged, or the file is damaged"
+            f"{path}: {name!r} has {bad} values that are NaN or infinite; the run had diverged, or the file is damaged"
         )
     return tensor

@@ -75,9 +75,7 @@ def window_ablation(
         CheckpointError: a checkpoint is of another model.
     """
     if window < 1 or orders < 1 or max_runs < 2:
-        raise ValueError(
-            f"need window >= 1, orders >= 1 and max_runs >= 2, got {window}, {orders} and {max_runs}"
-        )
+        raise ValueError(f"need window >= 1, orders >= 1 and max_runs >= 2, got {window}, {orders} and {max_runs}")
     chosen = trajectory.steps if steps is None else tuple(steps)
     unknown = sorted(set(chosen) - set(trajectory.steps))
     if unknown or not chosen:

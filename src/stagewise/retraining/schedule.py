@@ -33,9 +33,7 @@ class Change:
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.stop:
-            raise ValueError(
-                f"a change lasts from start to stop > start >= 0, got [{self.start}, {self.stop})"
-            )
+            raise ValueError(f"a change lasts from start to stop > start >= 0, got [{self.start}, {self.stop})")
         if not math.isfinite(self.weight):
             raise ValueError(f"weight must be finite, got {self.weight}")
 
@@ -74,9 +72,7 @@ class Schedule:
         for change in self.changes:
             outside = change.samples[(change.samples < 0) | (change.samples >= n)]
             if len(outside):
-                raise ValueError(
-                    f"a change names sample {outside[0].item()}, but there are {n} training samples"
-                )
+                raise ValueError(f"a change names sample {outside[0].item()}, but there are {n} training samples")
             if change.start <= step < change.stop:
                 weights[change.samples] = change.weight
         return weights

@@ -45,9 +45,7 @@ def predicted_effect(influence: xr.Dataset, weight: float) -> xr.Dataset:
         effects["effect_stderr"] = (influence["stderr"] * abs(change)).transpose(*dims)
     meaning = "positive = helpful" if weight < 1 else "negative = helpful"
     attrs = dict(influence.attrs) | {"sign": meaning, "unit": "nats", "weight": weight}
-    return xr.Dataset(
-        {name: effect.assign_attrs(unit="nats") for name, effect in effects.items()}, attrs=attrs
-    )
+    return xr.Dataset({name: effect.assign_attrs(unit="nats") for name, effect in effects.items()}, attrs=attrs)
 
 
 def agreement(predicted: xr.DataArray, measured: xr.DataArray, seed: int = 0) -> xr.Dataset:
@@ -96,9 +94,7 @@ def _aligned(predicted: xr.DataArray, measured: xr.DataArray) -> tuple[Array, Ar
         lacking = {"predicted": there - here, "measured": set() if dim == "step" else here - there}
         for name, labels in lacking.items():
             if labels:
-                raise ValueError(
-                    f"{name} effects lack {dim} {sorted(labels)}; both must cover the same groups"
-                )
+                raise ValueError(f"{name} effects lack {dim} {sorted(labels)}; both must cover the same groups")
     arrays = []
     for array in (predicted.sel({dim: measured[dim] for dim in ("step", "train", "query")}), measured):
         arrays.append(np.asarray(array.transpose("step", "train", "query").values, dtype=np.float64))

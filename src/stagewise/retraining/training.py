@@ -74,9 +74,7 @@ def train(
     return state
 
 
-def train_and_record(
-    task: Task, optimizer: Optimizer, order: Order, steps: Iterable[int]
-) -> Iterator[Checkpoint]:
+def train_and_record(task: Task, optimizer: Optimizer, order: Order, steps: Iterable[int]) -> Iterator[Checkpoint]:
     """Train the task's model from its own weights (step 0) and yield a checkpoint at each of ``steps``.
 
     The loop is the one that retrains windows: an unchanged replay from any checkpoint meets the later ones.
@@ -107,9 +105,7 @@ def _constant_spans(steps: range, schedules: Sequence[Schedule]) -> Iterator[ran
     return (range(start, stop) for start, stop in pairwise(cuts))
 
 
-def _objective(
-    task: Task, vector: ParameterVector, batch: Batch, fixed: Params
-) -> Callable[[Tensor, Tensor], Tensor]:
+def _objective(task: Task, vector: ParameterVector, batch: Batch, fixed: Params) -> Callable[[Tensor, Tensor], Tensor]:
     """(1/m) sum_i beta_i l_i of one run, as a function of its parameters and its weights ``(batch,)``."""
 
     def objective(params: Tensor, weights: Tensor) -> Tensor:

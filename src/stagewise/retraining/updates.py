@@ -11,9 +11,7 @@ from torch import Tensor
 from stagewise.checkpoints.trajectory import Checkpoint, Optimizer
 from stagewise.vector import ParameterVector
 
-_REMEDY = (
-    "save checkpoints with stagewise.Recorder, which stores the optimizer and its state beside the weights"
-)
+_REMEDY = "save checkpoints with stagewise.Recorder, which stores the optimizer and its state beside the weights"
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,9 +124,7 @@ def keeps_second_moment(optimizer: Optimizer) -> bool:
     return optimizer.name == "adam"
 
 
-def _moment(
-    kind: str, moments: Mapping[str, Tensor], checkpoint: Checkpoint, vector: ParameterVector
-) -> Tensor:
+def _moment(kind: str, moments: Mapping[str, Tensor], checkpoint: Checkpoint, vector: ParameterVector) -> Tensor:
     if missing := [name for name in vector.names if name not in moments]:
         raise ValueError(
             f"the checkpoint at step {checkpoint.step} has no {kind} for {len(missing)} of "

@@ -10,9 +10,10 @@ import torch
 
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.run.config import RunConfig, load_task
-from stagewise.sampling.chains import Chains, Watch, tune
+from stagewise.sampling.chains import Chains, tune
 from stagewise.sampling.gradient import choose_batching, potential_gradient
 from stagewise.sampling.posterior import LocalDensity
+from stagewise.sampling.watch import Watch
 from stagewise.task import Task
 
 # Cells are stored as zstd-compressed float32, which keeps about this share of the bytes of loss traces.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from stagewise.checkpoints.recorder import log_spaced
 from stagewise.run.config import Retraining, RunConfig
 from stagewise.sampling.chains import Chains
 from stagewise.sampling.posterior import LocalPosterior
@@ -17,9 +18,7 @@ def study(folder: Path) -> list[RunConfig]:
     """Both runs of the complete study: Adam with the full batch, and with minibatches of 64."""
     return [
         _settings(folder / "full_batch", "Digits, full batch", 0, 1500, 32, Chains(chains=32, draws=80)),
-        _settings(
-            folder / "minibatch", "Digits, minibatches of 64", 64, 1500, 32, Chains(chains=32, draws=80)
-        ),
+        _settings(folder / "minibatch", "Digits, minibatches of 64", 64, 1500, 32, Chains(chains=32, draws=80)),
     ]
 
 
@@ -34,7 +33,7 @@ def _settings(
     """Record the training run if it is not there yet, and say how to study it."""
     recorded = folder / "checkpoints"
     if not recorded.exists():
-        record(recorded, batch_size, last, checkpoints)
+        record(recorded, batch_size, log_spaced(last, checkpoints, first=8))
     return RunConfig(
         title=title,
         task=_TASK,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stagewise.checkpoints.directory import write_checkpoint
-from stagewise.checkpoints.recorder import log_spaced
 from stagewise.checkpoints.trajectory import Optimizer
 from stagewise.retraining.schedule import BatchOrder
 from stagewise.retraining.training import train_and_record
@@ -59,10 +60,12 @@ def batch_order(batch_size: int) -> BatchOrder:
     return BatchOrder(TRAINING_SAMPLES, batch_size, ORDER_SEED)
 
 
-def record(folder: Path, batch_size: int, last: int, checkpoints: int) -> None:
-    """Train the network with Adam and write log-spaced checkpoints from step 8 to ``last``."""
-    folder.mkdir(parents=True, exist_ok=True)
+def record(folder: Path, batch_size: int, steps: Sequence[int]) -> None:
+    """Train the network with Adam and write checkpoints at ``steps``; batch size 0 is the whole training set."""
+    partial = folder.with_name(f".{folder.name}-partial")  # a killed recording must not pass for a whole one
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     optimizer = Optimizer("adam", LEARNING_RATE, batch_size=batch_size)
-    steps = log_spaced(last, checkpoints, first=8)
     for checkpoint in train_and_record(task(), optimizer, batch_order(batch_size), steps):
-        write_checkpoint(folder, checkpoint)
+        write_checkpoint(partial, checkpoint)
+    partial.rename(folder)
