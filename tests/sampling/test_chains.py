@@ -9,6 +9,8 @@ from torch import nn
 
 from stagewise.checkpoints.trajectory import Checkpoint
 from stagewise.sampling import SGLD, Chains, LocalPosterior, RMSpropSGLD, sample_block
+from stagewise.sampling.chains import tune
+from stagewise.sampling.chains import tune
 from stagewise.task import Task
 from stagewise.traces.cells import check_cell
 
@@ -194,19 +196,23 @@ def test_chain_that_is_lost_is_named_and_the_others_are_kept():
     status = tree["chains"]["status"].values
     assert 2 < (status == "diverged").sum() < 38
     assert set(status) == {"ok", "diverged"}
-    kept = tree["train"]["loss"].values[status == "ok"]
+    kept, lost = (tree["train"]["loss"].values[status == which] for which in ("ok", "diverged"))
     assert np.isfinite(kept).all()
     assert np.ptp(kept, 1).min() > 0
+    # after the draw that lost it, a chain waits at the checkpoint
+    assert np.isnan(lost).any((1, 2)).any()
+    assert np.isnan(lost).any(2).sum(1).max() == 1
 
 
 @pytest.mark.parametrize("sampler", ["underdamped", "sgld"])
-def test_steps_that_are_too_long_end_as_diverged_chains_not_as_nan(sampler):
-    plan = Chains(sampler, chains=3, draws=4, step_size=30.0, burn_in=300, thinning=1)
+@pytest.mark.parametrize("burn_in", [pytest.param(3, id="far"), pytest.param(300, id="overflow")])
+def test_steps_that_are_too_long_end_as_diverged_chains_not_as_nan(sampler, burn_in):
+    plan = Chains(sampler, chains=3, draws=4, step_size=30.0, burn_in=burn_in, thinning=1)
     ticks = []
     tree = sample(plan, on_step=lambda: ticks.append(1))
     assert (tree["chains"]["status"] == "diverged").all()
     assert np.isfinite(tree["train"]["loss"]).all()
-    assert len(ticks) == 304
+    assert len(ticks) == burn_in + 4
     # blocks of one step must have the same shape, whatever became of their chains
     assert {path: group.sizes for path, group in tree.to_dict().items()} == {
         path: group.sizes for path, group in sample(replace(plan, step_size=0.01)).to_dict().items()
@@ -282,3 +288,11 @@ def test_unusable_losses_are_refused_before_any_step():
     task, checkpoint = task_of(lambda m, b: (m() ** 2).expand(len(b[0])).mean())
     with pytest.raises(ValueError, match="one loss per sample"):
         sample(task=task, checkpoint=checkpoint)
+
+
+def test_options_reach_the_sampler_and_unknown_ones_are_refused():
+    density = LocalPosterior(gamma=3.0, n_beta=5.0).at(GAUSSIAN.task, GAUSSIAN.checkpoint)
+    tuning = tune(density, Chains("rmsprop_sgld", options={"start": 1}))
+    assert tuning.sampler.start == 1
+    with pytest.raises(ValueError, match=r"fraction.*friction"):
+        Chains("underdamped", options={"fraction": 2.0})

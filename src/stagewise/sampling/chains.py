@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ class Chains:
         blocks: blocks per checkpoint.
         draws: draws kept of each chain.
         step_size: of the sampler; default from the curvature at the checkpoint.
+        options: other fields of the sampler, e.g. ``{"start": 1}`` for RMSprop's V, or ``{"friction": 5.0}``.
         burn_in: steps before the first draw; default five relaxation times.
         thinning: steps per draw; default half a relaxation time.
         batch_size: samples per gradient; default the whole training set.
@@ -63,6 +64,7 @@ class Chains:
     blocks: int = 1
     draws: int = 64
     step_size: float | None = None
+    options: dict[str, float] = field(default_factory=dict)
     burn_in: int | None = None
     thinning: int | None = None
     batch_size: int | None = None
@@ -78,6 +80,9 @@ class Chains:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        valid = [f.name for f in fields(cast(Any, SAMPLERS[self.sampler])) if f.name != "step_size"]
+        if unknown := sorted(set(self.options) - set(valid)):
+            raise ValueError(f"options {unknown} are not of sampler {self.sampler!r}, which has {valid}")
         if self.burn_in is not None and self.burn_in < 0:
             raise ValueError(f"burn_in must not be negative, got {self.burn_in}")
 
@@ -110,8 +115,8 @@ def tune(density: LocalDensity, plan: Chains) -> Tuning:
     curvature = extreme_curvature(density)
     slow, fast = curvature.precision_range(density)
     sampler = SAMPLERS[plan.sampler].tuned(slow, fast)
-    if plan.step_size is not None:
-        sampler = replace(sampler, step_size=plan.step_size)  # type: ignore[type-var]  # all are dataclasses
+    given = plan.options | ({"step_size": plan.step_size} if plan.step_size is not None else {})
+    sampler = replace(cast(Any, sampler), **given)
     relaxation = sampler.relaxation(slow)
     burn_in = math.ceil(5 * relaxation) if plan.burn_in is None else plan.burn_in
     thinning = plan.thinning or max(1, math.ceil(relaxation / 2))
