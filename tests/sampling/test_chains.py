@@ -10,7 +10,6 @@ from torch import nn
 from stagewise.checkpoints.trajectory import Checkpoint
 from stagewise.sampling import SGLD, Chains, LocalPosterior, RMSpropSGLD, sample_block
 from stagewise.sampling.chains import tune
-from stagewise.sampling.chains import tune
 from stagewise.task import Task
 from stagewise.traces.cells import check_cell
 

@@ -47,15 +47,19 @@ def shaken(monkeypatch):
     return step
 
 
-def stationary_covariance(sampler, state, shaken):
-    """Of the positions, to rounding: on a Gaussian, one step is a linear map of the coordinates and the noise.
+def linear_maps(sampler, state, shaken):
+    """On a Gaussian, one step is a linear map of the coordinates plus one of the noise: their matrices.
 
-    The images of unit vectors are the columns of both maps.
+    The images of unit vectors are the columns of both.
     """
     size = D * (2 if isinstance(sampler, Underdamped) else 1)
     step = partial(shaken, sampler, state, gaussian_gradient)
-    forward = step(np.eye(size), np.zeros((size, D))).T
-    shake = step(np.zeros((D, size)), np.eye(D)).T
+    return step(np.eye(size), np.zeros((size, D))).T, step(np.zeros((D, size)), np.eye(D)).T
+
+
+def stationary_covariance(sampler, state, shaken):
+    """Of the positions, to rounding."""
+    forward, shake = linear_maps(sampler, state, shaken)
     return solve_discrete_lyapunov(forward, shake @ shake.T)[:D, :D]
 
 
@@ -85,6 +89,16 @@ def test_rmsprop_metric_changes_the_steps_but_not_the_target(step_size, shaken):
     steps = np.diag(step_size / (metric[0] ** 0.5 + 0.1))
     exact = np.linalg.inv(PRECISION - PRECISION @ steps @ PRECISION / 4)
     np.testing.assert_allclose(covariance, exact, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("sampler", [SGLD, RMSpropSGLD, Underdamped])
+def test_relaxation_counts_the_steps_in_which_the_slowest_direction_forgets(sampler, shaken):
+    slowest = np.linalg.eigvalsh(PRECISION)[0]
+    tuned = sampler.tuned(slowest, FASTEST)
+    state = tuned.freeze(start(tuned, np.zeros((1, D))))  # RMSprop with V at 0, the case it is tuned for
+    forward, _ = linear_maps(tuned, state, shaken)
+    slowest_mode = abs(np.linalg.eigvals(forward)).max()
+    assert -tuned.relaxation(slowest) * np.log(slowest_mode) == pytest.approx(1, abs=0.15)
 
 
 def quartic_second_moment(sampler, shaken, size=61, width=4.0):

@@ -1,0 +1,89 @@
+"""What sampling costs against its floor, the forward and backward passes that it cannot do without.
+
+    python benchmarks/sampling_speed.py
+
+On the digits network, all as ratios within one run: a block of chains stacked into one call and looped over, against
+the gradient of one model times the number of chains; the control variate; and effective draws per gradient of the
+samplers at their own tuning.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.func import grad
+
+from stagewise.checkpoints.trajectory import Trajectory
+from stagewise.sampling.chains import SAMPLERS, Chains, sample_block, tune
+from stagewise.sampling.gradient import potential_gradient
+from stagewise.sampling.posterior import LocalDensity, LocalPosterior
+from stagewise.studies.digits.training import record, task
+from stagewise.traces.diagnostics import diagnose
+
+CHAINS, STEP, BATCH = 32, 240, 256
+console = Console(width=110)
+
+
+def seconds(call: Callable[[], object], repeats: int = 5) -> float:
+    """Least time of a call, after one to warm up."""
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def gradients(density: LocalDensity) -> None:
+    train = density.task.train
+    origin, u = torch.zeros_like(density.anchor), 1e-3 * torch.randn(CHAINS, density.vector.size)
+    table = Table(
+        "gradient of a block", "seconds", "times the floor", title=f"{CHAINS} chains, {torch.get_num_threads()} threads"
+    )
+    for name, size in (("full batch", None), (f"minibatch of {BATCH}", BATCH)):
+        batch = train.batch(slice(0, size or len(train)))
+        floor = CHAINS * seconds(lambda batch=batch: grad(density.mean_loss)(origin, batch))
+        table.add_row(f"{name}: floor, one model x {CHAINS}", f"{floor:.4f}", "1")
+        for batching, variate in (("stacked", True), ("loop", True), ("stacked", False)):
+            if size is None and not variate:
+                continue
+            function = potential_gradient(density, CHAINS, size, variate, batching, torch.Generator().manual_seed(0))
+            spent = seconds(lambda function=function: function(u))
+            kind = "" if size is None else ", control variate" if variate else ", own batches, no control variate"
+            table.add_row(f"{name}: {batching}{kind}", f"{spent:.4f}", f"{spent / floor:.2f}")
+    console.print(table)
+
+
+def samplers(density: LocalDensity, trajectory: Trajectory) -> None:
+    table = Table(
+        "sampler", "steps per draw", "burn-in", "effective draws", "per 1000 gradients", title="at their own tuning"
+    )
+    for name in SAMPLERS:
+        plan = Chains(sampler=name, chains=16, draws=40, batching="stacked", reflect=False)
+        tuning = tune(density, plan)
+        tree = sample_block(density.task, trajectory.load(STEP), density.posterior, plan)
+        effective = float(diagnose(tree)["ess_bulk"])
+        spent = plan.chains * (tuning.burn_in + plan.draws * tuning.thinning)
+        row = (str(tuning.thinning), str(tuning.burn_in), f"{effective:.0f}", f"{1000 * effective / spent:.1f}")
+        table.add_row(name, *row)
+    console.print(table)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        record(Path(folder) / "checkpoints", 64, [STEP])
+        trajectory = Trajectory.from_directory(Path(folder) / "checkpoints")
+        density = LocalPosterior(window=30).at(task(), trajectory.load(STEP))
+        gradients(density)
+        samplers(density, trajectory)
+
+
+if __name__ == "__main__":
+    main()
