@@ -1,5 +1,6 @@
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -243,3 +244,17 @@ class TestIdentity:
     def test_tensors_are_identified_by_name_and_content_not_order(self):
         assert tensors_digest({"a": X, "b": Y}) == tensors_digest({"b": Y, "a": X})
         assert tensors_digest({"a": X, "b": Y}) != tensors_digest({"b": X, "a": Y})
+
+
+def test_a_pair_of_arrays_is_one_data_set_and_not_two_samples():
+    assert len(Samples((np.zeros((5, 2)), np.arange(5)))) == 5
+
+
+def test_swapped_keys_are_other_data():
+    first, second = torch.zeros(3), torch.ones(3)
+    assert Samples({"x": first, "y": second}).digest != Samples({"y": first, "x": second}).digest
+
+
+def test_scalars_are_refused_as_data():
+    with pytest.raises(ValueError, match=r"first ax|no samples"):
+        Samples((torch.zeros(3), torch.tensor(1.0)))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import MappingKey, tree_flatten, tree_flatten_with_path, tree_map
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
 Batch = Any
@@ -49,14 +49,14 @@ class Samples:
             data = data.source
         elif isinstance(data, TensorDataset):
             data = data.tensors
-        elif isinstance(data, np.ndarray):
-            data = torch.from_numpy(data)
+        if not hasattr(data, "__getitem__") or isinstance(data, np.ndarray | tuple | list | dict):
+            data = tree_map(lambda leaf: torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf, data)
         self.name = name
         self.source: Any = data
         self._dataset: Dataset[Any] | None = None
         leaves, _ = tree_flatten(data)
         if leaves and all(isinstance(leaf, Tensor) for leaf in leaves):
-            lengths = sorted({len(leaf) for leaf in leaves})
+            lengths = sorted({len(leaf) if leaf.ndim else 0 for leaf in leaves})
             if len(lengths) != 1:
                 raise ValueError(
                     f"{name}: tensors disagree on the number of samples, got first axes of {lengths}; "
@@ -94,7 +94,9 @@ class Samples:
         """Hash of the content: equal for equal data, whatever object carries it."""
         digest = hashlib.sha256(str(self._length).encode())
         for batch in self.batches(1024):
-            for leaf in tree_flatten(batch)[0]:
+            for path, leaf in tree_flatten_with_path(batch)[0]:
+                keys = [str(part.key) for part in path if isinstance(part, MappingKey)]
+                digest.update("/".join(keys).encode())  # which key of a dict holds what
                 if isinstance(leaf, Tensor):
                     digest.update(_tensor_bytes(leaf))
                 else:
@@ -114,6 +116,7 @@ class Task:
         queries: named data sets whose losses are influenced.
         train_groups: optional label of every training sample, e.g. its class.
         query_groups: optional labels of every sample of each query set, by query name.
+        forward_batch: most samples in one forward pass, where a whole data set is evaluated; bounds the memory.
 
     Raises:
         ValueError: the model is in train mode although that changes its output, or labels and data differ in length.
@@ -128,7 +131,11 @@ class Task:
         queries: Mapping[str, Any],
         train_groups: Sequence[Any] | None = None,
         query_groups: Mapping[str, Sequence[Any]] | None = None,
+        forward_batch: int = 2048,
     ) -> None:
+        if forward_batch < 1:
+            raise ValueError(f"forward_batch must be at least 1, got {forward_batch}")
+        self.forward_batch = forward_batch
         _refuse_train_mode(model)
         if not queries:
             raise ValueError(

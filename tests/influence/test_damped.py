@@ -8,7 +8,6 @@ from stagewise.influence import damped
 from stagewise.influence.damped import conjugate_gradients, damped_influence
 from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.scores import predicted_effect
-from stagewise.sampling import curvature as sampling_curvature
 from stagewise.sampling.posterior import LocalPosterior
 
 BY_SAMPLE = {"query_groups": {"val": range(4)}}
@@ -47,7 +46,7 @@ def test_products_do_not_depend_on_the_batches(curvature, monkeypatch):
     product = {"hessian": damped.hessian_product, "gauss_newton": damped.gauss_newton_product}[curvature]
     vectors = torch.randn(3, density.vector.size, dtype=torch.float64)
     whole = product(density)(vectors)
-    monkeypatch.setattr(sampling_curvature, "_BATCH", 4)
+    monkeypatch.setattr(problem.task, "forward_batch", 4)
     torch.testing.assert_close(product(density)(vectors), whole, rtol=1e-12, atol=1e-12)
 
 

@@ -7,7 +7,6 @@ from small_networks import LOSSES, Problem
 from stagewise.groups import query_groups
 from stagewise.influence.damped import damped_influence
 from stagewise.influence.gradients import directional_derivatives, gradient_product, query_gradients
-from stagewise.sampling import gradient as sampling_gradient
 from stagewise.sampling.posterior import LocalPosterior
 
 BY_SAMPLE = {"query_groups": {"val": range(4)}}
@@ -82,8 +81,7 @@ def test_passes_over_the_data_do_not_depend_on_the_batches(loss, monkeypatch):
     directions = torch.randn(3, density.vector.size, dtype=torch.float64)
     queries = query_groups(problem.task)
     whole = directional_derivatives(density, directions), query_gradients(density, queries)
-    monkeypatch.setattr("stagewise.influence.gradients.EVALUATION_BATCH", 3)
-    assert sampling_gradient.EVALUATION_BATCH != 3
+    monkeypatch.setattr(problem.task, "forward_batch", 3)
     parts = directional_derivatives(density, directions), query_gradients(density, queries)
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

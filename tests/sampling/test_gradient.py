@@ -4,7 +4,6 @@ import torch
 from gaussian import D, Gaussian, walk
 from torch import nn
 
-import stagewise.sampling.gradient as gradient_module
 from stagewise.checkpoints.trajectory import Checkpoint
 from stagewise.influence.covariance import mean_and_stderr
 from stagewise.sampling import LocalPosterior, Underdamped
@@ -54,7 +53,7 @@ def test_full_batch_gradient_is_exact(centred, size):
 
 
 def test_gradients_do_not_depend_on_how_the_training_set_is_cut(monkeypatch):
-    monkeypatch.setattr(gradient_module, "EVALUATION_BATCH", 7)
+    monkeypatch.setattr(GAUSSIAN.task, "forward_batch", 7)
     u = positions(2)
     result = potential_gradient(density(), 2, None, True, "stacked", generator())(u)
     np.testing.assert_allclose(result.potential.numpy(), exact(u, True), rtol=1e-12)

@@ -17,7 +17,6 @@ from torch.func import grad, jvp, vmap
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.groups import Groups, per_sample, query_groups, train_groups
 from stagewise.sampling.curvature import plain_attention
-from stagewise.sampling.gradient import EVALUATION_BATCH
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior
 from stagewise.task import Task
 
@@ -98,7 +97,7 @@ def query_gradients(density: LocalDensity, queries: Groups) -> Tensor:
     origin, rows = torch.zeros_like(density.anchor), []
     for dataset, index in zip(queries.datasets, queries.indices, strict=True):
         data, total = density.task.queries[dataset], torch.zeros_like(density.anchor)
-        for part in torch.split(index, EVALUATION_BATCH):
+        for part in torch.split(index, density.task.forward_batch):
             batch = data.batch(part, density.task.device)
             total += grad(density.mean_loss)(origin, batch) * (len(part) / len(index))
         rows.append(total)
@@ -118,7 +117,7 @@ def directional_derivatives(density: LocalDensity, directions: Tensor) -> Tensor
     origin = torch.zeros_like(density.anchor)
     scores = []
     with torch.no_grad(), plain_attention():
-        for batch in density.task.train.batches(EVALUATION_BATCH, density.task.device):
+        for batch in density.task.train.batches(density.task.forward_batch, density.task.device):
 
             def along(x: Tensor, batch: object = batch) -> Tensor:
                 derivative: Tensor = jvp(lambda u: density.losses(u, batch), (origin,), (x,))[1]

@@ -22,8 +22,6 @@ from stagewise.retraining.updates import TrainingState, recorded_optimizer
 from stagewise.task import Batch, Params, Task
 from stagewise.vector import ParameterVector
 
-_EVALUATION_BATCH = 512
-
 
 def window_ablation(
     task: Task,
@@ -154,7 +152,7 @@ def _query_losses(
 
     with torch.no_grad():
         return {
-            name: torch.cat([of_runs(batch) for batch in samples.batches(_EVALUATION_BATCH, task.device)], 1)
+            name: torch.cat([of_runs(batch) for batch in samples.batches(task.forward_batch, task.device)], 1)
             for name, samples in task.queries.items()
         }
 

@@ -20,7 +20,6 @@ from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.schedule import BatchOrder
 from stagewise.run.config import RunConfig
 from stagewise.run.progress import Progress
-from stagewise.sampling.gradient import EVALUATION_BATCH
 from stagewise.task import Samples, Task
 from stagewise.traces.store import TraceStore
 
@@ -155,5 +154,5 @@ def _spread(steps: Sequence[int], count: int) -> list[int]:
 @torch.no_grad()
 def _losses(task: Task, state: dict[str, torch.Tensor], data: Samples) -> torch.Tensor:
     """Loss of every sample, the mean over its tokens, on the CPU."""
-    losses = [task.losses(state, batch) for batch in data.batches(EVALUATION_BATCH, task.device)]
+    losses = [task.losses(state, batch) for batch in data.batches(task.forward_batch, task.device)]
     return torch.cat([loss if loss.ndim == 1 else loss.mean(1) for loss in losses]).cpu()

@@ -24,7 +24,6 @@ from stagewise.task import Batch
 # Enough samples to see the ends of the spectrum; a larger training set is represented by this many of them.
 CURVATURE_SAMPLES = 2048
 _DENSE_LIMIT = 32
-_BATCH = 512
 _RESTARTS = 100
 
 
@@ -88,7 +87,7 @@ def training_batches(density: LocalDensity, samples: int) -> list[tuple[Batch, f
     train, device = density.task.train, density.task.device
     count = min(samples, len(train))
     rows = torch.arange(count) * len(train) // count
-    pieces = [rows[i : i + _BATCH] for i in range(0, count, _BATCH)]
+    pieces = torch.split(rows, density.task.forward_batch)
     return [(train.batch(piece, device), len(piece) / count) for piece in pieces]
 
 

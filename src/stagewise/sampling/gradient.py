@@ -12,13 +12,11 @@ from torch.func import grad, vmap
 from torch.utils._pytree import tree_map
 
 from stagewise.sampling.base import Gradient, GradientFunction
+from stagewise.sampling.curvature import training_batches
 from stagewise.sampling.posterior import LocalDensity
 from stagewise.task import Batch
 
 Batching = Literal["stacked", "loop"]
-
-# Samples per forward pass where the whole training set or an evaluation set is needed; bounds the memory.
-EVALUATION_BATCH = 2048
 
 
 def over_chains(function: Callable[..., Tensor], batching: Batching) -> Callable[..., Tensor]:
@@ -54,13 +52,10 @@ def reshuffled(n: int, size: int, generator: Generator) -> Iterator[Tensor]:
 
 def full_gradient(density: LocalDensity) -> Tensor:
     """Gradient of the mean training loss at the checkpoint in whitened coordinates ``(parameters,)``."""
-    train = density.task.train
-    origin, total = torch.zeros_like(density.anchor), torch.zeros_like(density.anchor)
-    for batch_start in range(0, len(train), EVALUATION_BATCH):
-        rows = slice(batch_start, min(batch_start + EVALUATION_BATCH, len(train)))
-        batch = train.batch(rows, density.task.device)
-        total += grad(density.mean_loss)(origin, batch) * ((rows.stop - rows.start) / len(train))
-    return total
+    origin = torch.zeros_like(density.anchor)
+    slope = grad(density.mean_loss)
+    batches = training_batches(density, len(density.task.train))
+    return sum((share * slope(origin, batch) for batch, share in batches), torch.zeros_like(origin))
 
 
 def potential_gradient(
@@ -95,11 +90,10 @@ def potential_gradient(
     per_chain = over_chains(grad(density.mean_loss), batching)
 
     if batch_size is None or batch_size >= len(train):
-        rows = [slice(i, i + EVALUATION_BATCH) for i in range(0, len(train), EVALUATION_BATCH)]
-        batches = [(train.batch(r, device), min(EVALUATION_BATCH, len(train) - r.start)) for r in rows]
+        batches = training_batches(density, len(train))
 
         def exact(u: Tensor) -> Gradient:
-            loss = sum((per_chain(u, b) * (count / len(train)) for b, count in batches), torch.zeros_like(u))
+            loss = sum((share * per_chain(u, batch) for batch, share in batches), torch.zeros_like(u))
             drift = loss - anchor_gradient if centred else loss
             return Gradient(n_beta * drift + gamma * u, loss)
 

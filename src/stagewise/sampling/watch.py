@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stagewise.sampling.gradient import EVALUATION_BATCH, Batching, over_chains
+from stagewise.sampling.gradient import Batching, over_chains
 from stagewise.sampling.posterior import LocalDensity
 from stagewise.task import Batch
 
@@ -22,7 +22,7 @@ class Watch:
     def __init__(self, density: LocalDensity, batching: Batching, reflect: bool) -> None:
         task = density.task
         sets = {"train": task.train} | {f"queries/{name}": data for name, data in task.queries.items()}
-        self._batches = {name: data.batches(EVALUATION_BATCH, task.device) for name, data in sets.items()}
+        self._batches = {name: data.batches(task.forward_batch, task.device) for name, data in sets.items()}
         self._signs = {"loss": 1.0} | ({"loss_reflected": -1.0} if reflect else {})
         self._draws: dict[tuple[str, str], list[Tensor]] = {
             (name, variable): [] for name in sets for variable in self._signs
