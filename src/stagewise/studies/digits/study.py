@@ -23,8 +23,8 @@ def study(folder: Path) -> list[RunConfig]:
 
 
 def demo(folder: Path) -> RunConfig:
-    """A short version on the minibatch run: fewer checkpoints, chains and draws."""
-    return _settings(folder, "Handwritten digits", 64, 1000, 16, Chains(chains=16, draws=48), orders=2)
+    """A short version of the minibatch run: fewer checkpoints, draws and repeats."""
+    return _settings(folder, "Handwritten digits", 64, 1000, 18, Chains(chains=32, draws=64), orders=3)
 
 
 def _settings(
