@@ -48,7 +48,8 @@ class Chains:
         options: other fields of the sampler, e.g. ``{"start": 1}`` for RMSprop's V, or ``{"friction": 5.0}``.
         burn_in: steps before the first draw; default five relaxation times.
         thinning: steps per draw; default half a relaxation time.
-        batch_size: samples per gradient; default the whole training set.
+        batch_size: samples per gradient; default the whole training set. With the control variate all chains of a
+            block share their minibatches, so that small ones make standard errors somewhat too small.
         control_variate: subtract each minibatch's gradient at the checkpoint.
         reflect: also record losses at the reflected point 2w* - w, for odd and even parts.
         batching: stack the chains or loop over them; ``"auto"`` takes the faster.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -61,4 +62,9 @@ def _difference(part: str, stored: str | None, wanted: str | None) -> str:
         return f"  {part}: new, the folder's run has none"
     if wanted is None:
         return f"  {part}: missing, the folder's run has it"
-    return f"  {part}: differs (folder {stored[:12]}, now {wanted[:12]})"
+    return f"  {part}: differs (folder {_shown(stored)}, now {_shown(wanted)})"
+
+
+def _shown(value: str) -> str:
+    """The beginning of a hash; settings that are kept in words are shown whole."""
+    return value[:12] if re.fullmatch("[0-9a-f]{16,}", value) else value
