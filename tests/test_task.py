@@ -258,3 +258,9 @@ def test_swapped_keys_are_other_data():
 def test_scalars_are_refused_as_data():
     with pytest.raises(ValueError, match=r"first ax|no samples"):
         Samples((torch.zeros(3), torch.tensor(1.0)))
+
+
+def test_query_names_that_would_split_a_path_are_refused():
+    data = (torch.zeros(3, 1), torch.zeros(3, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"cannot be called 'a/b'"):
+        Task(torch.nn.Linear(1, 2), lambda model, batch: model(batch[0])[:, 0], train=data, queries={"a/b": data})

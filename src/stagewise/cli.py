@@ -127,9 +127,11 @@ def _run(settings: RunConfig, dry_run: bool) -> None:
     """Predict the cost of a configuration or carry it out, and say what was found."""
     from stagewise.report.findings import findings
     from stagewise.run.cost import estimate
+    from stagewise.run.engine import quiet_vmap
     from stagewise.run.pipeline import run as carry_out
     from stagewise.run.progress import progress_bars
 
+    quiet_vmap()
     if dry_run:
         console.print(estimate(settings).text(), highlight=False, markup=False)
         return

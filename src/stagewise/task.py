@@ -141,6 +141,8 @@ class Task:
             raise ValueError(
                 "queries is empty: name at least one data set whose loss is studied, e.g. {'val': val_set}"
             )
+        if bad := [name for name in queries if not name or "/" in name]:
+            raise ValueError(f"a query set cannot be called {bad[0]!r}: names need a character and no '/'")
         self.model = model
         self.loss = loss
         self.train = Samples(train, "train")

@@ -3,14 +3,15 @@
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from small_networks import Problem
 from torch import nn
 
-from stagewise.checkpoints.trajectory import Checkpoint, Optimizer
-from stagewise.influence.damped import gauss_newton_product
-from stagewise.influence.gradients import directional_derivatives
+from stagewise.checkpoints.trajectory import Checkpoint, Optimizer, Trajectory
+from stagewise.influence.damped import damped_influence, gauss_newton_product
+from stagewise.influence.gradients import directional_derivatives, gradient_product
 from stagewise.sampling.curvature import hessian_product
 from stagewise.sampling.posterior import LocalPosterior
 from stagewise.task import Task
@@ -118,3 +119,33 @@ def test_language_models_are_differentiated_through_fused_attention_and_key_valu
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-7)  # parts of the model work in float32
     got, expected = (directional_derivatives(density, vectors) for density in (fused, written_out))
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-7)
+
+
+class Attention(torch.nn.Module):
+    """Torch's own attention layer, which in eval mode takes a fused path without forward-mode derivatives."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(5, 4)
+        self.attend = torch.nn.MultiheadAttention(4, 2, batch_first=True)
+        self.read_out = torch.nn.Linear(4, 5)
+
+    def forward(self, words):
+        hidden = self.embed(words)
+        return self.read_out(self.attend(hidden, hidden, hidden, need_weights=False)[0])
+
+
+def next_word(model, words):
+    return torch.nn.functional.cross_entropy(model(words[:, :-1]).transpose(1, 2), words[:, 1:], reduction="none")
+
+
+def test_torchs_attention_layer_is_differentiated_in_eval_mode():
+    words = torch.randint(5, (6, 4), generator=torch.Generator().manual_seed(0))
+    task = Task(Attention().eval(), next_word, train=words, queries={"val": words})
+    trajectory = Trajectory.from_checkpoints([Checkpoint(0, task.state())])
+    posterior = LocalPosterior(gamma=1.0, n_beta=1.0)
+    product = gradient_product(task, trajectory, posterior)
+    solved = damped_influence(task, trajectory, posterior)
+    assert np.isfinite(product["value"]).all()
+    assert np.isfinite(solved["value"]).all()
+    assert torch.backends.mha.get_fastpath_enabled()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -145,12 +146,18 @@ _worker: tuple[Work, Task] | None = None  # what this worker process computes wi
 def _start_worker(work: Work) -> None:
     global _worker
     torch.set_num_threads(work.threads)
+    quiet_vmap()
     _worker = (work, work.make_task())
 
 
 def _work_on(cell: Cell) -> None:
     if _worker is not None:
         _compute(_worker[0], cell, _worker[1])
+
+
+def quiet_vmap() -> None:
+    """Silence torch's notes on operations it cannot stack: stacking is timed, and not used where it does not pay."""
+    warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented")
 
 
 def _return(task: Task) -> Task:

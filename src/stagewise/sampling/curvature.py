@@ -6,8 +6,8 @@ largest stable step, and how many steps the slowest direction needs to forget wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -73,10 +73,16 @@ def hessian_product(density: LocalDensity, samples: int = CURVATURE_SAMPLES) -> 
     return product
 
 
-def plain_attention() -> AbstractContextManager[None]:
-    """Context with attention written out: its fused kernels lack forward mode and second derivatives."""
-    context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
-    return context
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Context in which attention is computed step by step: its fused kernels lack the derivatives used here."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def training_batches(density: LocalDensity, samples: int) -> list[tuple[Batch, float]]:
