@@ -74,3 +74,12 @@ def test_config_lists_every_setting_with_its_meaning():
     assert result.exit_code == 0
     for key in ("posterior", "window", "draws", "retraining", "workers"):
         assert key in result.output
+
+
+def test_data_without_labels_are_studied_sample_by_sample(tmp_path):
+    config = write_run(tmp_path, task_args={"labelled": False}, retraining=None)
+    result = cli.invoke(app, ["run", str(config)])
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "one" in page
+    assert "two" in page

@@ -23,13 +23,16 @@ def other_losses(model, batch):
     return losses(model, batch) * 2
 
 
-def task(shift: float = 0.0, width: int = 3, loss: str = "losses") -> Task:
+def task(shift: float = 0.0, width: int = 3, loss: str = "losses", labelled: bool = True) -> Task:
     generator = torch.Generator().manual_seed(0)
     targets = torch.arange(40) % 2
     inputs = torch.randn(40, width, generator=generator) + targets[:, None] + shift
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Linear(width, 2)
+    if not labelled:
+        query = (inputs[24:], targets[24:])
+        return Task(model, losses, train=(inputs[:24], targets[:24]), queries={"one": query, "two": query})
     labels = [f"class {target}" for target in targets[:24].tolist()]
     return Task(
         model,

@@ -93,7 +93,7 @@ def exemplars(
     chosen = _spread(influence["step"].values.tolist(), steps)
     change = abs(influence["value"]).max("train").std("step")
     names = influence["query"].values[np.argsort(-change.values)][:queries].tolist()
-    samples = bif(_Only(store, chosen), train_groups=None, query_groups=_query_labels(task), grouped=False)
+    samples = bif(_SampleBySample(store, chosen))
     labels = task.train_groups if task.train_groups is not None else [""] * len(task.train)
     found = []
     for query in names:
@@ -116,20 +116,13 @@ def exemplars(
     return found
 
 
-class _Only:
-    """A store seen at some steps only."""
+class _SampleBySample:
+    """A store seen at some steps, with grouped queries but every training sample on its own."""
 
     def __init__(self, store: TraceStore, steps: Sequence[int]) -> None:
         self.steps = steps
         self.load = store.load
-
-
-def _query_labels(task: Task) -> dict[str, Any]:
-    """Labels of every query set; an unlabelled set is one group under its own name."""
-    return {
-        name: labels if labels is not None else [name] * len(task.queries[name])
-        for name, labels in task.query_groups.items()
-    }
+        self.labels = store.labels | {"train": None}
 
 
 def _images(samples: Samples, index: Sequence[int]) -> np.ndarray[Any, Any] | None:
