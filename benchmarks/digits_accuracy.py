@@ -86,7 +86,8 @@ def window_table(config: RunConfig, results: Results) -> None:
     off, every, slope_off, slope = values.T
     console.print(
         f"BIF at {len(values)} checkpoints: r off-diagonal median {np.median(off):.2f}, least {off.min():.2f}; "
-        f"r over all pairs median {np.median(every):.2f}, least {every.min():.2f}; slope off-diagonal {slope_off.min():.2f} to {slope_off.max():.2f}, "
+        f"r over all pairs median {np.median(every):.2f}, least {every.min():.2f}; "
+        f"slope off-diagonal {slope_off.min():.2f} to {slope_off.max():.2f}, "
         f"over all pairs {slope.min():.2f} to {slope.max():.2f}\n"
     )
 
