@@ -1,3 +1,4 @@
+import linecache
 from functools import partial
 
 import numpy as np
@@ -264,3 +265,41 @@ def test_query_names_that_would_split_a_path_are_refused():
     data = (torch.zeros(3, 1), torch.zeros(3, dtype=torch.long))
     with pytest.raises(ValueError, match=r"cannot be called 'a/b'"):
         Task(torch.nn.Linear(1, 2), lambda model, batch: model(batch[0])[:, 0], train=data, queries={"a/b": data})
+
+
+class Inner(torch.nn.Linear):
+    pass
+
+
+class OtherInner(torch.nn.Linear):
+    def forward(self, inputs):
+        return 2 * super().forward(inputs)
+
+
+OtherInner.__name__ = "Inner"  # the same printed model
+
+
+def task_with(inner, loss=lambda model, batch: model(batch[0])[:, 0]):
+    data = (torch.zeros(3, 2), torch.zeros(3))
+    return Task(torch.nn.Sequential(inner(2, 1)), loss, train=data, queries={"val": data})
+
+
+def test_a_change_inside_a_block_is_another_model():
+    inner, other = task_with(Inner).identity(), task_with(OtherInner).identity()
+    assert inner["model"] != other["model"]
+    assert inner["loss"] == other["loss"]
+
+
+def test_a_changed_helper_or_constant_of_the_loss_is_another_loss():
+    source = (
+        "{constant}\ndef helper(x):\n    return {body}\n"
+        "def loss(model, batch):\n    return helper(model(batch[0])[:, 0]) * C\n"
+    )
+    digests = set()
+    for number, (constant, body) in enumerate([("C = 1", "x"), ("C = 2", "x"), ("C = 1", "x**2"), ("C = 1", "x")]):
+        text, file = source.format(constant=constant, body=body), f"<loss {number}>"
+        linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
+        space = {"__name__": "losses"}
+        exec(compile(text, file, "exec"), space)
+        digests.add(task_with(Inner, space["loss"]).identity()["loss"])
+    assert len(digests) == 3

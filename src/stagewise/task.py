@@ -10,6 +10,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence, Sized
 from functools import cached_property, partial
+from types import FunctionType
 from typing import Any, cast
 
 import numpy as np
@@ -227,7 +228,7 @@ class Task:
     def identity(self) -> dict[str, str]:
         """What a stored number depends on, one hash per part, so that a mismatch can name the part."""
         parts = {
-            "model": _digest(repr(self.model), *_state_shapes(self.model), _source(type(self.model))),
+            "model": _digest(repr(self.model), *_state_shapes(self.model), *_layer_sources(self.model)),
             "loss": _digest(*_function_parts(self.loss)),
             "training data": self.train.digest,
         }
@@ -312,6 +313,11 @@ def _state_shapes(model: nn.Module) -> list[str]:
     return [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in _named_state(model).items()]
 
 
+def _layer_sources(model: nn.Module) -> list[str]:
+    """Source of every kind of layer; a change inside a block changes the model although its shapes stay."""
+    return sorted({_source(type(module)) for module in model.modules()})
+
+
 def _source(thing: Any) -> str:
     try:
         return inspect.getsource(thing)
@@ -319,15 +325,25 @@ def _source(thing: Any) -> str:
         return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', repr(type(thing)))}"
 
 
-def _function_parts(function: Any) -> list[str]:
-    """Everything visible that decides what a loss computes: source, defaults, bound arguments."""
+def _function_parts(function: Any, seen: frozenset[Any] = frozenset()) -> list[str]:
+    """Everything visible that decides what a loss computes: source, defaults, bound and captured values.
+
+    Functions of the same module that it calls are followed.
+    """
     if isinstance(function, partial):
         bound = [repr(function.args), repr(sorted(function.keywords.items()))]
-        return bound + _function_parts(function.func)
+        return bound + _function_parts(function.func, seen)
     parts = [_source(function), repr(getattr(function, "__defaults__", None))]
-    closure = getattr(function, "__closure__", None) or ()
-    values = [cell.cell_contents for cell in closure]
-    return parts + [repr(v) for v in values if isinstance(v, str | int | float | bool | tuple | type(None))]
+    if not isinstance(function, FunctionType):
+        return parts
+    captured = [cell.cell_contents for cell in function.__closure__ or ()]
+    named = [function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__]
+    for value in captured + named:
+        if isinstance(value, str | int | float | bool | tuple | type(None)):
+            parts.append(repr(value))
+        elif isinstance(value, FunctionType) and value.__module__ == function.__module__ and value not in seen:
+            parts += _function_parts(value, seen | {function})
+    return parts
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:

@@ -90,7 +90,7 @@ def exemplars(
     """
     if count == 0 or "query" not in influence.dims:
         return []
-    chosen = _spread(influence["step"].values.tolist(), steps)
+    chosen = spread(influence["step"].values.tolist(), steps)
     change = abs(influence["value"]).max("train").std("step")
     names = influence["query"].values[np.argsort(-change.values)][:queries].tolist()
     samples = bif(_SampleBySample(store, chosen))
@@ -99,8 +99,8 @@ def exemplars(
     for query in names:
         for step in chosen:
             cell = samples.sel(step=step, query=query)
-            score = cell["value"].values / cell["stderr"].values
-            ranked = np.argsort(score)
+            value, stderr = cell["value"].values, cell["stderr"].values
+            ranked = np.argsort(np.divide(value, stderr, out=np.zeros_like(value), where=stderr > 0))
             picked = np.concatenate([ranked[:count], ranked[::-1][:count]]).tolist()
             found.append(
                 Exemplar(
@@ -108,8 +108,8 @@ def exemplars(
                     step,
                     picked,
                     [str(labels[i]) for i in picked],
-                    cell["value"].values[picked].tolist(),
-                    cell["stderr"].values[picked].tolist(),
+                    value[picked].tolist(),
+                    stderr[picked].tolist(),
                     _images(task.train, picked),
                 )
             )
@@ -138,7 +138,7 @@ def _images(samples: Samples, index: Sequence[int]) -> np.ndarray[Any, Any] | No
     return ((leaf - low) / (high - low).clamp(min=1e-12)).double().cpu().numpy()
 
 
-def _spread(steps: Sequence[int], count: int) -> list[int]:
+def spread(steps: Sequence[int], count: int) -> list[int]:
     """``count`` of the steps, evenly spread over their order."""
     index = np.unique(np.linspace(0, len(steps) - 1, count).round().astype(int))
     return [steps[i] for i in index]

@@ -58,6 +58,9 @@ class RunConfig(_Settings):
     workers: int | None = Field(None, gt=0, description="processes; default one per core")
 
 
+_SECTIONS: dict[str, Any] = {"posterior": LocalPosterior, "sampling": Chains, "retraining": Retraining}
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML configuration and apply overrides such as ``sampling.draws=200``.
 
@@ -113,7 +116,7 @@ def describe() -> str:
     lines = []
     for name, field in RunConfig.model_fields.items():
         default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)}"
-        section = {"posterior": LocalPosterior, "sampling": Chains, "retraining": Retraining}.get(name)
+        section = _SECTIONS.get(name)
         lines.append(f"{name}: {field.description} ({'section' if section else default})")
         if section is Retraining:
             lines += [f"  {key}: {f.description} (default {f.default})" for key, f in Retraining.model_fields.items()]
@@ -190,8 +193,7 @@ def _explain(fault: Any) -> str:
 
 def _keys(location: Sequence[Any]) -> list[str]:
     """The valid keys of the section at ``location``."""
-    sections: dict[str, Any] = {"posterior": LocalPosterior, "sampling": Chains, "retraining": Retraining}
-    schema: Any = sections[str(location[0])] if location else RunConfig
+    schema: Any = _SECTIONS[str(location[0])] if location else RunConfig
     return list(schema.model_fields) if issubclass(schema, BaseModel) else [f.name for f in fields(schema)]
 
 

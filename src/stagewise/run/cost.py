@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from stagewise.checkpoints.trajectory import Trajectory
+from stagewise.run.analysis import spread
 from stagewise.run.config import RunConfig, load_task
+from stagewise.run.engine import default_steps
 from stagewise.sampling.chains import Chains, tune
 from stagewise.sampling.gradient import choose_batching, potential_gradient
 from stagewise.sampling.posterior import LocalDensity
@@ -59,15 +61,13 @@ def estimate(config: RunConfig) -> Cost:
     Raises:
         ValueError: the configuration, task or checkpoints cannot be used.
     """
-    from stagewise.run.pipeline import chosen_steps
-
     task, trajectory = load_task(config.task, config.task_args), Trajectory.from_directory(config.checkpoints)
-    steps, plan = chosen_steps(config, trajectory), config.sampling
+    steps, plan = list(config.steps or default_steps(trajectory, config.posterior)), config.sampling
     workers = config.workers or os.cpu_count() or 1
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // workers))
     try:
-        probes = [_probe(config, task, trajectory, step) for step in _spread(steps)]
+        probes = [_probe(config, task, trajectory, step) for step in spread(steps, _PROBES)]
     finally:
         torch.set_num_threads(threads)
     cells = len(steps) * plan.blocks
@@ -120,8 +120,3 @@ def _tokens(task: Task) -> int:
     with torch.no_grad():
         losses = task.losses({}, task.train.batch(slice(0, 1), task.device))
     return losses.shape[1] if losses.ndim == 2 else 1
-
-
-def _spread(steps: list[int]) -> list[int]:
-    """First, middle and last, without repeats."""
-    return sorted({steps[i * (len(steps) - 1) // (_PROBES - 1)] for i in range(_PROBES)})

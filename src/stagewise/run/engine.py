@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from stagewise.checkpoints.trajectory import Trajectory
+from stagewise.checkpoints.trajectory import Checkpoint, Trajectory
 from stagewise.run.progress import Progress, silent
 from stagewise.sampling.chains import Chains, sample_block
 from stagewise.sampling.gradient import choose_batching
 from stagewise.sampling.posterior import LocalPosterior
-from stagewise.task import Task
+from stagewise.task import Task, tensors_digest
 from stagewise.traces.identity import read_identity
 from stagewise.traces.store import Cell, RunFolderError, TraceStore
 
@@ -67,7 +67,7 @@ def sample(
         trajectory: the run's checkpoints.
         posterior: what is sampled, e.g. ``LocalPosterior(window=30)``.
         out: run folder; a killed run continues where it was.
-        steps: checkpoints to sample, default all.
+        steps: checkpoints to sample, default all that the posterior can be defined at.
         workers: processes. Above one, the task must be picklable and the calling script guarded by
             ``if __name__ == "__main__":``.
         progress: called with (what, done, in all) after every cell.
@@ -83,7 +83,7 @@ def sample(
         ValueError: the task, a checkpoint or a setting cannot be used.
     """
     chains = Chains(**plan)
-    chosen = list(trajectory.steps if steps is None else steps)
+    chosen = default_steps(trajectory, posterior) if steps is None else list(steps)
     if missing := sorted(set(chosen) - set(trajectory.steps)):
         raise ValueError(f"steps {missing} have no checkpoint; there are {list(trajectory.steps)}")
     out = Path(out)
@@ -92,9 +92,9 @@ def sample(
     with store.lock():
         store.sweep()
         cells = [
-            Cell(step, block, _key(store, trajectory.load(step).digest, step, block))
+            Cell(step, block, key)
             for step in chosen
-            for block in range(chains.blocks)
+            for block, key in enumerate(_keys(store, task, trajectory.load(step), chains.blocks))
         ]
         todo = [cell for cell in cells if not store.is_complete(cell)]
         progress("sampling", len(cells) - len(todo), len(cells))
@@ -102,7 +102,14 @@ def sample(
         work = Work(make_task or partial(_return, task), trajectory, posterior, chains, store, threads)
         for done, _ in enumerate(_computed(work, task, todo, workers), start=len(cells) - len(todo) + 1):
             progress("sampling", done, len(cells))
+        store.write_labels(task.train_groups, task.query_groups)
     return store
+
+
+def default_steps(trajectory: Trajectory, posterior: LocalPosterior) -> list[int]:
+    """All recorded steps, but for step 0 in Adam's metric: before its first update Adam has no second moments."""
+    metric = posterior.metric_for(trajectory.load(trajectory.steps[0]).optimizer)
+    return [step for step in trajectory.steps if step > 0 or metric != "adam"]
 
 
 def identity(task: Task, posterior: LocalPosterior, plan: Chains) -> dict[str, str]:
@@ -120,7 +127,7 @@ def _computed(work: Work, task: Task, cells: Sequence[Cell], workers: int) -> It
     """Compute the cells and yield each when it is in the store."""
     if workers == 1 or len(cells) <= 1:
         for cell in cells:
-            _compute(replace(work, make_task=partial(_return, task)), cell, task)
+            _compute(work, cell, task)
             yield cell
         return
     context = multiprocessing.get_context("spawn")  # forking a process that has used torch's threads can hang
@@ -151,8 +158,10 @@ def _start_worker(work: Work) -> None:
 
 
 def _work_on(cell: Cell) -> None:
-    if _worker is not None:
-        _compute(_worker[0], cell, _worker[1])
+    if _worker is None:
+        raise RuntimeError("a worker was given a cell before it was started")
+    work, task = _worker
+    _compute(work, cell, task)
 
 
 def quiet_vmap() -> None:
@@ -164,9 +173,12 @@ def _return(task: Task) -> Task:
     return task
 
 
-def _key(store: TraceStore, checkpoint_digest: str, step: int, block: int) -> str:
+def _keys(store: TraceStore, task: Task, checkpoint: Checkpoint, blocks: int) -> list[str]:
+    """The content hash of every block of a checkpoint's chains."""
     parts = [f"{name}={value}" for name, value in sorted(store.identity.items())]
-    return hashlib.sha256("\0".join([*parts, checkpoint_digest, str(step), str(block)]).encode()).hexdigest()
+    own = {name: tensor for name, tensor in task.state().items() if name not in checkpoint.params}
+    parts += [checkpoint.digest, tensors_digest(own), str(checkpoint.step)]
+    return [hashlib.sha256("\0".join([*parts, str(block)]).encode()).hexdigest() for block in range(blocks)]
 
 
 def _batching(

@@ -9,7 +9,6 @@ report.html        the report, and figures/
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
@@ -37,8 +36,8 @@ def provenance() -> dict[str, Any]:
 
 
 def save_results(folder: Path, datasets: Mapping[str, xr.Dataset], found: Sequence[Exemplar]) -> None:
-    """Write datasets and exemplars; the folder ``results`` is replaced in one rename."""
-    partial = folder / f".results-{os.getpid()}"
+    """Write datasets and exemplars; written aside first, then put in the place of older ones."""
+    partial = folder / ".results-partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for name, dataset in datasets.items():

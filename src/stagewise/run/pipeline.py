@@ -19,10 +19,9 @@ from stagewise.report.page import write_report
 from stagewise.report.results import Results
 from stagewise.run import analysis
 from stagewise.run.config import RunConfig, load_task, save_config
-from stagewise.run.engine import sample
+from stagewise.run.engine import default_steps, sample
 from stagewise.run.folder import load_results, provenance, save_results
 from stagewise.run.progress import Progress, silent
-from stagewise.sampling.posterior import LocalPosterior
 from stagewise.traces.diagnostics import diagnose_run
 from stagewise.traces.store import TraceStore
 
@@ -38,7 +37,7 @@ def run(config: RunConfig, progress: Progress = silent) -> Results:
     """
     make_task = partial(load_task, config.task, config.task_args)
     task, trajectory = make_task(), Trajectory.from_directory(config.checkpoints)
-    steps = chosen_steps(config, trajectory)
+    steps = list(config.steps or default_steps(trajectory, config.posterior))
     plan = {field.name: getattr(config.sampling, field.name) for field in fields(config.sampling)}
     store = sample(
         task,
@@ -53,7 +52,6 @@ def run(config: RunConfig, progress: Progress = silent) -> Results:
     )
     save_config(config, config.out / "config.yaml")
     (config.out / "provenance.json").write_text(json.dumps(provenance(), indent=1), encoding="utf-8")
-    store.write_labels(task.train_groups, task.query_groups)
 
     datasets = {"losses": analysis.mean_losses(task, trajectory, steps)}
     influence = _influence(store)
@@ -128,20 +126,6 @@ def checkup(folder: str | Path) -> Checkup:
         if text := str(one["advice"].item()):
             advice.append(f"step {step}: {text}")
     return Checkup(rows, advice)
-
-
-def chosen_steps(config: RunConfig, trajectory: Trajectory) -> list[int]:
-    """The checkpoints a configuration asks for; by default all that the posterior can be defined at."""
-    if config.steps is not None:
-        return list(config.steps)
-    return [step for step in trajectory.steps if step > 0 or not _needs_moments(config.posterior, trajectory)]
-
-
-def _needs_moments(posterior: LocalPosterior, trajectory: Trajectory) -> bool:
-    """Before its first update Adam has no second moments, and so no metric."""
-    optimizer = trajectory.load(trajectory.steps[0]).optimizer
-    by_default = posterior.window is not None and optimizer is not None and optimizer.name == "adam"
-    return posterior.metric == "adam" or (posterior.metric is None and by_default)
 
 
 def _influence(store: TraceStore) -> xr.Dataset | None:

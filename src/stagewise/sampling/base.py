@@ -24,15 +24,6 @@ GradientFunction = Callable[[Tensor], Gradient]
 """Positions ``(chain, parameters)`` to their gradient; every call may draw a fresh minibatch."""
 
 
-class State(Protocol):
-    """A sampler's state: at least the position of every chain."""
-
-    @property
-    def position(self) -> Tensor:
-        """Whitened displacements ``(chain, parameters)``."""
-        ...
-
-
 class Sampler(Protocol):
     """A Markov chain that leaves exp(-U) invariant, up to its step-size error.
 

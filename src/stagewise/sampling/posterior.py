@@ -71,6 +71,11 @@ class LocalPosterior:
         if self.metric not in (None, "euclidean", "adam"):
             raise ValueError(f"metric must be 'euclidean' or 'adam', got {self.metric!r}")
 
+    def metric_for(self, optimizer: Optimizer | None) -> Metric:
+        """The metric as asked for, else Adam's for an Adam-trained run with a window, else Euclidean."""
+        by_default = self.window is not None and optimizer is not None and optimizer.name == "adam"
+        return self.metric or ("adam" if by_default else "euclidean")
+
     def at(self, task: Task, checkpoint: Checkpoint) -> LocalDensity:
         """The posterior's numbers at one checkpoint.
 
@@ -83,8 +88,7 @@ class LocalPosterior:
         anchor = vector.flatten(state)
         n_beta = self.n_beta or DEFAULT_N_BETA_PER_SAMPLE * len(task.train)
         optimizer = checkpoint.optimizer
-        adam_run = optimizer is not None and optimizer.name == "adam"
-        metric = self.metric or ("adam" if self.window is not None and adam_run else "euclidean")
+        metric = self.metric_for(optimizer)
         scale = adam_scale(vector, checkpoint).to(anchor) if metric == "adam" else torch.ones_like(anchor)
         gamma = self._gamma(n_beta, checkpoint)
         return LocalDensity(task, vector, state, anchor, scale, gamma, n_beta, metric, self, optimizer)

@@ -1,0 +1,26 @@
+"""The way through in Python, as the guide shows it."""
+
+from tiny import task, write_run
+
+import stagewise as sw
+
+
+def test_prediction_and_measurement_meet_by_label(tmp_path):
+    write_run(tmp_path)
+    run, study = sw.Trajectory.from_directory(tmp_path / "checkpoints"), task()
+    traces = sw.sample(study, run, posterior=sw.LocalPosterior(window=10), chains=4, draws=40, out=tmp_path / "a")
+    influence = sw.bif(traces)
+    assert influence["train"].values.tolist() == ["class 0", "class 1"]
+    assert all(event.train in influence["train"] for event in sw.events(influence))
+    measured = sw.window_ablation(study, run, window=10)
+    scores = sw.agreement(sw.predicted_effect(influence, weight=0.8)["effect"], measured["effect"])
+    assert scores["step"].values.tolist() == [5, 10, 20, 30, 40]
+
+
+def test_step_0_of_an_adam_run_is_left_out_by_default(tmp_path):
+    write_run(tmp_path)
+    recorded = sw.Trajectory.from_directory(tmp_path / "checkpoints")
+    start = sw.Checkpoint(0, task().state(), recorded.load(5).optimizer)
+    run = sw.Trajectory.from_checkpoints([start, recorded.load(40)])
+    traces = sw.sample(task(), run, posterior=sw.LocalPosterior(window=10), chains=2, draws=20, out=tmp_path / "a")
+    assert traces.steps == (40,)
