@@ -24,7 +24,7 @@ from stagewise.traces.identity import read_identity
 from stagewise.traces.store import Cell, RunFolderError, TraceStore
 
 # Raised whenever a change alters the numbers a cell would hold: old cells must not be taken for new ones.
-NUMERICS_VERSION = "1"
+NUMERICS_VERSION = "2"
 
 
 @dataclass(frozen=True)

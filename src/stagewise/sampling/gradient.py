@@ -39,6 +39,23 @@ def over_chains(function: Callable[..., Tensor], batching: Batching) -> Callable
     return apply
 
 
+def chain_gradients(loss: Callable[..., Tensor], batching: Batching) -> Callable[..., Tensor]:
+    """The gradient of ``loss(u, batch)``, a number, of every chain; called like a function of ``over_chains``.
+
+    Stacked chains share one backward pass: no chain's loss depends on another's position, so that the gradient of their
+    sum is the gradient of each. One layer of batching is less work than the batched gradient of a single chain.
+    """
+    if batching == "loop":
+        return over_chains(grad(loss), batching)
+    losses = over_chains(loss, batching)
+
+    def apply(u: Tensor, batch: Batch, own_batch: bool = False) -> Tensor:
+        leaf = u.detach().requires_grad_()
+        return torch.autograd.grad(losses(leaf, batch, own_batch).sum(), leaf)[0]
+
+    return apply
+
+
 def reshuffled(n: int, size: int, generator: Generator) -> Iterator[Tensor]:
     """Endless minibatches of sample indices without replacement, freshly permuted each epoch.
 
@@ -87,7 +104,7 @@ def potential_gradient(
     n_beta, gamma, centred = density.n_beta, density.gamma, density.posterior.centred
     anchor_gradient = full_gradient(density)
     origin = torch.zeros_like(density.anchor)
-    per_chain = over_chains(grad(density.mean_loss), batching)
+    per_chain = chain_gradients(density.mean_loss, batching)
 
     if batch_size is None or batch_size >= len(train):
         batches = training_batches(density, len(train))

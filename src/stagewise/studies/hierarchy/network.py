@@ -1,0 +1,157 @@
+"""The deep linear network, its task, and its training runs, recorded at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stagewise.checkpoints.trajectory import Checkpoint, Optimizer, Trajectory
+from stagewise.retraining.schedule import BatchOrder, Schedule
+from stagewise.retraining.training import train
+from stagewise.retraining.updates import TrainingState
+from stagewise.studies.hierarchy.tree import Floats, Items
+from stagewise.task import Task
+from stagewise.vector import ParameterVector
+
+Start = Literal["aligned", "random"]
+
+FIRST, SECOND = "0.weight", "1.weight"
+
+
+def task(
+    items: Items,
+    *,
+    width: int = 32,
+    start: Start = "random",
+    a0: float = 1e-4,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> Task:
+    """Predict the features of an item from its name: y = W2 W1 x, loss 1/2 |y - W2 W1 x|^2.
+
+    Args:
+        items: the data; every item is a train group and a query.
+        width: hidden units.
+        start: initial weights. ``"random"``: N(0, 2 a0 / width). ``"aligned"``: along the singular vectors of the
+            training data, every mode with strength ``a0``, the case that the theory solves exactly.
+        a0: initial strength of the modes; small.
+        seed: of the initial weights.
+        dtype: of weights and data: float64 for exact comparisons, float32 for sampling.
+
+    Raises:
+        ValueError: ``a0`` is not positive, or the network is too narrow for an aligned start.
+    """
+    inputs = torch.eye(len(items.targets), dtype=dtype)
+    shown = inputs[torch.from_numpy(items.shown)], torch.from_numpy(items.shown_targets).to(dtype)
+    truth = inputs, torch.from_numpy(items.targets).to(dtype)
+    names = np.array(items.names)
+    return Task(
+        network(items, width, start, a0, seed).to(dtype),
+        squared_error,
+        train=shown,
+        queries={"items": truth},
+        train_groups=names[items.shown].tolist(),
+        query_groups={"items": names.tolist()},
+    )
+
+
+def network(items: Items, width: int, start: Start, a0: float, seed: int) -> nn.Module:
+    """Two linear layers with their initial weights."""
+    if not a0 > 0 or width < 1:
+        raise ValueError(f"need a0 > 0 and width >= 1, got {a0} and {width}")
+    outputs, inputs = items.targets.T.shape
+    generator = np.random.default_rng(seed)
+    if start == "aligned":
+        first, second = _aligned(correlations(items), width, a0, generator)
+    else:
+        first = generator.standard_normal((width, inputs)) * np.sqrt(2 * a0 / width)
+        second = generator.standard_normal((outputs, width)) * np.sqrt(2 * a0 / width)
+    model = nn.Sequential(nn.Linear(inputs, width, bias=False), nn.Linear(width, outputs, bias=False)).double()
+    model.load_state_dict({FIRST: torch.from_numpy(first), SECOND: torch.from_numpy(second)})
+    return model.eval()
+
+
+def correlations(items: Items) -> Floats:
+    """Sum over training samples of target x input^T: ``(feature, item)``."""
+    total = np.zeros(items.targets.T.shape)
+    np.add.at(total.T, items.shown, items.shown_targets)
+    return total
+
+
+def _aligned(data: Floats, width: int, a0: float, generator: np.random.Generator) -> tuple[Floats, Floats]:
+    u, s, vt = np.linalg.svd(data, full_matrices=False)
+    if width < len(s):
+        raise ValueError(f"an aligned start needs a hidden unit for each of {len(s)} modes, got width {width}")
+    frame = np.linalg.qr(generator.standard_normal((width, len(s))))[0] * np.sqrt(a0)
+    return frame @ vt, u @ frame.T
+
+
+def squared_error(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Half the squared error of every item ``(batch,)``."""
+    inputs, targets = batch
+    error: Tensor = model(inputs) - targets
+    return error.square().sum(-1) / 2
+
+
+def optimizer(items: Items, name: Literal["sgd", "adam"], rate: float) -> Optimizer:
+    """Full-batch updates. SGD at ``rate`` per sample: the objective is a mean over samples, so it is given rate x n."""
+    learning_rate = rate * len(items.shown) if name == "sgd" else rate
+    return Optimizer(name, learning_rate, batch_size=0)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A training run, with its weights at every step.
+
+    Attributes:
+        task: the task; its model holds the weights at step 0.
+        optimizer: how it was trained.
+        weights: ``(step, parameters)``, from step 0.
+        trajectory: checkpoints at some of the steps, with the optimiser's memory.
+        rate: training time that passes in one step.
+    """
+
+    task: Task
+    optimizer: Optimizer
+    weights: Tensor
+    trajectory: Trajectory
+    rate: float
+
+    @property
+    def start(self) -> Checkpoint:
+        """The checkpoint before the first update."""
+        return Checkpoint(0, self.task.state(), self.optimizer)
+
+    @property
+    def order(self) -> BatchOrder:
+        """All samples in every update."""
+        return BatchOrder(len(self.task.train))
+
+    def layers(self, steps: Sequence[int] | slice = slice(None)) -> tuple[Floats, Floats]:
+        """Weights at the steps: W1 ``(step, hidden, item)`` and W2 ``(step, feature, hidden)``."""
+        named = ParameterVector.of(self.task).unflatten(self.weights[steps])
+        return named[FIRST].numpy(), named[SECOND].numpy()
+
+    def representations(self, steps: Sequence[int] | slice = slice(None)) -> Floats:
+        """Hidden representation of every item, ``(step, item, hidden)``."""
+        return np.swapaxes(self.layers(steps)[0], 1, 2)
+
+
+def record(task: Task, optimizer: Optimizer, rate: float, last: int, kept: Sequence[int]) -> Run:
+    """Train from the task's own weights for ``last`` steps, with checkpoints at ``kept``."""
+    vector = ParameterVector.of(task)
+    state = TrainingState.from_checkpoint(Checkpoint(0, task.state(), optimizer), vector)
+    weights, checkpoints, wanted = [state.params[0]], [], set(kept)
+
+    def keep(step: int, state: TrainingState) -> None:
+        weights.append(state.params[0])
+        if step in wanted:
+            checkpoints.append(state.checkpoint(step, optimizer, vector, {}))
+
+    train(task, vector, state, optimizer, [Schedule()], BatchOrder(len(task.train)), range(last), keep)
+    return Run(task, optimizer, torch.stack(weights).detach(), Trajectory.from_checkpoints(checkpoints), rate)
