@@ -17,16 +17,34 @@ if TYPE_CHECKING:
     from stagewise.checkpoints.trajectory import Checkpoint as Checkpoint
     from stagewise.checkpoints.trajectory import Optimizer as Optimizer
     from stagewise.checkpoints.trajectory import Trajectory as Trajectory
+    from stagewise.dynamics.alignment import alignment as alignment
+    from stagewise.dynamics.branches import separations as separations
+    from stagewise.dynamics.branches import squared_distances as squared_distances
     from stagewise.dynamics.curves import curves as curves
     from stagewise.dynamics.events import events as events
+    from stagewise.dynamics.spectrum import top_eigenvalue_share as top_eigenvalue_share
+    from stagewise.dynamics.stages import Transition as Transition
+    from stagewise.dynamics.stages import extrema as extrema
+    from stagewise.dynamics.stages import rise as rise
+    from stagewise.dynamics.stages import transition_table as transition_table
     from stagewise.influence.bif import bif as bif
     from stagewise.influence.damped import damped_influence as damped_influence
     from stagewise.influence.gradients import gradient_product as gradient_product
+    from stagewise.influence.llc import llc as llc
+    from stagewise.influence.phases import phase_decomposition as phase_decomposition
     from stagewise.retraining.ablation import window_ablation as window_ablation
+    from stagewise.retraining.lds import lds as lds
+    from stagewise.retraining.leave_out import leave_out as leave_out
+    from stagewise.retraining.leave_out import retrain as retrain
     from stagewise.retraining.schedule import BatchOrder as BatchOrder
     from stagewise.retraining.schedule import Schedule as Schedule
     from stagewise.retraining.scores import agreement as agreement
+    from stagewise.retraining.scores import measured_influence as measured_influence
     from stagewise.retraining.scores import predicted_effect as predicted_effect
+    from stagewise.retraining.source import source as source
+    from stagewise.retraining.tracin import tracin as tracin
+    from stagewise.retraining.unrolling import unroll as unroll
+    from stagewise.retraining.unrolling import unrolled_influence as unrolled_influence
     from stagewise.run.engine import sample as sample
     from stagewise.run.pipeline import report as report
     from stagewise.sampling.chains import Chains as Chains
@@ -40,14 +58,25 @@ _ROOMS = {
     "stagewise.checkpoints.huggingface": ("RecorderCallback",),
     "stagewise.checkpoints.recorder": ("Recorder", "linear", "log_spaced"),
     "stagewise.checkpoints.trajectory": ("Checkpoint", "Optimizer", "Trajectory"),
+    "stagewise.dynamics.alignment": ("alignment",),
+    "stagewise.dynamics.branches": ("separations", "squared_distances"),
     "stagewise.dynamics.curves": ("curves",),
     "stagewise.dynamics.events": ("events",),
+    "stagewise.dynamics.spectrum": ("top_eigenvalue_share",),
+    "stagewise.dynamics.stages": ("Transition", "extrema", "rise", "transition_table"),
     "stagewise.influence.bif": ("bif",),
     "stagewise.influence.damped": ("damped_influence",),
     "stagewise.influence.gradients": ("gradient_product",),
+    "stagewise.influence.llc": ("llc",),
+    "stagewise.influence.phases": ("phase_decomposition",),
     "stagewise.retraining.ablation": ("window_ablation",),
+    "stagewise.retraining.lds": ("lds",),
+    "stagewise.retraining.leave_out": ("leave_out", "retrain"),
     "stagewise.retraining.schedule": ("BatchOrder", "Schedule"),
-    "stagewise.retraining.scores": ("agreement", "predicted_effect"),
+    "stagewise.retraining.scores": ("agreement", "measured_influence", "predicted_effect"),
+    "stagewise.retraining.source": ("source",),
+    "stagewise.retraining.tracin": ("tracin",),
+    "stagewise.retraining.unrolling": ("unroll", "unrolled_influence"),
     "stagewise.run.engine": ("sample",),
     "stagewise.run.pipeline": ("report",),
     "stagewise.sampling.chains": ("Chains",),

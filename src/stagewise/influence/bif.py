@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import xarray as xr
 
 from stagewise.groups import Labels
 from stagewise.influence.covariance import Centring, stretches
-from stagewise.influence.pairs import Estimator, Kind, Part, columns, influence_matrix
+from stagewise.influence.pairs import Columns, Estimator, Indices, Kind, Part, columns, influence_matrix
 from stagewise.traces.diagnostics import diagnose
 
 # Verdicts under which a covariance of the draws says nothing about the posterior.
@@ -85,26 +85,15 @@ def bif(
         ValueError: labels do not fit the traces, or an odd or even part is asked of
             traces without reflected losses.
     """
-    labels = _labels(traces, train_groups, query_groups or {}, grouped)
-    results: list[xr.Dataset] = []
-    omitted: dict[str, str] = {}
-    facts: dict[Any, Any] = {}
-    for step in traces.steps:
-        tree = traces.load(step)
-        if reason := _reason_to_omit(tree, trusted_only):
-            omitted[str(step)] = reason
-            continue
-        matrix = _at_checkpoint(tree, labels, grouped, kind, centring, part, tokens)
-        results.append(matrix.expand_dims(step=[step]))
-        facts = tree.attrs
-    if not results:
-        reasons = "; ".join(f"step {step}: {reason}" for step, reason in omitted.items())
-        raise NoTrustedCheckpointError(
-            f"no checkpoint has chains that can be trusted. {reasons or 'The store is empty'}"
-        )
-    stacked = _joined(results, "step")
+    labels = carried_labels(traces, train_groups, query_groups or {}, grouped)
+    stacked = over_checkpoints(
+        traces,
+        traces.steps,
+        trusted_only,
+        lambda _step, tree: _at_checkpoint(data_sets(tree, labels, grouped, part, tokens), tree, kind, centring),
+    )
     units = "nats per unit weight" if kind == "covariance" else "1"
-    stacked.attrs = {
+    stacked.attrs |= {
         "estimator": "bif",
         "kind": kind,
         "centring": centring,
@@ -112,14 +101,45 @@ def bif(
         "tokens": tokens,
         "units": units,
         "sign": "negative = helpful: more weight on the training data lowers the query loss",
-        "omitted": json.dumps(omitted),
-    } | {name: facts[name] for name in ("n_beta", "window", "metric", "centred") if facts.get(name) is not None}
+    }
     for variable in stacked.data_vars.values():
         variable.attrs["units"] = units
     return stacked
 
 
-def _labels(
+def over_checkpoints(
+    traces: Traces, steps: Sequence[int], trusted_only: bool, estimate: Callable[[int, xr.DataTree], xr.Dataset]
+) -> xr.Dataset:
+    """What ``estimate(step, tree)`` makes of every checkpoint whose chains can be used, along ``step``.
+
+    The attributes say which checkpoints were ``omitted`` and why, and what the posterior is.
+
+    Raises:
+        NoTrustedCheckpointError: no checkpoint can be used, with the reasons.
+    """
+    results: list[xr.Dataset] = []
+    omitted: dict[str, str] = {}
+    facts: dict[Any, Any] = {}
+    for step in steps:
+        tree = traces.load(step)
+        if reason := _reason_to_omit(tree, trusted_only):
+            omitted[str(step)] = reason
+            continue
+        results.append(estimate(step, tree).expand_dims(step=[step]))
+        facts = tree.attrs
+    if not results:
+        reasons = "; ".join(f"step {step}: {reason}" for step, reason in omitted.items())
+        raise NoTrustedCheckpointError(
+            f"no checkpoint has chains that can be trusted. {reasons or 'The store is empty'}"
+        )
+    stacked = joined(results, "step")
+    stacked.attrs = {"omitted": json.dumps(omitted)} | {
+        name: facts[name] for name in ("n_beta", "window", "metric", "centred") if facts.get(name) is not None
+    }
+    return stacked
+
+
+def carried_labels(
     traces: Traces, train: Labels | None, queries: Mapping[str, Labels | None], grouped: bool
 ) -> tuple[Labels | None, dict[str, Labels | None]]:
     """Labels of the training set and of the query sets: those given, else those that the traces carry."""
@@ -138,31 +158,47 @@ def _reason_to_omit(tree: xr.DataTree, trusted_only: bool) -> str:
     return "" if drawn and not (trusted_only and verdict in _UNTRUSTED) else f"{verdict}: {advice}"
 
 
-def _at_checkpoint(
+def ok_chains(tree: xr.DataTree) -> Indices:
+    """Positions of the chains that ended well."""
+    return np.flatnonzero(tree["chains"]["status"].values == "ok")
+
+
+class DataSets(NamedTuple):
+    """The two sides of influence at one checkpoint.
+
+    Attributes:
+        train: the columns of the training set.
+        queries: the columns of every query set, and whether its samples are the training samples.
+        weight: kappa per column of the training set.
+    """
+
+    train: Columns
+    queries: list[tuple[Columns, bool]]
+    weight: float
+
+
+def data_sets(
     tree: xr.DataTree,
     labels: tuple[Labels | None, dict[str, Labels | None]],
     grouped: bool,
-    kind: Kind,
-    centring: Centring,
     part: Part,
     tokens: bool,
-) -> xr.Dataset:
-    """The influence matrix of one checkpoint."""
+) -> DataSets:
+    """Training and query columns of the chains that ended well, grouped by labels.
+
+    Raises:
+        ValueError: labels do not fit the traces, or two query groups share a name.
+    """
     of_train, of_queries = labels
     names = list(tree["queries"].children)
     if unknown := sorted(set(of_queries) - set(names)):
         raise ValueError(f"query_groups names {unknown}, but the traces have the queries {names}")
-    chains = tree["chains"].to_dataset()
-    status = chains["status"].values
-    kept = np.flatnonzero(status == "ok")
+    kept = ok_chains(tree)
     train_set = tree["train"].to_dataset()
     train = columns(train_set, kept, of_train, "train_groups", part=part, tokens=tokens)
     # One token is one of n x tokens losses that the training objective averages.
     weight = tree.attrs["kappa"] / (train_set.sizes["token"] if tokens else 1)
-    # By all chains, failed or not, so that replicates are cut alike at every checkpoint.
-    pieces = stretches(len(status), train_set.sizes["draw"])
-    estimator = Estimator(kind, centring, -weight if kind == "covariance" else -1.0, pieces)
-    matrices = []
+    queries = []
     for name in names:
         dataset = tree[f"queries/{name}"].to_dataset()
         argument = f"query_groups[{name!r}]"
@@ -171,28 +207,37 @@ def _at_checkpoint(
             query = replace(query, names=[name], rows=[np.arange(len(query.samples))])
         elif len(names) > 1:
             query = replace(query, names=[f"{name}:{row}" for row in query.names])
-        matrix = influence_matrix(train, query, estimator, bool(dataset.attrs.get("is_training_set")))
-        matrices.append(_numbered(matrix, chains["chain"].values[kept]))
-    name, count = Counter(name for matrix in matrices for name in matrix["query"].values.tolist()).most_common(1)[0]
+        queries.append((query, bool(dataset.attrs.get("is_training_set"))))
+    name, count = Counter(name for query, _ in queries for name in query.names).most_common(1)[0]
     if count > 1:
         raise ValueError(f"{count} query groups are called {name!r}; rename a query set or its labels")
-    return _joined(matrices, "query")
+    return DataSets(train, queries, weight)
 
 
-def _numbered(matrix: xr.Dataset, chains: np.ndarray[Any, Any]) -> xr.Dataset:
+def _at_checkpoint(sides: DataSets, tree: xr.DataTree, kind: Kind, centring: Centring) -> xr.Dataset:
+    """The influence matrix of one checkpoint."""
+    # By all chains, failed or not, so that replicates are cut alike at every checkpoint.
+    pieces = stretches(tree["chains"].sizes["chain"], tree["train"].sizes["draw"])
+    estimator = Estimator(kind, centring, -sides.weight if kind == "covariance" else -1.0, pieces)
+    matrices = [influence_matrix(sides.train, query, estimator, shared) for query, shared in sides.queries]
+    return joined([numbered(matrix, tree) for matrix in matrices], "query")
+
+
+def numbered(estimate: xr.Dataset, tree: xr.DataTree) -> xr.Dataset:
     """Number the replicates by chain and stretch, the same at every checkpoint."""
-    if "replicates" not in matrix:
-        return matrix
-    cut = matrix.sizes["replicate"] // len(chains)
-    return matrix.assign_coords(replicate=(chains[:, None] * cut + np.arange(cut)).reshape(-1))
+    if "replicates" not in estimate:
+        return estimate
+    chains = tree["chains"].to_dataset()["chain"].values[ok_chains(tree)]
+    cut = estimate.sizes["replicate"] // len(chains)
+    return estimate.assign_coords(replicate=(chains[:, None] * cut + np.arange(cut)).reshape(-1))
 
 
-def _joined(matrices: Sequence[xr.Dataset], dim: str) -> xr.Dataset:
+def joined(estimates: Sequence[xr.Dataset], dim: str) -> xr.Dataset:
     """One dataset, with the replicates that all have in common."""
-    numbers = [set(m["replicate"].values.tolist()) if "replicates" in m else set() for m in matrices]
+    numbers = [set(e["replicate"].values.tolist()) if "replicates" in e else set() for e in estimates]
     common = sorted(set.intersection(*numbers))
     if len(common) > 1:
-        matrices = [matrix.sel(replicate=common) for matrix in matrices]
+        estimates = [estimate.sel(replicate=common) for estimate in estimates]
     else:
-        matrices = [matrix.drop_dims("replicate", errors="ignore") for matrix in matrices]
-    return xr.concat(matrices, dim, join="exact", data_vars="minimal", coords="minimal", compat="override")
+        estimates = [estimate.drop_dims("replicate", errors="ignore") for estimate in estimates]
+    return xr.concat(estimates, dim, join="exact", data_vars="minimal", coords="minimal", compat="override")

@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.func import grad, vjp, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from stagewise.attention import plain_attention
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.influence.gradients import first_order
-from stagewise.sampling.curvature import CURVATURE_SAMPLES, hessian_product, plain_attention, training_batches
+from stagewise.sampling.curvature import CURVATURE_SAMPLES, hessian_product, training_batches
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior
 from stagewise.task import Batch, Task
 

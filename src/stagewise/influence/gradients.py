@@ -14,9 +14,9 @@ import xarray as xr
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
+from stagewise.attention import plain_attention
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.groups import Groups, per_sample, query_groups, train_groups
-from stagewise.sampling.curvature import plain_attention
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior
 from stagewise.task import Task
 

@@ -1,45 +1,22 @@
-"""What stands in a report, in which order and with which captions; nothing about how it looks on a page."""
+"""The report of a run: what stands in it, in which order and with which captions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
 import xarray as xr
-from matplotlib.figure import Figure
 
 from stagewise.report import check_figures, figures, tables
 from stagewise.report.exemplar_figure import PER_SIDE, exemplar_grid
-from stagewise.report.findings import clearest_flips
+from stagewise.report.findings import clearest_flips, findings
+from stagewise.report.page import Page, Plate, Section, write_page
 from stagewise.report.results import Exemplar, Results, others
 from stagewise.report.tables import Table
 from stagewise.report.words import count, label_text, number, quoted
 
 _SHOWN_FLIPS = 15
-
-
-@dataclass(frozen=True)
-class Plate:
-    """A figure with its caption.
-
-    Attributes:
-        name: of its files, and of its anchor on a page.
-        caption: what the figure shows, or why there is none.
-        figure: None if its data are missing.
-    """
-
-    name: str
-    caption: str
-    figure: Figure | None = None
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the report: its figures and tables in the order of reading."""
-
-    title: str
-    parts: Sequence[Plate | Table]
 
 
 def sections(results: Results) -> list[Section]:
@@ -182,3 +159,17 @@ def _chains(results: Results) -> Iterator[Plate | Table]:
     else:
         yield Plate("chains", "There is no figure of the chains: not one of their diagnostics could be computed.")
     yield tables.diagnostics_table(diagnostics)
+
+
+def write_report(results: Results, folder: Path | str) -> Path:
+    """Write the report of a run into the folder; see :func:`stagewise.report.page.write_page`."""
+    window = None if results.influence is None else results.influence.attrs.get("window")
+    page = Page(
+        results.title,
+        f"during the {window} training steps after a checkpoint" if window else "around a checkpoint",
+        findings(results),
+        sections(results),
+        results.config,
+        results.provenance,
+    )
+    return write_page(page, folder)

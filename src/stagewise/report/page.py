@@ -1,48 +1,91 @@
-"""The report: one self-contained HTML file, and its figures as files beside it."""
+"""A page: findings, figures and tables as one self-contained HTML file, and the figures as files beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
-from stagewise.report.contents import Plate, Section, sections
 from stagewise.report.files import inline_svg, write_figure
-from stagewise.report.findings import findings
-from stagewise.report.results import Results
+from stagewise.report.tables import Table
 
 
-def write_report(results: Results, folder: Path | str) -> Path:
+@dataclass(frozen=True)
+class Plate:
+    """A figure with its caption.
+
+    Attributes:
+        name: of its files, and of its anchor on a page.
+        caption: what the figure shows, or why there is none.
+        figure: None if its data are missing.
+    """
+
+    name: str
+    caption: str
+    figure: Figure | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report: its figures and tables in the order of reading."""
+
+    title: str
+    parts: Sequence[Plate | Table]
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that stands on a page; plain text, which is escaped.
+
+    Attributes:
+        title: headline.
+        when: when the weight is changed in the definition of influence, e.g. ``"during 30 training steps"``.
+        findings: what was found, a sentence or two each.
+        sections: figures and tables.
+        configuration: plain values.
+        provenance: the same.
+    """
+
+    title: str
+    when: str
+    findings: Sequence[str]
+    sections: Sequence[Section]
+    configuration: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_page(page: Page, folder: Path | str) -> Path:
     """Write ``report.html`` and ``figures/`` (SVG, PNG, PDF) into the folder; older ones are replaced.
 
     The page needs nothing but itself: no network, no scripts, no files beside it. All text of the data is escaped.
 
     Args:
-        results: what to report.
+        page: what to show.
         folder: is made if it is not there.
 
     Returns:
         The path of the page.
     """
     folder = Path(folder)
-    parts = sections(results)
-    drawn = [plate for section in parts for plate in section.parts if isinstance(plate, Plate)]
+    drawn = [plate for section in page.sections for plate in section.parts if isinstance(plate, Plate)]
     svgs = {}
     for plate in drawn:
         if plate.figure is not None:
             svg = write_figure(plate.figure, folder / "figures", plate.name)[0]
             svgs[plate.name] = inline_svg(svg.read_text(encoding="utf-8"), plate.name, plate.caption)
     folder.mkdir(parents=True, exist_ok=True)
-    page = folder / "report.html"
-    page.write_text(_render(results, parts, svgs), encoding="utf-8")
-    return page
+    path = folder / "report.html"
+    path.write_text(_render(page, svgs), encoding="utf-8")
+    return path
 
 
-def _render(results: Results, parts: list[Section], svgs: Mapping[str, Markup]) -> str:
+def _render(page: Page, svgs: Mapping[str, Markup]) -> str:
     # Autoescape always: by default jinja2 decides by the name of the template.
     environment = Environment(
         loader=PackageLoader("stagewise.report"),
@@ -52,13 +95,7 @@ def _render(results: Results, parts: list[Section], svgs: Mapping[str, Markup]) 
         lstrip_blocks=True,
     )
     return environment.get_template("report.html.jinja").render(
-        title=results.title,
-        findings=findings(results),
-        sections=parts,
-        svgs=svgs,
-        window=None if results.influence is None else results.influence.attrs.get("window"),
-        config=_yaml(results.config),
-        provenance=_yaml(results.provenance),
+        page=page, svgs=svgs, config=_yaml(page.configuration), provenance=_yaml(page.provenance)
     )
 
 

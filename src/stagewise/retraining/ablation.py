@@ -7,20 +7,19 @@ is carried through all later training, while the influence at a checkpoint belon
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
-from torch import Tensor
 
 from stagewise.checkpoints.trajectory import Checkpoint, Trajectory, check_fits
-from stagewise.groups import Groups, Labels, per_sample, query_groups, train_groups
+from stagewise.groups import Labels, query_groups, train_groups
+from stagewise.retraining.labelled import effect_dataset
+from stagewise.retraining.runs import paired_losses
 from stagewise.retraining.schedule import BatchOrder, Order, Schedule
-from stagewise.retraining.training import Batching, train
-from stagewise.retraining.updates import TrainingState, recorded_optimizer
-from stagewise.task import Batch, Params, Task
-from stagewise.vector import ParameterVector
+from stagewise.retraining.training import Batching
+from stagewise.retraining.updates import recorded_optimizer
+from stagewise.task import Task
 
 
 def window_ablation(
@@ -78,21 +77,26 @@ def window_ablation(
     unknown = sorted(set(chosen) - set(trajectory.steps))
     if unknown or not chosen:
         raise ValueError(f"steps {unknown} are not recorded; the trajectory has {list(trajectory.steps)}")
-    trained, queried = train_groups(task, groups), query_groups(task)
+    trained = train_groups(task, groups)
     effects = []
     for done, step in enumerate(chosen, start=1):
         checkpoint = trajectory.load(step)
         check_fits(task, checkpoint)
         schedules = [Schedule.window(index, step, window, weight) for index in trained.indices]
-        own_steps = range(step, step + window)
         repeats = [
-            _effects(task, checkpoint, schedules, batches, own_steps, queried, max_runs, batching)
+            paired_losses(task, checkpoint, schedules, batches, [step + window], max_runs=max_runs, batching=batching)[
+                0
+            ][0]
             for batches in _orders(task, checkpoint, order, orders, seed)
         ]
         effects.append(torch.stack(repeats).double().cpu().numpy())
         if progress is not None:
             progress(done, len(chosen))
-    return _dataset(effects, chosen, trained, queried, window, weight)
+    used = min(len(repeats) for repeats in effects)
+    error = np.stack([repeats.std(0, ddof=1) / len(repeats) ** 0.5 for repeats in effects]) if used > 1 else None
+    effect = np.stack([repeats.mean(0) for repeats in effects])
+    attrs = {"estimator": "window ablation", "window": window, "orders": used}
+    return effect_dataset(effect, error, chosen, trained, query_groups(task), weight, attrs)
 
 
 def _orders(task: Task, checkpoint: Checkpoint, first: Order | None, count: int, seed: int) -> list[Order]:
@@ -110,75 +114,3 @@ def _orders(task: Task, checkpoint: Checkpoint, first: Order | None, count: int,
     seeds = np.random.SeedSequence(seed).generate_state(count)
     fresh: list[Order] = [BatchOrder(n, batch_size, int(state)) for state in seeds]
     return fresh if first is None else [first, *fresh[1:]]
-
-
-def _effects(
-    task: Task,
-    checkpoint: Checkpoint,
-    schedules: Sequence[Schedule],
-    order: Order,
-    steps: range,
-    queried: Groups,
-    max_runs: int,
-    batching: Batching,
-) -> Tensor:
-    """Changed minus unchanged loss at the window's end, ``(train, query)``."""
-    vector = ParameterVector.of(task)
-    fixed = {name: tensor.to(task.device) for name, tensor in vector.fixed(checkpoint.params).items()}
-    optimizer = recorded_optimizer(checkpoint)
-    effects = []
-    # Every stack has its own unchanged run: differences within a stack are free of its rounding.
-    for first in range(0, len(schedules), max_runs - 1):
-        runs = [Schedule(), *schedules[first : first + max_runs - 1]]
-        state = TrainingState.from_checkpoint(checkpoint, vector, len(runs), task.device)
-        state = train(task, vector, state, optimizer, runs, order, steps, fixed=fixed, batching=batching)
-        means = queried.mean(_query_losses(task, vector, state.params, fixed, batching))
-        effects.append(means[1:] - means[0])
-    return torch.cat(effects)
-
-
-def _query_losses(
-    task: Task, vector: ParameterVector, params: Tensor, fixed: Params, batching: Batching
-) -> dict[str, Tensor]:
-    """Sample losses of every query set at every run's parameters: ``(runs, samples)`` by name."""
-
-    def losses(run: Tensor, batch: Batch) -> Tensor:
-        return per_sample(task.losses({**fixed, **vector.unflatten(run)}, batch))
-
-    def of_runs(batch: Batch) -> Tensor:
-        if batching == "stacked":
-            return torch.func.vmap(lambda run: losses(run, batch))(params)
-        return torch.stack([losses(run, batch) for run in params])
-
-    with torch.no_grad():
-        return {
-            name: torch.cat([of_runs(batch) for batch in samples.batches(task.forward_batch, task.device)], 1)
-            for name, samples in task.queries.items()
-        }
-
-
-def _dataset(
-    effects: Sequence[np.ndarray[Any, Any]],
-    steps: Sequence[int],
-    trained: Groups,
-    queried: Groups,
-    window: int,
-    weight: float,
-) -> xr.Dataset:
-    """From one ``(orders, train, query)`` array per step."""
-    dims = ("step", "train", "query")
-    orders = min(len(repeats) for repeats in effects)
-    attrs = {"unit": "nats", "sign": "loss with the group's weight changed minus unchanged"}
-    variables = {"effect": (dims, np.stack([repeats.mean(0) for repeats in effects]), attrs)}
-    if orders > 1:
-        error = np.stack([repeats.std(0, ddof=1) / len(repeats) ** 0.5 for repeats in effects])
-        variables["effect_stderr"] = (dims, error, {"unit": "nats", "over": "batch orders"})
-    coords = {
-        "step": list(steps),
-        "train": list(trained.labels),
-        "train_size": ("train", list(trained.sizes)),
-        "query": list(queried.labels),
-    }
-    meaning = "positive = helpful" if weight < 1 else "negative = helpful"
-    parameters = {"window": window, "weight": weight, "orders": orders}
-    return xr.Dataset(variables, coords, {"estimator": "window ablation", "sign": meaning, **parameters})

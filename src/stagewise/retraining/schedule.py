@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,6 +14,9 @@ from torch import Tensor
 
 Order = Callable[[int], Tensor]
 """``order(step) -> (batch,)``: the training samples of the update made at ``step``."""
+
+WHOLE_RUN = range(sys.maxsize)
+"""Every update, whenever the run starts and ends."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +64,12 @@ class Schedule:
     @classmethod
     def window(cls, samples: Tensor | Sequence[int], start: int, length: int, weight: float) -> Schedule:
         """``samples`` have ``weight`` during the ``length`` updates from ``start`` on, else 1."""
-        return cls((Change(start, start + length, torch.as_tensor(samples), weight),))
+        return cls((Change(start, start + length, torch.as_tensor(samples, dtype=torch.long), weight),))
+
+    @classmethod
+    def whole_run(cls, samples: Tensor | Sequence[int], weight: float) -> Schedule:
+        """``samples`` have ``weight`` at every update, whenever the run starts and ends."""
+        return cls.window(samples, WHOLE_RUN.start, len(WHOLE_RUN), weight)
 
     def weights(self, step: int, n: int) -> Tensor:
         """Weights of the ``n`` training samples in the update made at ``step``: ``(n,)``, float64.
@@ -101,6 +110,17 @@ class BatchOrder:
             return torch.arange(self.n)
         epoch, batch = divmod(step, self.n // self.batch_size)
         return _permutation(self.n, self.seed, epoch)[batch * self.batch_size :][: self.batch_size]
+
+
+def check_window(window: range | None) -> range:
+    """The window, or the whole run if there is none.
+
+    Raises:
+        ValueError: the window is empty or has gaps.
+    """
+    if window is not None and (not window or window.step != 1):
+        raise ValueError(f"window must be a range of consecutive updates, e.g. range(100, 150), got {window}")
+    return WHOLE_RUN if window is None else window
 
 
 @lru_cache(maxsize=2)

@@ -11,7 +11,7 @@ import xarray as xr
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 _RESAMPLES = 2000
-_LEVEL = 0.95
+LEVEL = 0.95
 _ROUNDING = 1e-12
 
 
@@ -48,6 +48,49 @@ def predicted_effect(influence: xr.Dataset, weight: float) -> xr.Dataset:
     return xr.Dataset({name: effect.assign_attrs(unit="nats") for name, effect in effects.items()}, attrs=attrs)
 
 
+def measured_influence(effects: xr.Dataset) -> xr.Dataset:
+    """Influence as measured by retraining: the inverse of :func:`predicted_effect`.
+
+        value[i, j] = effect[i, j] / (train_size[i] * (weight - 1))
+
+    The slope of the chord from weight 1 to the changed weight, which is the derivative only for small changes.
+
+    Args:
+        effects: ``effect`` (step, train, query) in nats, changed minus unchanged loss; ``effect_stderr`` if
+            there is one; coordinate ``train_size`` and attribute ``weight``. From
+            :func:`stagewise.retraining.ablation.window_ablation` or
+            :func:`stagewise.retraining.leave_out.leave_out`.
+
+    Returns:
+        ``value`` and ``stderr`` (zero if none was measured) (step, train, query), in nats per unit weight of
+        one sample; negative = helpful. To be given to ``dynamics.curves`` and ``dynamics.events``.
+
+    Raises:
+        ValueError: ``effect``, ``train_size`` or ``weight`` is missing, or the weight was not changed.
+    """
+    lacking = [
+        name
+        for name, there in (("effect", effects.data_vars), ("train_size", effects.coords), ("weight", effects.attrs))
+        if name not in there
+    ]
+    if lacking:
+        raise ValueError(
+            f"effects lack {lacking}; expected a variable 'effect', a coordinate 'train_size' and an attribute "
+            "'weight', as window_ablation and leave_out return them"
+        )
+    if effects.attrs["weight"] == 1:
+        raise ValueError("effects were measured with weight 1, that is without any change; use another weight")
+    change = effects["train_size"] * (effects.attrs["weight"] - 1)
+    value = (effects["effect"] / change).transpose(*effects["effect"].dims)
+    error = effects["effect_stderr"] if "effect_stderr" in effects else xr.zeros_like(value)
+    stderr = (error / abs(change)).transpose(*value.dims)
+    units = {"units": "nats per unit weight"}
+    sign = "negative = helpful: more weight on the training data lowers the query loss"
+    attrs = dict(effects.attrs) | units | {"sign": sign}
+    variables = {"value": value.assign_attrs(units), "stderr": stderr.assign_attrs(units)}
+    return xr.Dataset(variables, attrs=attrs)
+
+
 def agreement(predicted: xr.DataArray, measured: xr.DataArray, seed: int = 0) -> xr.Dataset:
     """Correlation and slope of measured on predicted effects over all (train, query) pairs, at every step.
 
@@ -75,13 +118,13 @@ def agreement(predicted: xr.DataArray, measured: xr.DataArray, seed: int = 0) ->
     other = measured["train"].values[:, None] != measured["query"].values[None, :]
     choices = {"": np.ones_like(other)} | ({} if other.all() else {"_off_diagonal": other})
     rows, columns = _resampled(other.shape, np.random.default_rng(seed))
-    attrs = {"interval": f"{_LEVEL:.0%} bootstrap over train and query groups", "resamples": _RESAMPLES}
+    attrs = {"interval": f"{LEVEL:.0%} bootstrap over train and query groups", "resamples": _RESAMPLES}
     scores: dict[str, tuple[str, Array, dict[str, Any]]] = {}
     for suffix, pairs in choices.items():
         value = _scores(p, m, np.ones((1, len(rows[0]))), np.ones((1, len(columns[0]))), pairs)
         draws = _scores(p, m, rows, columns, pairs)
         for name in value:
-            lower, upper = _quantiles(draws[name])
+            lower, upper = interval_ends(draws[name])
             for end, numbers in (("", value[name][0]), ("_lower", lower), ("_upper", upper)):
                 scores[f"{name}{suffix}{end}"] = ("step", numbers, attrs | {"pairs": int(pairs.sum())})
     return xr.Dataset(scores, {"step": measured["step"].values})
@@ -129,9 +172,9 @@ def _scores(p: Array, m: Array, rows: Array, columns: Array, pairs: Array) -> di
         return {"correlation": correlation, "slope": total(p * m) / total(p * p)}
 
 
-def _quantiles(draws: Array) -> tuple[Array, Array]:
+def interval_ends(draws: Array) -> tuple[Array, Array]:
     """Ends of the interval over the resamples in which the score is defined."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # defined in none: NaN is the answer
-        lower, upper = np.nanquantile(draws, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], axis=0)
+        lower, upper = np.nanquantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     return lower, upper

@@ -62,7 +62,7 @@ def train(
     if len(schedules) != len(state.params):
         raise ValueError(f"expected one schedule for each of {len(state.params)} runs, got {len(schedules)}")
     n = len(task.train)
-    for span in _constant_spans(steps, schedules):
+    for span in constant_spans(steps, schedules):
         weights = torch.stack([schedule.weights(span.start, n) for schedule in schedules]).to(state.params)
         for step in span:
             index = order(step)
@@ -97,7 +97,7 @@ def train_and_record(task: Task, optimizer: Optimizer, order: Order, steps: Iter
         yield state.checkpoint(step, optimizer, vector, fixed)
 
 
-def _constant_spans(steps: range, schedules: Sequence[Schedule]) -> Iterator[range]:
+def constant_spans(steps: range, schedules: Sequence[Schedule]) -> Iterator[range]:
     """The steps, cut where a weight changes: weights are built once per piece and not once per step."""
     changes = [change for schedule in schedules for change in schedule.changes]
     ends = {end for change in changes for end in (change.start, change.stop)}

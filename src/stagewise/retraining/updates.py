@@ -95,9 +95,15 @@ def update(optimizer: Optimizer, state: TrainingState, gradient: Tensor, step: i
     beta1, beta2 = optimizer.betas
     first = torch.lerp(state.first_moment, gradient, 1 - beta1)
     second = torch.addcmul(state.second_moment * beta2, gradient, gradient, value=1 - beta2)
-    scale = second.sqrt() / (1 - beta2 ** (step + 1)) ** 0.5 + optimizer.eps
+    scale = _root(second) / (1 - beta2 ** (step + 1)) ** 0.5 + optimizer.eps
     params = torch.addcdiv(params, first, scale, value=-rate / (1 - beta1 ** (step + 1)))
     return TrainingState(params, first, second)
+
+
+def _root(second: Tensor) -> Tensor:
+    """Square root with slope 0 at 0: that of a parameter which never had a gradient, and not 0 / 0."""
+    zero = second == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, second).sqrt())
 
 
 def recorded_optimizer(checkpoint: Checkpoint) -> Optimizer:

@@ -6,8 +6,7 @@ largest stable step, and how many steps the slowest direction needs to forget wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,8 +15,8 @@ import torch
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 from torch.func import grad, vjp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from stagewise.attention import plain_attention
 from stagewise.sampling.posterior import LocalDensity
 from stagewise.task import Batch
 
@@ -71,18 +70,6 @@ def hessian_product(density: LocalDensity, samples: int = CURVATURE_SAMPLES) -> 
         return total
 
     return product
-
-
-@contextmanager
-def plain_attention() -> Iterator[None]:
-    """Context in which attention is computed step by step: its fused kernels lack the derivatives used here."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def training_batches(density: LocalDensity, samples: int) -> list[tuple[Batch, float]]:

@@ -167,7 +167,8 @@ def leave_one_out(targets: Floats, first: Floats, second: Floats, t: Floats) -> 
     """
     items = range(targets.shape[1])
     whole = subset_losses(targets, first, second, items, t)
-    if len(items) == 1:
-        return (whole - (targets**2).sum(0) / 2)[:, None, :]
-    without = [subset_losses(targets, first, second, [q for q in items if q != p], t) for p in items]
-    return whole[:, None, :] - np.stack(without, 1)
+    untrained = np.tile((targets**2).sum(0) / 2, (len(t), 1))  # what is left without the only item there is
+    others = [[q for q in items if q != p] for p in items]
+    without = [subset_losses(targets, first, second, kept, t) if kept else untrained for kept in others]
+    influence: Floats = whole[:, None, :] - np.stack(without, 1)
+    return influence

@@ -1,0 +1,128 @@
+"""The linear datamodelling score: does an attribution order retrained subsets as their losses do?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import xarray as xr
+
+from stagewise.retraining.scores import LEVEL, Array, interval_ends, predicted_effect
+
+_TIE = 1e-12
+
+
+def lds(
+    attribution: xr.Dataset, losses: xr.DataArray, kept: xr.DataArray, *, resamples: int = 1000, seed: int = 0
+) -> xr.Dataset:
+    """Linear datamodelling score (Park et al. 2023, arXiv 2303.14186) at every step of training.
+
+    For each query the Spearman correlation, over runs that were retrained on subsets of the data, between the
+    loss and its prediction from the attribution,
+
+        predicted[m, j] = - sum_{i left out of run m} value[i, j] * train_size[i],
+
+    and its mean over queries. Where a query carries the label of a train group, only the runs that keep this
+    group count: what was never learnt is no test of an attribution. A query for which losses or predictions do
+    not vary (up to rounding, 1e-12 of the largest) has no correlation and is left out of the mean.
+
+    The 95 % intervals are percentiles of a bootstrap over runs and over queries.
+
+    Args:
+        attribution: ``value`` (step, train, query) in nats per unit weight of one sample, negative = helpful;
+            coordinate ``train_size``. It may have further steps, train groups must be those of ``kept``.
+        losses: of the retrained runs, in nats (step, run, query), as
+            :func:`stagewise.retraining.leave_out.retrain` returns them.
+        kept: which train groups each run has kept, bool (run, train), the runs in the order of ``losses``.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Returns:
+        ``lds`` (step) in [-1, 1] with ``lds_lower`` and ``lds_upper``; ``spearman`` (step, query), NaN where
+        there is none; ``queries`` (step), the number that have one. NaN if none has.
+
+    Raises:
+        ValueError: the labels do not match, or something is not finite.
+    """
+    effect = predicted_effect(attribution, 0.0)["effect"]
+    _check_labels(effect, losses, kept)
+    losses = losses.transpose("step", "run", "query")
+    kept = kept.transpose("run", "train").astype(bool)
+    effect = effect.sel({dim: whole[dim] for dim, whole in (("step", losses), ("train", kept), ("query", losses))})
+    predicted = np.einsum("rt,stq->srq", ~kept.values, effect.transpose("step", "train", "query").values)
+    measured = losses.values.astype(float)
+    _check_finite(losses["step"].values, predicted, measured)
+
+    generator = np.random.default_rng(seed)
+    _, runs, queries = measured.shape
+    counts, weights = (generator.multinomial(k, np.full(k, 1 / k), resamples) for k in (runs, queries))
+    usable = _usable(losses["query"].values.tolist(), kept)
+    single = _correlations(predicted, measured, np.ones((1, runs)), usable)
+    draws = _mean(_correlations(predicted, measured, counts.astype(float), usable), weights.astype(float))
+    lower, upper = interval_ends(draws.T)
+    attrs = {"interval": f"{LEVEL:.0%} bootstrap over runs and queries", "resamples": resamples}
+    scores = {"lds": _mean(single, np.ones((1, queries)))[:, 0], "lds_lower": lower, "lds_upper": upper}
+    variables = {name: ("step", score, attrs) for name, score in scores.items()}
+    dataset = xr.Dataset(variables, {"step": losses["step"].values, "query": losses["query"].values})
+    rank = {"spearman": (("step", "query"), single[:, 0]), "queries": ("step", np.isfinite(single[:, 0]).sum(1))}
+    return dataset.assign(rank)
+
+
+def _usable(queries: Iterable[object], kept: xr.DataArray) -> Array:
+    """Which runs count for which query ``(query, run)``, as 0 and 1."""
+    column = {label: kept.values[:, k] for k, label in enumerate(kept["train"].values.tolist())}
+    return np.stack([column.get(query, np.ones(kept.sizes["run"])) for query in queries]).astype(float)
+
+
+def _correlations(predicted: Array, measured: Array, counts: Array, usable: Array) -> Array:
+    """Spearman correlation in every resample ``(step, resample, query)``, from ``(step, run, query)``."""
+    steps, _, queries = measured.shape
+    result = np.empty((steps, len(counts), queries))
+    for query in range(queries):
+        drawn = counts * usable[query]
+        for step in range(steps):
+            x, y = (_ranks(values[step, :, query], drawn) for values in (predicted, measured))
+            products = [(drawn * a * b).sum(1) for a, b in ((x, y), (x, x), (y, y))]
+            with np.errstate(invalid="ignore", divide="ignore"):
+                result[step, :, query] = products[0] / np.sqrt(products[1] * products[2])
+    return result
+
+
+def _ranks(values: Array, counts: Array) -> Array:
+    """Centred rank of each run ``(resample, run)`` where run k was drawn ``counts[., k]`` times.
+
+    The rank is the number of draws below, ties counting half, so that all resamples take one product with the
+    matrix of comparisons.
+    """
+    difference = values[None, :] - values[:, None]
+    difference[abs(difference) <= _TIE * abs(values).max()] = 0
+    below = (np.sign(difference) + 1) / 2
+    ranks: Array = counts @ below - counts.sum(1, keepdims=True) / 2
+    return ranks
+
+
+def _mean(correlations: Array, weights: Array) -> Array:
+    """Mean over the queries that have a correlation ``(step, resample)``; weights ``(resample, query)``."""
+    there = np.isfinite(correlations) * weights
+    with np.errstate(invalid="ignore"):
+        mean: Array = (np.nan_to_num(correlations) * there).sum(-1) / there.sum(-1)
+    return mean
+
+
+def _check_labels(effect: xr.DataArray, losses: xr.DataArray, kept: xr.DataArray) -> None:
+    for name, array, dims in (("losses", losses, ("step", "run", "query")), ("kept", kept, ("run", "train"))):
+        if set(array.dims) != set(dims):
+            raise ValueError(f"{name} must have dims {dims}, got {array.dims}")
+    if losses.sizes["run"] != kept.sizes["run"]:
+        raise ValueError(f"losses have {losses.sizes['run']} runs, but kept has {kept.sizes['run']}")
+    for dim, there in (("step", losses), ("query", losses), ("train", kept)):
+        if lacking := sorted(set(there[dim].values.tolist()) - set(effect[dim].values.tolist())):
+            raise ValueError(f"the attribution lacks {dim} {lacking}; losses and kept must be of the same groups")
+    if unknown := sorted(set(effect["train"].values.tolist()) - set(kept["train"].values.tolist())):
+        raise ValueError(f"kept does not say which runs have kept train {unknown}")
+
+
+def _check_finite(steps: Array, *arrays: Array) -> None:
+    bad = ~np.all([np.isfinite(array).all((1, 2)) for array in arrays], axis=0)
+    if bad.any():
+        raise ValueError(f"attribution or losses at steps {steps[bad].tolist()} are not finite; leave these steps out")

@@ -1,0 +1,201 @@
+"""The training runs and measurements that several experiments of the study share, each made once and when needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import xarray as xr
+
+from stagewise.influence.bif import bif
+from stagewise.report.page import Section
+from stagewise.retraining.ablation import window_ablation
+from stagewise.retraining.scores import measured_influence
+from stagewise.run.engine import sample
+from stagewise.run.progress import Progress, silent
+from stagewise.sampling.posterior import LocalPosterior
+from stagewise.studies.hierarchy.network import Run, Start, optimizer, record, task
+from stagewise.studies.hierarchy.theory import Modes, mode_matrix
+from stagewise.studies.hierarchy.tree import KINGDOMS, Floats, Items
+from stagewise.traces.store import TraceStore
+
+RATE = 0.004
+"""Learning rate per sample: training time t = step x RATE."""
+LAST = 2000
+"""Steps of a run: t = 8."""
+EVERY_TIME: Floats = np.linspace(0, RATE * LAST, LAST + 1)
+"""The time at every step."""
+WINDOW = 25
+"""Steps of a time window: 0.1 of t, short beside the stages."""
+N_BETA_PER_SAMPLE = 1000.0
+"""Of the posteriors that are set by a window. Ten is the default; the even share of its draws, which needs no ground
+truth, is far above what the diagnostics allow here, and they ask for more."""
+
+KINDS = {1: "cross", 2: "cousin", 3: "sibling"}
+"""What pairs are called that part on a level of a tree of depth three."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is computed. The default is the study; tests take less.
+
+    Attributes:
+        checkpoints: about how many checkpoints are sampled.
+        chains: chains at each.
+        draws: draws of each chain.
+        workers: processes that sample.
+    """
+
+    checkpoints: int = 60
+    chains: int = 64
+    draws: int = 192
+    workers: int = 2
+
+    @property
+    def steps(self) -> list[int]:
+        """The checkpoints: three in four of them before t = 4, where the transitions are."""
+        early = np.linspace(0.06 * LAST, LAST / 2, 3 * self.checkpoints // 4, endpoint=False)
+        late = np.linspace(LAST / 2, LAST, self.checkpoints - len(early))
+        return [int(step) for step in np.unique(np.concatenate([early, late]).round())]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the study's table: a number that was computed, and what it should reach.
+
+    Attributes:
+        what: what is compared.
+        value: the number, as text with its unit or interval.
+        target: what it should reach, as text; empty if it is only reported.
+        reached: whether it does; None if it is only reported.
+    """
+
+    what: str
+    value: str
+    target: str = ""
+    reached: bool | None = None
+
+    @classmethod
+    def at_least(cls, what: str, value: float, bound: float, digits: int = 4) -> Check:
+        """A number that should be at least ``bound``."""
+        return cls(what, f"{value:.{digits}f}", f"≥ {bound:g}", bool(value >= bound))
+
+    @classmethod
+    def at_most(cls, what: str, value: float, bound: float, form: str = ".4f") -> Check:
+        """A number that should be at most ``bound``."""
+        return cls(what, f"{value:{form}}", f"≤ {bound:g}", bool(value <= bound))
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One part of the study: what it shows, what it found, and the numbers it is held to."""
+
+    section: Section
+    findings: Sequence[str]
+    checks: Sequence[Check]
+
+
+class Lab:
+    """Runs of the eight-leaf tree from an aligned and from a random start, and what is measured on them.
+
+    Args:
+        folder: where sampled traces are kept; a killed study continues from there.
+        size: how much is computed.
+        progress: called with (what, done, in all).
+    """
+
+    def __init__(self, folder: Path, size: Size | None = None, progress: Progress = silent) -> None:
+        self.folder, self.size, self.progress = folder, size or Size(), progress
+        self.items = Items.of(KINGDOMS)
+        self.level = self.items.tree.split_level()
+        self.off_diagonal = self.level > 0
+        self.steps = self.size.steps
+        self.times = RATE * np.array(self.steps)
+
+    @cached_property
+    def aligned(self) -> Run:
+        """From an aligned start, float64."""
+        return self.run("aligned")
+
+    @cached_property
+    def random(self) -> Run:
+        """From a random start, float64."""
+        return self.run("random")
+
+    def run(
+        self, start: Start, *, name: Literal["sgd", "adam"] = "sgd", dtype: torch.dtype = torch.float64, **settings: Any
+    ) -> Run:
+        """A training run with checkpoints at the lab's steps."""
+        network = task(self.items, start=start, dtype=dtype, **settings)
+        return record(network, optimizer(self.items, name, RATE), RATE, LAST + WINDOW, self.steps)
+
+    def strengths(self, run: Run, times: Floats) -> tuple[Modes, Floats]:
+        """Modes of the data, and their strengths ``(time, mode, mode)`` by the theory."""
+        modes = Modes.of(self.items.targets.T)
+        first, second = run.layers([0])
+        return modes, mode_matrix(modes.s, modes.initial(first[0], second[0]), times)
+
+    @cached_property
+    def windows(self) -> xr.Dataset:
+        """Influence measured by leaving each item out during a window from every checkpoint of the aligned run."""
+        run = self.aligned
+        effects = window_ablation(run.task, run.trajectory, window=WINDOW, weight=0.0, order=run.order)
+        return measured_influence(effects)
+
+    @cached_property
+    def sampled(self) -> xr.Dataset:
+        """The Bayesian influence function of that window, sampled at every checkpoint of the aligned run."""
+        return bif(self.window_traces)
+
+    @cached_property
+    def window_traces(self) -> TraceStore:
+        """The loss traces behind it."""
+        return self.sample(self.run("aligned", dtype=torch.float32), self.window_posterior, "window")
+
+    @property
+    def window_posterior(self) -> LocalPosterior:
+        """The local posterior of a window."""
+        return LocalPosterior(window=WINDOW, n_beta=N_BETA_PER_SAMPLE * len(self.items.targets))
+
+    def sample(self, run: Run, posterior: LocalPosterior, name: str, **changes: Any) -> TraceStore:
+        """Sample a posterior at every checkpoint of a run, all chains of a checkpoint stacked."""
+        plan: dict[str, Any] = {"chains": self.size.chains, "draws": self.size.draws, "batching": "stacked"} | changes
+
+        def progress(_: str, done: int, total: int) -> None:
+            self.progress(f"sampling: {name}", done, total)
+
+        return sample(
+            run.task,
+            run.trajectory,
+            posterior=posterior,
+            out=self.folder / name.replace(" ", "-"),
+            workers=self.size.workers,
+            progress=progress,
+            **plan,
+        )
+
+    def matrix(self, dataset: xr.Dataset, variable: str = "value") -> Floats:
+        """A labelled influence as ``(step, train, query)`` in the order of the items."""
+        chosen = dataset[variable].sel(train=self.items.names, query=self.items.names)
+        return np.asarray(chosen.transpose("step", "train", "query").values)
+
+    def of_kind(self, level: int) -> Floats:
+        """Which pairs part on a level: ``(train, query)`` of 0 and 1, normalised to take their mean."""
+        there = (self.level == level).astype(float)
+        mean: Floats = there / there.sum()
+        return mean
+
+
+def correlation(a: Floats, b: Floats) -> float:
+    """Pearson's, over all entries."""
+    return float(np.corrcoef(np.ravel(a), np.ravel(b))[0, 1])
+
+
+def slope(predicted: Floats, measured: Floats) -> float:
+    """Of measured on predicted through the origin: 1 where the predicted size is right."""
+    return float((predicted * measured).sum() / (predicted**2).sum())

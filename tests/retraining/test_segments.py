@@ -1,0 +1,187 @@
+"""TracIn and SOURCE, held against exact unrolling where they are exact."""
+
+import numpy as np
+import pytest
+import torch
+from problems import LABELS, D, N, Regression, classifier
+from torch import nn
+
+from stagewise.checkpoints.trajectory import Checkpoint, CheckpointError, Optimizer, Trajectory
+from stagewise.dynamics.curves import curves
+from stagewise.retraining import source as source_module
+from stagewise.retraining.schedule import BatchOrder
+from stagewise.retraining.source import saturation, source
+from stagewise.retraining.tracin import tracin
+from stagewise.retraining.training import train_and_record
+from stagewise.retraining.unrolling import unrolled_influence
+from stagewise.task import Task
+
+AWAY = np.array([1.0, -0.5, 2.0, 0.3])
+
+
+def run(task, optimizer, steps, w=None, order=None):
+    if w is not None:
+        task.model.weight.data = torch.from_numpy(w)[None]
+    return Trajectory.from_checkpoints(
+        train_and_record(task, optimizer, order or BatchOrder(len(task.train)), [0, *steps])
+    )
+
+
+def unrolled(task, trajectory, **options):
+    return unrolled_influence(task, trajectory.load(0), BatchOrder(len(task.train)), trajectory.steps, **options)
+
+
+def relative_error(got, expected):
+    return (abs(got.value - expected.value).max() / abs(expected.value).max()).item()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("window", [None, range(6, 14)])
+def test_source_at_a_minimum_of_a_quadratic_is_unrolling_up_to_first_order_in_the_learning_rate(momentum, window):
+    """Hessian and gradients are constant there, so that only exp(-eta K H) for (I - eta H)^K is left."""
+    problem, errors = Regression(), []
+    for finer in (16, 32):
+        stretched = None if window is None else range(window.start * finer, window.stop * finer)
+        optimizer = Optimizer("sgd", (1 - momentum) * 0.2 / finer, momentum=momentum)
+        trajectory = run(problem.task, optimizer, [10 * finer, 20 * finer], problem.minimiser())
+        got = source(problem.task, trajectory, window=stretched, segments=2)
+        errors.append(relative_error(got, unrolled(problem.task, trajectory, window=stretched)))
+    assert errors[0] < 0.1
+    assert 1.8 < errors[0] / errors[1] < 2.5  # order 2 would be a factor of 4
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+def test_source_with_a_segment_per_update_follows_changing_gradients_up_to_first_order(weight_decay):
+    problem, errors = Regression(), []
+    for finer in (2, 4):
+        optimizer = Optimizer("sgd", 0.2 / finer, weight_decay=weight_decay)
+        trajectory = run(problem.task, optimizer, range(1, 20 * finer), AWAY)
+        got = source(problem.task, trajectory, segments=1000)
+        errors.append(relative_error(got, unrolled(problem.task, trajectory)))
+    assert errors[0] < 0.1
+    assert 1.8 < errors[0] / errors[1] < 2.2
+
+
+class Bowl(nn.Module):
+    """Quadratic losses c_i . w + 1/2 sum_k h_k w_k^2 with sum_i c_i = 0: at w = 0 training stays put."""
+
+    def __init__(self, curvatures):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(len(curvatures), dtype=torch.float64))
+        self.h = torch.tensor(curvatures, dtype=torch.float64)
+
+    def forward(self, c):
+        return c @ self.w + 0.5 * (self.h * self.w**2).sum()
+
+
+def bowl(curvatures):
+    c = torch.randn(6, len(curvatures), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    c -= c.mean(0)
+    task = Task(Bowl(curvatures), lambda model, batch: model(batch[0]), train=(c,), queries={"q": (c[:1],)})
+    return task, c.numpy()
+
+
+def test_positive_zero_and_negative_curvature_respond_by_decay_drift_and_growth():
+    h, rate, steps = np.array([2.0, 0.0, -3.0, 1e-12]), 0.01, [100, 300]
+    task, c = bowl(h.tolist())
+    got = source(task, run(task, Optimizer("sgd", rate), steps), segments=1)
+    for step in steps:
+        time = rate * step
+        response = np.array([(1 - np.exp(-2 * time)) / 2, time, (np.exp(3 * time) - 1) / 3, time])
+        expected = -(c * response) @ c[0] / 6
+        np.testing.assert_allclose(got.value.sel(step=step)[:, 0], expected, rtol=1e-9)
+
+
+def test_the_filter_is_right_on_both_sides_of_zero_and_finite_for_growth():
+    x = np.array([-600.0, -1.0, -1e-9, 0.0, 1e-9, 1.0, 1e6])
+    expected = [np.expm1(600) / 600, np.expm1(1), 1 + 5e-10, 1, 1 - 5e-10, -np.expm1(-1), 1e-6]
+    np.testing.assert_allclose(saturation(x), expected, rtol=1e-12)
+
+
+def test_without_curvature_source_is_tracin_at_unequal_intervals_rates_and_in_windows():
+    task, _ = bowl([0.0, 0.0])
+    (start,) = train_and_record(task, Optimizer("sgd", 0.1), BatchOrder(6), [0])
+    rates = {0: 0.1, 3: 0.05, 10: 0.2, 11: 0.01}
+    trajectory = Trajectory.from_checkpoints(
+        Checkpoint(step, start.params, Optimizer("sgd", rate)) for step, rate in rates.items()
+    )
+    for window in (None, range(2, 6), range(10, 50)):
+        sums, products = source(task, trajectory, segments=2, window=window), tracin(task, trajectory, window=window)
+        np.testing.assert_allclose(sums.value, products.value, rtol=1e-10, atol=1e-16)
+    whole = tracin(task, trajectory).value
+    np.testing.assert_allclose(whole[1:] / whole[1], np.array([0.3, 0.65, 0.85])[:, None, None] / 0.3 + 0 * whole[1:])
+
+
+@pytest.mark.parametrize("estimator", [tracin, source])
+@pytest.mark.parametrize("window", [None, range(2, 5)])
+def test_a_short_run_is_unrolling(estimator, window):
+    task = classifier()
+    trajectory = run(task, Optimizer("sgd", 1e-5), range(1, 7))
+    got, expected = estimator(task, trajectory, window=window), unrolled(task, trajectory, window=window)
+    assert relative_error(got, expected) < 1e-4
+    assert not got.value[0].values.any()
+
+
+def test_source_beats_tracin_on_a_long_run_because_it_carries_influence_through_later_training():
+    task = classifier()
+    trajectory = run(task, Optimizer("sgd", 0.3), range(2, 81, 2))
+    exact = unrolled(task, trajectory)
+    errors = [relative_error(estimator(task, trajectory), exact) for estimator in (source, tracin)]
+    assert errors[0] < 0.1 < 1 < errors[1]
+
+
+@pytest.mark.parametrize("estimator", [tracin, source])
+def test_the_value_of_a_group_is_the_mean_over_its_samples(estimator):
+    problem = Regression()
+    trajectory = run(problem.task, Optimizer("sgd", 0.1), [10, 20], AWAY)
+    groups = estimator(problem.task, trajectory, groups=LABELS)
+    single = estimator(problem.task, trajectory, groups=range(N))
+    expected = np.stack([single.value.values[:, label == LABELS].mean(1) for label in "abc"], 1)
+    np.testing.assert_allclose(groups.value, expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("estimator", [tracin, source])
+def test_training_on_a_class_helps_it_and_the_result_is_accepted_as_a_curve(estimator):
+    task = classifier()
+    got = estimator(task, run(task, Optimizer("sgd", 0.1), [5, 10]))
+    assert got.value.dims == ("step", "train", "query")
+    assert (np.diagonal(got.value.sel(step=10)) < 0).all()
+    assert got.train_size.values.tolist() == [20, 20, 20]
+    assert got.attrs["units"] == "nats per unit weight"
+    assert got.attrs["sign"].startswith("negative = helpful")
+    curves(got)
+
+
+def test_a_training_set_larger_than_a_forward_pass_gives_the_same():
+    task, optimizer = classifier(), Optimizer("sgd", 0.1)
+    trajectory = run(task, optimizer, [5, 10])
+    whole = [estimator(task, trajectory).value for estimator in (tracin, source)]
+    task.forward_batch = 7
+    for estimator, expected in zip((tracin, source), whole, strict=True):
+        np.testing.assert_allclose(estimator(task, trajectory).value, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("estimator", [tracin, source])
+def test_adam_unknown_optimizers_and_other_models_are_refused(estimator):
+    problem = Regression()
+    adam = run(problem.task, Optimizer("adam", 0.1), [5], AWAY)
+    with pytest.raises(ValueError, match=r"trained with adam.*use unrolled_influence"):
+        estimator(problem.task, adam)
+    bare = Trajectory.from_checkpoints([Checkpoint(3, adam.load(5).params)])
+    with pytest.raises(ValueError, match="does not say which optimizer"):
+        estimator(problem.task, bare)
+    with pytest.raises(CheckpointError, match="shape"):
+        estimator(problem.task, problem.trajectory(np.zeros(D + 1)))
+    with pytest.raises(ValueError, match="range of consecutive updates"):
+        estimator(problem.task, problem.trajectory(AWAY), window=range(3, 3))
+    with pytest.raises(ValueError, match="no checkpoints"):
+        estimator(problem.task, Trajectory.from_checkpoints([]))
+
+
+def test_a_hessian_that_is_too_large_and_no_segments_are_refused(monkeypatch):
+    problem = Regression()
+    with pytest.raises(ValueError, match="segments must be at least 1"):
+        source(problem.task, problem.trajectory(AWAY), segments=0)
+    monkeypatch.setattr(source_module, "_LARGEST_DENSE", 3)
+    with pytest.raises(ValueError, match=r"dense 4 x 4 .*at most 3 .*use unrolled_influence or tracin"):
+        source(problem.task, problem.trajectory(AWAY))
