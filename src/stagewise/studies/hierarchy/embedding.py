@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 
 from stagewise.dynamics.stages import Transition
 from stagewise.report import style
 from stagewise.report.page import Plate
+from stagewise.studies.hierarchy import drawing
 from stagewise.studies.hierarchy.lab import EVERY_TIME, LAST, RATE, Lab
 from stagewise.studies.hierarchy.timing import Timing
 from stagewise.studies.hierarchy.tree import Floats
@@ -19,39 +21,66 @@ _EVERY = 10
 
 
 def embedding(lab: Lab, onsets: Sequence[Transition], timings: Sequence[Timing]) -> Plate:
-    """Two-dimensional scaling of all (item, time) pairs jointly, with branch onsets and harmful peaks."""
-    steps = list(range(0, LAST + 1, _EVERY))
-    hidden = lab.aligned.representations(steps)
+    """Two-dimensional scaling of all (item, time) pairs jointly, and the tree unfolding along one direction."""
+    hidden = lab.aligned.representations(list(range(0, LAST + 1, _EVERY)))
     # Classical scaling of Euclidean distances is principal components of the points.
-    scaling = PCA(4)
-    points = scaling.fit_transform(hidden.reshape(-1, hidden.shape[-1])).reshape(*hidden.shape[:2], 4)
-    shown = scaling.explained_variance_ratio_
+    scaling = PCA(2)
+    points = scaling.fit_transform(hidden.reshape(-1, hidden.shape[-1])).reshape(*hidden.shape[:2], 2)
     caption = (
-        "Hidden representations of the items from t = 0 (all at one point) to t = 8 (names), by classical scaling of "
-        f"all items and times together; the four axes hold {shown.sum():.0%} of the spread. "
-        "Circles: onset of each branch, the separation of that level at 10% of its final value. Triangles: the most "
-        "harmful moment between the items that it separates. Influence is most harmful where a branch begins to open, "
-        "well before it is half open."
+        "Hidden representations of the items unfold as the tree does. Left: classical multidimensional scaling of all "
+        f"items and times together, from one point at t = 0 to the names at t = 8; the plane holds "
+        f"{scaling.explained_variance_ratio_.sum():.0%} of the spread, and siblings part outside of it. Right: the "
+        "direction along which the items end in their order, against time. Circles: onset of a branch, the separation "
+        "of its level at 10% of its final value, with its 5–20% band. Triangles: when influence between the items that "
+        "it parts is most harmful: as the branch begins to open, well before it is half open."
     )
     marks = {"o": [RATE * onset.step for onset in onsets], "^": [RATE * timing.harm.step for timing in timings]}
-    return Plate("embedding", caption, _draw(lab, points, marks))
+    bands = [(RATE * onset.lower, RATE * onset.upper) for onset in onsets]
+    return Plate("embedding", caption, _draw(lab, points, _unfolded(hidden), marks, bands))
+
+
+def _unfolded(hidden: Floats) -> Floats:
+    """Projections ``(step, item)`` on the direction along which the items end evenly spaced in their order."""
+    order = np.arange(hidden.shape[1]) - (hidden.shape[1] - 1) / 2
+    direction = np.linalg.lstsq(hidden[-1], order, rcond=None)[0]
+    projections: Floats = hidden @ direction
+    return projections
 
 
 @style.styled
-def _draw(lab: Lab, points: Floats, marks: dict[str, list[float]]) -> Figure:
+def _draw(
+    lab: Lab, points: Floats, unfolded: Floats, marks: dict[str, list[float]], bands: list[tuple[float, float]]
+) -> Figure:
     figure = style.canvas(4.2)
-    axes = figure.subplots(1, 2)
-    colour = style.colours(lab.items.names)
+    plane, tree = figure.subplots(1, 2, width_ratios=[1, 1.5])
     times = EVERY_TIME[::_EVERY]
-    for ax, (x, y) in zip(axes, ((0, 1), (2, 3)), strict=True):
-        for item, name in enumerate(lab.items.names):
-            path = points[:, item]
-            ax.plot(path[:, x], path[:, y], color=colour[name], linewidth=1.3)
-            ax.annotate(name, path[-1, [x, y]], xytext=(4, 2), textcoords="offset points", color=colour[name])
-            for marker, moments in marks.items():
-                at = path[[int(np.abs(times - moment).argmin()) for moment in moments]]
-                ax.plot(at[:, x], at[:, y], marker, color=colour[name], markerfacecolor="white", markersize=4)
-        ax.set_xlabel(f"axis {x + 1}")
-        ax.set_ylabel(f"axis {y + 1}")
-        ax.set_aspect("equal", "datalim")
+    colour = style.colours(lab.items.names)
+    for item, name in enumerate(lab.items.names):
+        plane.plot(points[:, item, 0], points[:, item, 1], color=colour[name], linewidth=1.3)
+        tree.plot(times, unfolded[:, item], color=colour[name], linewidth=1.3)
+        for marker, moments in marks.items():
+            at = [int(np.abs(times - moment).argmin()) for moment in moments]
+            look = {"color": colour[name], "markerfacecolor": "white", "markersize": 4}
+            plane.plot(points[at, item, 0], points[at, item, 1], marker, **look)
+            tree.plot(times[at], unfolded[at, item], marker, **look)
+    _name_ends(plane, lab.items.names, points[-1])
+    plane.set_aspect("equal", "datalim")
+    plane.margins(0.15)
+    plane.set_xlabel("axis 1")
+    plane.set_ylabel("axis 2")
+    for (lower, upper), tint in zip(bands, drawing.LEVEL_COLOURS.values(), strict=True):
+        drawing.band(tree, lower, upper, tint)
+    drawing.time_axis(tree, times, zero=False)
+    tree.set_yticks([])
+    tree.set_xlabel(drawing.TIME)
+    style.end_labels(tree, [(times[-1], unfolded[-1, k], n, colour[n]) for k, n in enumerate(lab.items.names)], 3.4)
     return figure
+
+
+def _name_ends(ax: Axes, names: Sequence[str], ends: Floats) -> None:
+    """Name the ends of the paths, one text for those that coincide."""
+    left = list(range(len(names)))
+    while left:
+        near = [k for k in left if np.abs(ends[k] - ends[left[0]]).max() < 1e-2]
+        ax.annotate(", ".join(names[k] for k in near), ends[near[0]], (0, 5), textcoords="offset points", ha="center")
+        left = [k for k in left if k not in near]

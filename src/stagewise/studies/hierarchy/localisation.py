@@ -64,9 +64,9 @@ def localisation(lab: Lab) -> Experiment:
         f"Far from the checkpoint the losses bend, and that always looks helpful: at gamma = {LOOSE:g} it hides the "
         f"flips (r with the gradient kernel {agreement(loose.full):.2f}). Draws reflected about the checkpoint remove "
         f"it: r of the odd part is {agreement(loose.odd):.2f}.",
-        f"Agreement rises with gamma, and falls where steps are too short to forget: best of the sweep at gamma = "
-        f"{best[0]:g}, step size {best[1]:g}/gamma, n_beta = {best[2]:g} n. That is shown, not used: settings "
-        "elsewhere come from the diagnostics of the chains.",
+        "Agreement rises with gamma, falls where steps are too short to forget and, at smaller gamma, where they are "
+        f"too long to be exact; n_beta hardly matters. Best of the sweep: gamma = {best[0]:g}, step size "
+        f"{best[1]:g}/gamma. That is shown, not used: settings elsewhere come from the diagnostics of the chains.",
     ]
     section = Section(
         "How tightly the posterior holds",

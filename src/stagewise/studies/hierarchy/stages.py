@@ -181,6 +181,6 @@ def _draw(
     titles = ("separation of representations", "influence (negative = helpful)", "share of the top eigenvalue", "LLC")
     for ax, title in zip((opening, influence, share, llc_ax), titles, strict=True):
         ax.set_title(title)
-    opening.legend(frameon=False, loc="lower right")
+    opening.legend(frameon=False, loc="center right")
     llc_ax.set_xlabel(drawing.TIME)
     return figure
