@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -82,5 +83,7 @@ def _name_ends(ax: Axes, names: Sequence[str], ends: Floats) -> None:
     left = list(range(len(names)))
     while left:
         near = [k for k in left if np.abs(ends[k] - ends[left[0]]).max() < 1e-2]
-        ax.annotate(", ".join(names[k] for k in near), ends[near[0]], (0, 5), textcoords="offset points", ha="center")
+        up = ends[near[0], 1] > 0
+        look: dict[str, Any] = {"ha": "center", "va": "bottom" if up else "top", "textcoords": "offset points"}
+        ax.annotate(", ".join(names[k] for k in near), ends[near[0]], (0, 5 if up else -5), **look)
         left = [k for k in left if k not in near]

@@ -145,8 +145,9 @@ class Run:
 def record(task: Task, optimizer: Optimizer, rate: float, last: int, kept: Sequence[int]) -> Run:
     """Train from the task's own weights for ``last`` steps, with checkpoints at ``kept``."""
     vector = ParameterVector.of(task)
-    state = TrainingState.from_checkpoint(Checkpoint(0, task.state(), optimizer), vector)
-    weights, checkpoints, wanted = [state.params[0]], [], set(kept)
+    start, wanted = Checkpoint(0, task.state(), optimizer), set(kept)
+    state = TrainingState.from_checkpoint(start, vector)
+    weights, checkpoints = [state.params[0]], [start] if 0 in wanted else []
 
     def keep(step: int, state: TrainingState) -> None:
         weights.append(state.params[0])
