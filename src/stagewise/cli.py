@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -63,19 +63,33 @@ def run(
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="`digits`")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="`digits` or `hierarchy`")],
     out: Annotated[Path, typer.Option(help="Folder for everything the study writes.")] = Path("runs"),
     dry_run: DryRun = False,
 ) -> None:
-    """A complete experiment. `digits`: 32 checkpoints each of a full-batch and a minibatch run."""
+    """A complete experiment with its report.
+
+    `digits`: real handwritten digits, 32 checkpoints each of a full-batch and a minibatch run, with retraining.
+
+    `hierarchy`: a deep linear network learns a tree of concepts, and every estimator is held against exact answers.
+    """
+    from stagewise.run.engine import quiet_vmap
+    from stagewise.run.progress import progress_bars
     from stagewise.studies import STUDIES
 
     with _readable_errors():
         if name not in STUDIES:
             raise ValueError(f"there is no study {name!r}; there are: {', '.join(STUDIES)}")
-        for settings in STUDIES[name](out / name):
-            console.rule(settings.title)
-            _run(settings, dry_run)
+        quiet_vmap()
+        if dry_run:
+            for text in STUDIES[name].cost(out / name):
+                console.print(text, highlight=False, markup=False)
+            return
+        with progress_bars(console) as progress:
+            outcomes = list(STUDIES[name].carry_out(out / name, progress))
+        for outcome in outcomes:
+            console.rule(outcome.title)
+            _show(outcome.findings, outcome.report)
 
 
 @app.command()
@@ -138,9 +152,14 @@ def _run(settings: RunConfig, dry_run: bool) -> None:
     with progress_bars(console) as progress:
         results = carry_out(settings, progress)
     console.print()
-    for sentence in findings(results):
+    _show(findings(results), settings.out / "report.html")
+
+
+def _show(found: Sequence[str], report: Path) -> None:
+    """Findings, and where the report is."""
+    for sentence in found:
         console.print(f"- {sentence}", highlight=False, markup=False)
-    console.print(f"\nreport: {settings.out / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"\nreport: {report}", highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from stagewise.run.config import RunConfig, load_task
 from stagewise.run.engine import default_steps
 from stagewise.sampling.chains import Chains, tune
 from stagewise.sampling.gradient import choose_batching, potential_gradient
-from stagewise.sampling.posterior import LocalDensity
+from stagewise.sampling.posterior import LocalDensity, LocalPosterior
 from stagewise.sampling.watch import Watch
 from stagewise.task import Task
 
@@ -56,18 +57,30 @@ class Cost:
 
 
 def estimate(config: RunConfig) -> Cost:
-    """Tune the sampler at three checkpoints and time one gradient and one draw there.
+    """Cost of a configuration's sampling.
 
     Raises:
         ValueError: the configuration, task or checkpoints cannot be used.
     """
     task, trajectory = load_task(config.task, config.task_args), Trajectory.from_directory(config.checkpoints)
-    steps, plan = list(config.steps or default_steps(trajectory, config.posterior)), config.sampling
-    workers = config.workers or os.cpu_count() or 1
+    steps = list(config.steps or default_steps(trajectory, config.posterior))
+    return sampling_cost(
+        task, trajectory, config.posterior, config.sampling, steps, config.workers or os.cpu_count() or 1
+    )
+
+
+def sampling_cost(
+    task: Task, trajectory: Trajectory, posterior: LocalPosterior, plan: Chains, steps: Sequence[int], workers: int
+) -> Cost:
+    """Tune the sampler at three checkpoints and time one gradient and one draw there.
+
+    Raises:
+        ValueError: the task, a checkpoint or the posterior cannot be used.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // workers))
     try:
-        probes = [_probe(config, task, trajectory, step) for step in spread(steps, _PROBES)]
+        probes = [_probe(posterior.at(task, trajectory.load(step)), plan) for step in spread(steps, _PROBES)]
     finally:
         torch.set_num_threads(threads)
     cells = len(steps) * plan.blocks
@@ -87,17 +100,16 @@ def estimate(config: RunConfig) -> Cost:
     )
 
 
-def _probe(config: RunConfig, task: Task, trajectory: Trajectory, step: int) -> tuple[float, int]:
+def _probe(density: LocalDensity, plan: Chains) -> tuple[float, int]:
     """Seconds and sampler steps of one cell at this checkpoint."""
     start = time.perf_counter()
-    density = config.posterior.at(task, trajectory.load(step))
-    tuning = tune(density, config.sampling)
+    tuning = tune(density, plan)
     tuned = time.perf_counter() - start
-    if not tuning.localised and config.posterior.require_localised:
+    if not tuning.localised and density.posterior.require_localised:
         return tuned, 0
-    count = tuning.burn_in + config.sampling.draws * tuning.thinning
-    gradient, draw = _times(density, config.sampling)
-    return tuned + count * gradient + config.sampling.draws * draw, count
+    count = tuning.burn_in + plan.draws * tuning.thinning
+    gradient, draw = _times(density, plan)
+    return tuned + count * gradient + plan.draws * draw, count
 
 
 def _times(density: LocalDensity, plan: Chains) -> tuple[float, float]:

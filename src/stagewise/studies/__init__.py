@@ -1,12 +1,79 @@
-"""Complete experiments: each a task, how its model was trained, and the settings it is studied with."""
+"""Complete experiments: each trains its networks, measures, and writes a report."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from stagewise.run.config import RunConfig
-from stagewise.studies.digits.study import study as digits
+from stagewise.run.progress import Progress
 
-STUDIES: dict[str, Callable[[Path], list[RunConfig]]] = {"digits": digits}
-"""Study name to a function of its folder that gives the runs to make."""
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a part of a study has found.
+
+    Attributes:
+        title: headline.
+        findings: a sentence or two each.
+        report: the page.
+    """
+
+    title: str
+    findings: list[str]
+    report: Path
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study that can be named on the command line.
+
+    Attributes:
+        about: what it is, for a person.
+        carry_out: does it in a folder; what the folder holds already is not sampled again.
+        cost: predicts its cost, as text; nothing is sampled.
+    """
+
+    about: str
+    carry_out: Callable[[Path, Progress], Iterator[Outcome]]
+    cost: Callable[[Path], Iterator[str]]
+
+
+def _digits(folder: Path, progress: Progress) -> Iterator[Outcome]:
+    from stagewise.report.findings import findings
+    from stagewise.run.pipeline import run
+    from stagewise.studies.digits.study import study
+
+    for settings in study(folder):
+        yield Outcome(settings.title, findings(run(settings, progress)), settings.out / "report.html")
+
+
+def _digits_cost(folder: Path) -> Iterator[str]:
+    from stagewise.run.cost import estimate
+    from stagewise.studies.digits.study import study
+
+    for settings in study(folder):
+        yield f"{settings.title}\n{estimate(settings).text()}"
+
+
+def _hierarchy(folder: Path, progress: Progress) -> Iterator[Outcome]:
+    from stagewise.studies.hierarchy.study import TITLE, study
+
+    parts = study(folder, progress)
+    yield Outcome(TITLE, [finding for part in parts for finding in part.findings], folder / "report.html")
+
+
+def _hierarchy_cost(folder: Path) -> Iterator[str]:
+    from stagewise.studies.hierarchy.cost import cost
+
+    yield cost(folder)
+
+
+STUDIES: dict[str, Study] = {
+    "digits": Study("32 checkpoints each of a full-batch and a minibatch run, with retraining", _digits, _digits_cost),
+    "hierarchy": Study(
+        "a deep linear network learns a tree of concepts; theory, sampling and retraining agree stage by stage",
+        _hierarchy,
+        _hierarchy_cost,
+    ),
+}

@@ -95,12 +95,21 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """Something that has been said about influence over training, and what is found here, with the numbers."""
+
+    said: str
+    found: str
+
+
+@dataclass(frozen=True)
 class Experiment:
-    """One part of the study: what it shows, what it found, and the numbers it is held to."""
+    """One part of the study: what it shows, what it found, the numbers it is held to, and claims that it tests."""
 
     section: Section
     findings: Sequence[str]
     checks: Sequence[Check]
+    claims: Sequence[Claim] = ()
 
 
 class Lab:

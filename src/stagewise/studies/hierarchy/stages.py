@@ -22,7 +22,7 @@ from stagewise.report.tables import Table
 from stagewise.studies.hierarchy import drawing
 from stagewise.studies.hierarchy.embedding import embedding
 from stagewise.studies.hierarchy.kernels import gradient_kernel
-from stagewise.studies.hierarchy.lab import EVERY_TIME, KINDS, LAST, RATE, Check, Experiment, Lab
+from stagewise.studies.hierarchy.lab import EVERY_TIME, KINDS, LAST, RATE, Check, Claim, Experiment, Lab
 from stagewise.studies.hierarchy.timing import Timing, kind_curves, kind_means, timings
 from stagewise.studies.hierarchy.tree import Floats
 
@@ -52,7 +52,8 @@ def stages(lab: Lab) -> Experiment:
         Check("harmful peaks of all pairs against their branch onset: mean distance in t; permutation p",
               f"{aligned.attrs['statistic'] * RATE:.2f}; {aligned.attrs['p_value']:.4f}"),
     ]  # fmt: skip
-    return Experiment(section, [_order(at_instants), _nearness(aligned), _marks(spectrum, learning)], checks)
+    findings = [_order(at_instants), _nearness(aligned), _marks(spectrum)]
+    return Experiment(section, findings, checks, [_branch_claim(at_instants, onsets, branches), _llc_claim(learning)])
 
 
 def branch_curves(lab: Lab) -> xr.DataArray:
@@ -91,13 +92,34 @@ def _nearness(aligned: xr.Dataset) -> str:
     )
 
 
-def _marks(spectrum: xr.Dataset, learning: xr.Dataset) -> str:
+def _marks(spectrum: xr.Dataset) -> str:
     peaks = [turn for turn in extrema(spectrum[["share", "stderr"]].rename(share="value")) if turn.kind == "maximum"]
     return (
-        "Other marks of the stages: the share of the top eigenvalue of the centred influence matrix is largest at "
-        f"t = {words.enumeration([f'{turn.step * RATE:.2f}' for turn in peaks])}. The local learning coefficient rises "
-        f"through all stages with {len(extrema(learning))} turns: zeros of its derivative mark no boundary here."
+        "A mark of the transitions that needs no ground truth: the share of the top eigenvalue of the centred "
+        f"influence matrix is largest at t = {words.enumeration([f'{turn.step * RATE:.2f}' for turn in peaks])}."
     )
+
+
+def _branch_claim(at_instants: Sequence[Timing], onsets: Sequence[Transition], branches: xr.DataArray) -> Claim:
+    pairs = enumerate(zip(at_instants, onsets, strict=True))
+    open_at_peak = [f"{_opened(branches, level, timing.true_harm, onset):.0%}" for level, (timing, onset) in pairs]
+    return Claim(
+        "Branches of the representations coincide with extrema of influence",
+        f"Extrema come early in a branch: at the harmful peak of the gradient kernel it is {', '.join(open_at_peak)} "
+        f"open ({', '.join(KINDS.values())}). State the threshold when branches are said to coincide with peaks.",
+    )
+
+
+def _llc_claim(learning: xr.Dataset) -> Claim:
+    return Claim(
+        "Zeros of the local learning coefficient's derivative mark the boundaries of stages",
+        f"It rises through all stages, {len(extrema(learning))} turns: no boundary is marked here.",
+    )
+
+
+def _opened(branches: xr.DataArray, level: int, time: float, onset: Transition) -> float:
+    """How far a branch is open at a time, as a fraction of its final separation."""
+    return float(branches.isel(level=level).interp(step=time / RATE)) / onset.detail["final"]
 
 
 def _flip_check(timing: Timing, kind: str) -> Check:
@@ -124,7 +146,7 @@ def _table(
     rows = []
     for k, onset in enumerate(onsets):
         for name, timing in (("at an instant", at_instants[k]), ("of a window", in_windows[k])):
-            opened = float(branches.isel(level=k).interp(step=timing.true_harm / RATE)) / onset.detail["final"]
+            opened = _opened(branches, k, timing.true_harm, onset)
             cells = [_when(timing.flip), f"{timing.true_flip:.2f}", _when(timing.harm), f"{timing.true_harm:.2f}"]
             band = f"{RATE * onset.lower:.2f}, {RATE * onset.step:.2f}, {RATE * onset.upper:.2f}"
             rows.append([onset.name, name, *cells, band, f"{opened:.0%}"])

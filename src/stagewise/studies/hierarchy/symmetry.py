@@ -12,7 +12,7 @@ from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.scores import measured_influence
 from stagewise.studies.hierarchy import drawing
 from stagewise.studies.hierarchy.kernels import gradient_kernel
-from stagewise.studies.hierarchy.lab import RATE, WINDOW, Check, Experiment, Lab, correlation
+from stagewise.studies.hierarchy.lab import RATE, WINDOW, Check, Claim, Experiment, Lab, correlation
 from stagewise.studies.hierarchy.network import Run, optimizer, record, task
 from stagewise.studies.hierarchy.theory import Modes, mode_matrix
 from stagewise.studies.hierarchy.tree import LOPSIDED, Floats, Items
@@ -38,10 +38,11 @@ def symmetry(lab: Lab) -> Experiment:
         Check.at_least("lopsided tree, window ablation vs gradient kernel, off-diagonal: r",
                        correlation(kernel[:, off], measured["lopsided tree"][:, off]), 0.99),
     ]  # fmt: skip
-    findings = [
-        "That a dog has one and the same influence on every plant is a property of the balanced tree, whose symmetries "
-        f"exchange the plants. On a lopsided tree the curves differ by {spread['lopsided tree']:.0%} of the largest.",
-    ]
+    claim = Claim(
+        "A dog's influence on every plant is one and the same curve",
+        "True of the balanced tree, whose symmetries exchange the plants. On a lopsided tree the curves differ by "
+        f"{spread['lopsided tree']:.0%} of the largest value.",
+    )
     caption = (
         "Influence of “dog” on every plant (and on “stone”, which has no neighbours), by leaving it out in windows of "
         "0.1 (dots), and by the gradient kernel in closed form (thin). Left: on the balanced tree the four curves are "
@@ -49,7 +50,7 @@ def symmetry(lab: Lab) -> Experiment:
         "still one."
     )
     plate = Plate("symmetry", caption, _draw(trees, runs, measured))
-    return Experiment(Section("Symmetric and lopsided trees", [plate]), findings, checks)
+    return Experiment(Section("Symmetric and lopsided trees", [plate]), [], checks, [claim])
 
 
 def _run(items: Items) -> Run:

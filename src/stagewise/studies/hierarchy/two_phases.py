@@ -15,7 +15,7 @@ from stagewise.influence.phases import phase_decomposition
 from stagewise.report import style
 from stagewise.report.page import Plate, Section
 from stagewise.studies.hierarchy.double_well import PHASES, DrawnTraces, draw, exact, potential, traces_of
-from stagewise.studies.hierarchy.lab import Check, Experiment, Lab
+from stagewise.studies.hierarchy.lab import Check, Claim, Experiment, Lab
 from stagewise.studies.hierarchy.tree import Floats
 
 ODDS: Floats = np.linspace(-4, 4, 21)
@@ -71,7 +71,12 @@ def two_phases(lab: Lab) -> Experiment:
         "spikes, and as a correlation, which is flat because its variances rise with it."
     )
     figure = _draw(parts, bif(traces, kind="correlation"), formula)
-    return Experiment(Section("Two phases", [Plate("two-phases", caption, figure)]), [finding], checks)
+    claim = Claim(
+        "Between two phases influence peaks where both have weight 1/2, and so does the correlation",
+        f"At {fitted[HELPFUL]:.2f} where the influences within the phases agree, at {fitted[LATE]:.2f} where they do "
+        f"not. The correlation has no spike: it is {wider:.1f} times as wide at half its height.",
+    )
+    return Experiment(Section("Two phases", [Plate("two-phases", caption, figure)]), [finding], checks, [claim])
 
 
 def exact_along(odds: Floats) -> xr.Dataset:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from stagewise.dynamics.curves import curves
 from stagewise.influence.damped import damped_influence
@@ -20,6 +21,7 @@ from stagewise.studies.hierarchy.lab import (
     RATE,
     WINDOW,
     Check,
+    Claim,
     Experiment,
     Lab,
     correlation,
@@ -72,7 +74,37 @@ def windows(lab: Lab) -> Experiment:
             Plate("window-sweep", _sweep_caption(), _draw_sweep(lab, swept, later)),
         ],
     )
-    return Experiment(section, findings, checks)
+    return Experiment(section, findings, checks, [_window_claim(max(near), later, last, off), _peak_claim(lab)])
+
+
+def _window_claim(near: float, later: Floats, last: Floats, off: NDArray[np.bool_]) -> Claim:
+    best = [SWEPT[int(np.abs(swept[:, off]).max(1).argmax())] for swept in (later[: _past()], last)]
+    return Claim(
+        "Removing a sample only during a window changes the loss most if the window is at an extremum of influence",
+        f"True of the loss at the window's end (extrema within {near:.2f} in t). Not of a later loss: at "
+        f"t = {RATE * LATER:g} the window that starts at t = {RATE * best[0]:.2f} counts most, at t = {RATE * LAST:g} "
+        f"the one at {RATE * best[1]:.2f}, with {np.abs(last[:, off]).max():.0e} nats.",
+    )
+
+
+def _peak_claim(lab: Lab) -> Claim:
+    first, second = lab.aligned.layers([0])
+    whole = leave_one_out(lab.items.targets.T, first[0], second[0], EVERY_TIME)
+    moment = _kernel(lab, EVERY_TIME)
+    peaks = [
+        [EVERY_TIME[(curve * lab.of_kind(level)).sum((1, 2)).argmax()] for curve in (moment, whole)] for level in KINDS
+    ]
+    late = ", ".join(f"{a:.2f} and {b:.2f} ({kind})" for (a, b), kind in zip(peaks, KINDS.values(), strict=True))
+    return Claim(
+        "Sampled influence and leaving a sample out of the whole run have the same shape",
+        f"Alike, but not in time: the harmful peak at a moment and in the whole run is at t = {late}. One is a rate, "
+        "the other what later training makes of it.",
+    )
+
+
+def _past() -> int:
+    """How many windows of the sweep are over at LATER."""
+    return int((np.array(SWEPT) + WINDOW <= LATER).sum())
 
 
 def gradient_products(run: Run, steps: list[int]) -> Floats:
@@ -182,7 +214,7 @@ def _draw_sweep(lab: Lab, swept: Floats, later: Floats) -> Figure:
     figure = style.canvas(3.2)
     left, right = figure.subplots(1, 2)
     centres, kernel = RATE * (np.array(SWEPT) + WINDOW / 2), _kernel(lab, EVERY_TIME)
-    past = np.array(SWEPT) + WINDOW <= LATER
+    past = slice(_past())
     for level in KINDS:
         colour, kind = drawing.LEVEL_COLOURS[level], lab.of_kind(level)
         left.plot(EVERY_TIME, (kernel * kind).sum((1, 2)), color=colour, label=KINDS[level])

@@ -1,0 +1,34 @@
+"""What the study will cost, from short timings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from stagewise.run.cost import sampling_cost
+from stagewise.sampling.chains import Chains
+from stagewise.studies.hierarchy.lab import INSTANT_GAMMA, Lab
+from stagewise.studies.hierarchy.localisation import LOOSE
+
+
+def cost(folder: Path) -> str:
+    """Predicted cost as text; one short training run is made, nothing is sampled."""
+    lab = Lab(folder)
+    plan = Chains(chains=lab.size.chains, draws=lab.size.draws, batching="stacked")
+    posteriors = [lab.window_posterior, lab.posterior(INSTANT_GAMMA), lab.posterior(LOOSE)]
+    run = lab.single
+    parts = [
+        sampling_cost(run.task, run.trajectory, posterior, plan, lab.steps, lab.size.workers)
+        for posterior in posteriors
+    ]
+    total = replace(
+        parts[0],
+        cells=sum(part.cells for part in parts),
+        seconds=sum(part.seconds for part in parts),
+        memory=max(part.memory for part in parts),
+        disk=sum(part.disk for part in parts),
+        steps=sum(part.steps for part in parts),
+    )
+    return (
+        f"{total.text()}\nand training, retraining, a sweep of settings and figures: two to three minutes on two cores"
+    )
