@@ -146,7 +146,7 @@ def _table(scores: Scores, untrusted: Sequence[bool]) -> Table:
             cells = [f"{cell} *" if bad else cell for cell, bad in zip(cells, untrusted, strict=True)]
         rows.append([name, _KINDS[kind], *cells])
     title = "LDS at every time, 95% interval (* not localised: the damping does not outweigh the negative curvature)"
-    return Table(title, columns, rows, frozenset(columns[:2]))
+    return Table(title, columns, rows, frozenset(columns))  # words, so that intervals take a line of their own
 
 
 def _cells(value: Floats, lower: Floats, upper: Floats) -> list[str]:

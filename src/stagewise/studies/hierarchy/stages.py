@@ -203,6 +203,6 @@ def _draw(
     titles = ("separation of representations", "influence (negative = helpful)", "share of the top eigenvalue", "LLC")
     for ax, title in zip((opening, influence, share, llc_ax), titles, strict=True):
         ax.set_title(title)
-    opening.legend(frameon=False, loc="center right")
+    opening.legend(frameon=False, loc="upper left")
     llc_ax.set_xlabel(drawing.TIME)
     return figure
