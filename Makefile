@@ -44,7 +44,9 @@ format: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/digits_accuracy.py
+	$(BIN)/python benchmarks/hierarchy_accuracy.py
 	$(BIN)/python benchmarks/sampling_speed.py
+	$(BIN)/python benchmarks/hierarchy_speed.py
 
 clean:
 	rm -rf $(VENV) runs

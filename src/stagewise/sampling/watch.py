@@ -22,10 +22,12 @@ class Watch:
     def __init__(self, density: LocalDensity, batching: Batching, reflect: bool) -> None:
         task = density.task
         sets = {"train": task.train} | {f"queries/{name}": data for name, data in task.queries.items()}
-        self._batches = {name: data.batches(task.forward_batch, task.device) for name, data in sets.items()}
+        # Equal data have equal losses: a query set that is the training set is evaluated once.
+        self._content = {name: data.digest for name, data in sets.items()}
+        self._batches = {data.digest: data.batches(task.forward_batch, task.device) for data in sets.values()}
         self._signs = {"loss": 1.0} | ({"loss_reflected": -1.0} if reflect else {})
         self._draws: dict[tuple[str, str], list[Tensor]] = {
-            (name, variable): [] for name in sets for variable in self._signs
+            (content, variable): [] for content in self._batches for variable in self._signs
         }
         self._losses = over_chains(density.losses, batching)
         self._origin = torch.zeros_like(density.anchor)
@@ -33,10 +35,12 @@ class Watch:
     def draw(self, u: Tensor) -> Tensor:
         """Record the losses at ``u (chain, parameters)``; returns whether they are finite ``(chain,)``."""
         finite = torch.ones(len(u), dtype=torch.bool, device=u.device)
-        for (name, variable), draws in self._draws.items():
-            losses = self._evaluate(self._signs[variable] * u, self._batches[name])
-            finite &= torch.isfinite(losses).flatten(1).all(1)
-            draws.append(losses.float().cpu())
+        places = torch.cat([sign * u for sign in self._signs.values()])
+        for content, batches in self._batches.items():
+            seen = torch.split(self._evaluate(places, batches), len(u))
+            for variable, losses in zip(self._signs, seen, strict=True):
+                finite &= torch.isfinite(losses).flatten(1).all(1)
+                self._draws[content, variable].append(losses.float().cpu())
         return finite
 
     def traces(self) -> dict[str, dict[str, Tensor]]:
@@ -44,13 +48,13 @@ class Watch:
 
         And ``loss_anchor (sample[, token])``, the losses at the checkpoint.
         """
-        traces: dict[str, dict[str, Tensor]] = {
-            name: {"loss_anchor": self._evaluate(self._origin[None], batches)[0].float().cpu()}
-            for name, batches in self._batches.items()
+        recorded = {
+            content: {"loss_anchor": self._evaluate(self._origin[None], batches)[0].float().cpu()}
+            for content, batches in self._batches.items()
         }
-        for (name, variable), draws in self._draws.items():
-            traces[name][variable] = torch.stack(draws, dim=1)
-        return traces
+        for (content, variable), draws in self._draws.items():
+            recorded[content][variable] = torch.stack(draws, dim=1)
+        return {name: recorded[content] for name, content in self._content.items()}
 
     @torch.no_grad()
     def _evaluate(self, u: Tensor, batches: list[Batch]) -> Tensor:
