@@ -22,8 +22,8 @@ from torch import nn
 
 from stagewise.checkpoints.trajectory import Checkpoint
 from stagewise.sampling.chains import Chains, sample_block, tune
-from stagewise.sampling.posterior import LocalDensity
-from stagewise.studies.hierarchy.lab import Lab, Size
+from stagewise.sampling.posterior import LocalDensity, LocalPosterior
+from stagewise.studies.hierarchy.lab import Lab
 from stagewise.task import Task
 
 CHECKPOINTS, SINGLE_CHAINS = 4, 4
@@ -66,44 +66,43 @@ def by_hand(task: Task, checkpoint: Checkpoint, density: LocalDensity, steps: in
                     w.copy_(2 * anchor - w)
 
 
+def per_chain(task: Task, checkpoint: Checkpoint, posterior: LocalPosterior, plan: Chains) -> dict[str, float]:
+    """Seconds of one chain at a checkpoint, in each way."""
+    density = posterior.at(task, checkpoint)
+    tuning = tune(density, plan)
+    steps = tuning.burn_in + plan.draws * tuning.thinning
+    single = replace(plan, chains=1, batching="loop")
+    singles = range(SINGLE_CHAINS)
+    return {
+        "stack": seconds(lambda: sample_block(task, checkpoint, posterior, plan)) / plan.chains,
+        "single": seconds(lambda: [sample_block(task, checkpoint, posterior, single, k) for k in singles])
+        / len(singles),
+        "by hand": seconds(lambda: by_hand(task, checkpoint, density, steps, tuning.thinning)),
+    }
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        size = Size()
-        lab = Lab(Path(folder), size)
-        run, posterior = lab.single, lab.window_posterior
+        lab = Lab(Path(folder))
+        run, posterior, size = lab.single, lab.window_posterior, lab.size
         plan = Chains(chains=size.chains, draws=size.draws, batching="stacked")
-        single = replace(plan, chains=1, batching="loop")
-        totals = {"stack": 0.0, "single": 0.0, "by hand": 0.0}
         chosen = lab.steps[:: len(lab.steps) // CHECKPOINTS][:CHECKPOINTS]
-        for step in chosen:
-            checkpoint = run.trajectory.load(step)
-            density = posterior.at(run.task, checkpoint)
-            tuning = tune(density, plan)
-            steps = tuning.burn_in + plan.draws * tuning.thinning
-
-            def block(chains: Chains, number: int = 0, checkpoint: Checkpoint = checkpoint) -> object:
-                return sample_block(run.task, checkpoint, posterior, chains, number)
-
-            def hand(checkpoint: Checkpoint = checkpoint, density: LocalDensity = density) -> None:
-                by_hand(run.task, checkpoint, density, steps, tuning.thinning)
-
-            totals["stack"] += seconds(lambda block=block: block(plan)) / plan.chains
-            loop = seconds(lambda block=block: [block(single, number) for number in range(SINGLE_CHAINS)], 1)
-            totals["single"] += loop / SINGLE_CHAINS
-            totals["by hand"] += seconds(hand, 1)
-        table = Table(
-            "per chain", "milliseconds", "times the stack",
-            title=f"{len(chosen)} checkpoints, {plan.chains} chains x {plan.draws} draws, {torch.get_num_threads()} threads",
-        )  # fmt: skip
-        names = {
-            "stack": f"{plan.chains} chains stacked",
-            "single": "single chains, one after the other",
-            "by hand": "by hand",
-        }
-        for name, text in names.items():
-            spent = totals[name] / len(chosen)
-            table.add_row(text, f"{1e3 * spent:.1f}", f"{totals[name] / totals['stack']:.0f}")
-        console.print(table)
+        spent = [per_chain(run.task, run.trajectory.load(step), posterior, plan) for step in chosen]
+        start = time.perf_counter()
+        _ = lab.window_traces
+        whole = (time.perf_counter() - start) / (len(lab.steps) * size.chains)
+    mean = {way: sum(times[way] for times in spent) / len(spent) for way in spent[0]}
+    rows = {
+        f"all {len(lab.steps)} checkpoints, {size.workers} processes and their start, stored": whole,
+        f"{size.chains} chains stacked": mean["stack"],
+        "single chains, one after the other": mean["single"],
+        "single chains, by hand": mean["by hand"],
+    }
+    title = f"{size.chains} chains x {size.draws} draws, {torch.get_num_threads()} threads"
+    table = Table("per chain", "milliseconds", "times the stack", "times all", title=title)
+    for name, value in rows.items():
+        table.add_row(name, f"{1e3 * value:.1f}", f"{value / mean['stack']:.1f}", f"{value / whole:.1f}")
+    console.print(table)
 
 
 if __name__ == "__main__":
