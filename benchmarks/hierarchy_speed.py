@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from timing import seconds
 from torch import nn
 
 from stagewise.checkpoints.trajectory import Checkpoint
@@ -28,17 +28,6 @@ from stagewise.task import Task
 
 CHECKPOINTS, SINGLE_CHAINS = 4, 4
 console = Console(width=110)
-
-
-def seconds(call: Callable[[], object], repeats: int = 3) -> float:
-    """Least time of a call, after one to warm up."""
-    call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def by_hand(task: Task, checkpoint: Checkpoint, density: LocalDensity, steps: int, thinning: int) -> None:

@@ -10,13 +10,12 @@ samplers at their own tuning.
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from timing import seconds
 from torch.func import grad
 
 from stagewise.checkpoints.trajectory import Trajectory
@@ -28,17 +27,6 @@ from stagewise.traces.diagnostics import diagnose
 
 CHAINS, STEP, BATCH = 32, 240, 256
 console = Console(width=110)
-
-
-def seconds(call: Callable[[], object], repeats: int = 5) -> float:
-    """Least time of a call, after one to warm up."""
-    call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def gradients(density: LocalDensity) -> None:

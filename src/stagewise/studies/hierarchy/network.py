@@ -98,10 +98,17 @@ def squared_error(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
     return error.square().sum(-1) / 2
 
 
-def optimizer(items: Items, name: Literal["sgd", "adam"], rate: float) -> Optimizer:
-    """Full-batch updates. SGD at ``rate`` per sample: the objective is a mean over samples, so it is given rate x n."""
+def optimizer(items: Items, name: Literal["sgd", "adam"], rate: float, batch_size: int = 0) -> Optimizer:
+    """The update rule of a run: gradient descent or Adam, with the whole training set or with minibatches.
+
+    Args:
+        items: the data.
+        name: of the rule.
+        rate: of SGD per sample: the objective is a mean over samples, so it is given rate x n. Of Adam as it is.
+        batch_size: samples per update; 0 is all.
+    """
     learning_rate = rate * len(items.shown) if name == "sgd" else rate
-    return Optimizer(name, learning_rate, batch_size=0)
+    return Optimizer(name, learning_rate, batch_size=batch_size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,8 +136,8 @@ class Run:
 
     @property
     def order(self) -> BatchOrder:
-        """All samples in every update."""
-        return BatchOrder(len(self.task.train))
+        """The samples of every update."""
+        return batch_order(self.task, self.optimizer)
 
     def layers(self, steps: Sequence[int] | slice = slice(None)) -> tuple[Floats, Floats]:
         """Weights at the steps: W1 ``(step, hidden, item)`` and W2 ``(step, feature, hidden)``."""
@@ -140,6 +147,11 @@ class Run:
     def representations(self, steps: Sequence[int] | slice = slice(None)) -> Floats:
         """Hidden representation of every item, ``(step, item, hidden)``."""
         return np.swapaxes(self.layers(steps)[0], 1, 2)
+
+
+def batch_order(task: Task, optimizer: Optimizer) -> BatchOrder:
+    """The samples of every update of a run with this rule."""
+    return BatchOrder(len(task.train), optimizer.batch_size)
 
 
 def record(task: Task, optimizer: Optimizer, rate: float, last: int, kept: Sequence[int]) -> Run:
@@ -154,5 +166,5 @@ def record(task: Task, optimizer: Optimizer, rate: float, last: int, kept: Seque
         if step in wanted:
             checkpoints.append(state.checkpoint(step, optimizer, vector, {}))
 
-    train(task, vector, state, optimizer, [Schedule()], BatchOrder(len(task.train)), range(last), keep)
+    train(task, vector, state, optimizer, [Schedule()], batch_order(task, optimizer), range(last), keep)
     return Run(task, optimizer, torch.stack(weights).detach(), Trajectory.from_checkpoints(checkpoints), rate)
