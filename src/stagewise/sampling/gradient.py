@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from torch.func import grad, vmap
 from torch.utils._pytree import tree_map
 
+from stagewise.attention import slow_path
 from stagewise.sampling.base import Gradient, GradientFunction
 from stagewise.sampling.curvature import training_batches
 from stagewise.sampling.posterior import LocalDensity
@@ -50,8 +51,12 @@ def chain_gradients(loss: Callable[..., Tensor], batching: Batching) -> Callable
     losses = over_chains(loss, batching)
 
     def apply(u: Tensor, batch: Batch, own_batch: bool = False) -> Tensor:
-        leaf = u.detach().requires_grad_()
-        return torch.autograd.grad(losses(leaf, batch, own_batch).sum(), leaf)[0]
+        with slow_path(), torch.inference_mode(False), torch.enable_grad():
+            leaf = u.detach().requires_grad_()
+            total = losses(leaf, batch, own_batch).sum()
+            if not total.requires_grad:  # a loss that does not depend on the parameters
+                return torch.zeros_like(u)
+            return torch.autograd.grad(total, leaf)[0]
 
     return apply
 

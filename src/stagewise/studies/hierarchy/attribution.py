@@ -77,14 +77,9 @@ def attribution(lab: Lab) -> Experiment:
             _intervals(np.median(starts, 0), starts.min(0), starts.max(0)),
         ),
     ]
-    stage, end_of = (scores[kind, "BIF, sampled"]["lds"].values for kind in ("moment", "end"))
     exact, derivative = (float(scores["whole run", name]["lds"][-1]) for name in ("leave-one-out", "first order"))
     findings = [
-        f"Retraining on halves of the items is predicted by influence that is sampled at the same time with a mean LDS "
-        f"of {words.score(stage.mean())}, by that sampled at the end of training with {words.score(end_of.mean())}; at "
-        f"t = {TIMES[0]:g} it is {words.score(stage[0])} against {words.score(end_of[0])}. Exact influence at t = "
-        f"{TIMES[2]:g} and at the end have a rank correlation of {words.score(float(np.median(starts[:, 2])))} (median "
-        f"of {len(starts)} starts).",
+        _stage_against_end(scores),
         f"For halves of the items at the end of training, exact leave-one-out has an LDS of {words.score(exact)}, the "
         f"exact derivative of the run {words.score(derivative)}: what is between them is beyond first order.",
     ]
@@ -103,9 +98,19 @@ def attribution(lab: Lab) -> Experiment:
         "One attribution, at the end of training, says which data mattered",
         "Not for what was learnt earlier: exact influence has a rank correlation with that at the end of "
         + ", ".join(f"{words.score(r)} (t = {time:g})" for r, time in zip(middle[:-1], TIMES, strict=False))
-        + f", medians of {len(starts)} random starts. The sign varies from start to start before t = 2.",
+        + f", medians of {len(starts)} random starts; at t = {TIMES[0]:g} it ranges from "
+        f"{words.score(starts[:, 0].min())} to {words.score(starts[:, 0].max())}.",
     )
     return Experiment(section, findings, checks, [claim])
+
+
+def _stage_against_end(scores: Scores) -> str:
+    moment, end = scores["moment", "BIF, sampled"], scores["end", "BIF, sampled"]
+    compared = [f"{_cell(moment, k)} against {_cell(end, k)} at t = {TIMES[k]:g}" for k in (0, 3, 5)]
+    return (
+        "How well does sampled influence order runs on halves of the items by their losses (LDS, one start)? Sampled "
+        f"at the same time against sampled at the end of training: {'; '.join(compared)}."
+    )
 
 
 def truth(
@@ -152,6 +157,10 @@ def _table(scores: Scores, untrusted: Sequence[bool]) -> Table:
 def _cells(value: Floats, lower: Floats, upper: Floats) -> list[str]:
     numbers = zip(value, lower, upper, strict=True)
     return [f"{words.score(v)} [{words.score(low)}, {words.score(high)}]" for v, low, high in numbers]
+
+
+def _cell(result: xr.Dataset, k: int) -> str:
+    return _cells(*(result[f"lds{end}"].values[[k]] for end in ("", "_lower", "_upper")))[0]
 
 
 def _intervals(value: Floats, lower: Floats, upper: Floats) -> str:

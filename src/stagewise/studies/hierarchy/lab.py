@@ -148,7 +148,7 @@ class Lab:
 
     def strengths(self, run: Run, times: Floats) -> tuple[Modes, Floats]:
         """Modes of the data, and their strengths ``(time, mode, mode)`` by the theory."""
-        modes = Modes.of(self.items.targets.T)
+        modes = Modes.of(self.items.white_targets())
         first, second = run.layers([0])
         return modes, mode_matrix(modes.s, modes.initial(first[0], second[0]), times)
 
@@ -207,14 +207,19 @@ class Lab:
 
     def matrix(self, dataset: xr.Dataset, variable: str = "value") -> Floats:
         """A labelled influence as ``(step, train, query)`` in the order of the items."""
-        chosen = dataset[variable].sel(train=self.items.names, query=self.items.names)
-        return np.asarray(chosen.transpose("step", "train", "query").values)
+        return matrix(self.items, dataset, variable)
 
     def of_kind(self, level: int) -> Floats:
         """Which pairs part on a level: ``(train, query)`` of 0 and 1, normalised to take their mean."""
         there = (self.level == level).astype(float)
         mean: Floats = there / there.sum()
         return mean
+
+
+def matrix(items: Items, dataset: xr.Dataset, variable: str = "value") -> Floats:
+    """A labelled influence as ``(step, train, query)`` in the order of the items."""
+    chosen = dataset[variable].sel(train=items.names, query=items.names)
+    return np.asarray(chosen.transpose("step", "train", "query").values)
 
 
 def correlation(a: Floats, b: Floats) -> float:

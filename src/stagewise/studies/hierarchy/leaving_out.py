@@ -16,7 +16,7 @@ from stagewise.retraining.unrolling import unrolled_influence
 from stagewise.studies.hierarchy import drawing
 from stagewise.studies.hierarchy.lab import EVERY_TIME, KINDS, LAST, RATE, Check, Experiment, Lab, correlation
 from stagewise.studies.hierarchy.network import Run, optimizer, record, task
-from stagewise.studies.hierarchy.response import first_order_response
+from stagewise.studies.hierarchy.response import first_order_response, whitened_response
 from stagewise.studies.hierarchy.theory import leave_one_out, subset_losses
 from stagewise.studies.hierarchy.tree import Floats
 
@@ -53,6 +53,15 @@ def leaving_out(lab: Lab) -> Experiment:
             least(f"first-order response, closed form vs finite differences, {name}", response[name], slope, bound),
             Check.at_most(f"unrolling vs finite differences, {name}: relative error", error, 1e-5, ".1e"),
         ]
+    modes, start = lab.strengths(lab.aligned, TIMES[:1])
+    whitened = whitened_response(modes, float(start[0, 0, 0]), TIMES)
+    first = [
+        correlation(f[:, off], measured["aligned start"][0][:, off]) for f in (response["aligned start"], whitened)
+    ]
+    checks.append(
+        Check("leave-one-out vs first-order response; vs its form for fixed inputs, aligned start: r",
+              f"{first[0]:.3f}; {first[1]:.3f}")
+    )  # fmt: skip
     finite = [
         f"{correlation(influence[:, off], response['random start'][:, off]):.2f} at weight {weight:g}"
         for weight, influence in zip(WEIGHTS[:4], measured["random start"], strict=False)

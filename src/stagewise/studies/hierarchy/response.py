@@ -12,6 +12,9 @@ import numpy as np
 from stagewise.studies.hierarchy.theory import SAME, Modes, mode_strengths, residuals
 from stagewise.studies.hierarchy.tree import Floats
 
+# Spacing times the largest s at which the integration errs by a few parts in a thousand.
+_LONGEST = 0.8
+
 
 def first_order_response(modes: Modes, a0: Floats, t: Floats) -> Floats:
     """dl_q / dbeta_p of weight beta_p on item p during the whole run: ``(time, p, q)``, negative = helpful.
@@ -30,8 +33,16 @@ def first_order_response(modes: Modes, a0: Floats, t: Floats) -> Floats:
         modes: of the targets.
         a0: initial strengths ``(mode, mode)``, positive definite.
         t: times from 0, ascending ``(time,)``.
+
+    Raises:
+        ValueError: the times are too far apart.
     """
     count = len(modes.v)
+    if (spacing := float(np.diff(t).max(initial=0.0)) * modes.s.max()) > _LONGEST:
+        raise ValueError(
+            f"times must be closer than {_LONGEST:g} / s for the strongest mode, s = {modes.s.max():.3g}; the largest "
+            f"spacing is {spacing:.3g} / s. Pass more times and keep those you need"
+        )
 
     def slope(state: Floats) -> Floats:
         x, p, q = state[0], state[1 : count + 1], state[count + 1 :]

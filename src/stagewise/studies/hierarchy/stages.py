@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 from stagewise.dynamics.alignment import alignment
 from stagewise.dynamics.branches import separations, squared_distances
 from stagewise.dynamics.curves import curves
-from stagewise.dynamics.events import Event, events
+from stagewise.dynamics.events import Event
 from stagewise.dynamics.spectrum import top_eigenvalue_share
 from stagewise.dynamics.stages import Transition, extrema, rise
 from stagewise.influence.bif import bif
@@ -21,12 +22,24 @@ from stagewise.report.page import Plate, Section
 from stagewise.report.tables import Table
 from stagewise.studies.hierarchy import drawing
 from stagewise.studies.hierarchy.embedding import embedding
-from stagewise.studies.hierarchy.kernels import gradient_kernel
-from stagewise.studies.hierarchy.lab import EVERY_TIME, KINDS, LAST, RATE, Check, Claim, Experiment, Lab
+from stagewise.studies.hierarchy.kernels import gradient_kernel, representation_distances
+from stagewise.studies.hierarchy.lab import (
+    EVERY_TIME,
+    KINDS,
+    LAST,
+    RATE,
+    Check,
+    Claim,
+    Experiment,
+    Lab,
+    correlation,
+)
 from stagewise.studies.hierarchy.timing import Timing, kind_curves, kind_means, timings
 from stagewise.studies.hierarchy.tree import Floats
 
 FLIP_TOLERANCE = 0.1
+FRACTIONS = (0.05, 0.1, 0.2)
+"""Of a branch's final separation, at which its onset may be said to be."""
 
 
 def stages(lab: Lab) -> Experiment:
@@ -37,8 +50,17 @@ def stages(lab: Lab) -> Experiment:
     instant, window = (bif(traces, part="odd") for traces in (lab.instant_traces, lab.window_traces))
     at_instants = timings(kind_curves(lab, instant), EVERY_TIME, _kernel_means(lab))
     in_windows = timings(kind_curves(lab, window), lab.times, kind_means(lab, lab.matrix(lab.windows)))
-    peaks = [event for event in events(window) if event.kind == "harmful peak"]
-    aligned = alignment(peaks, onsets, span=(0, LAST), match=_kind_of(lab), axis=np.asarray)
+    peaks = [timing.harm for timing in in_windows]
+    aligned = {
+        fraction: alignment(
+            peaks,
+            [rise(branches.sel(level=k), kind, fraction=fraction) for k, kind in enumerate(KINDS.values())],
+            span=(lab.steps[0], LAST),
+            match=lambda event: str(event.train),
+            axis=np.asarray,
+        ).attrs
+        for fraction in FRACTIONS
+    }
     spectrum, learning = top_eigenvalue_share(window), llc(lab.window_traces)
     table = _table(at_instants, in_windows, onsets, branches)
     figure = _draw(branches, onsets, curves(kind_curves(lab, window)), spectrum, learning)
@@ -47,10 +69,12 @@ def stages(lab: Lab) -> Experiment:
         [Plate("stages", _caption(), figure), embedding(lab, onsets, in_windows), table],
     )
     checks = [
+        _distance_check(lab),
         *(_flip_check(t, kind) for t, kind in zip(at_instants, KINDS.values(), strict=True)),
         *(_harm_check(t, onset, "of a window (sampled)") for t, onset in zip(in_windows, onsets, strict=True)),
-        Check("harmful peaks of all pairs against their branch onset: mean distance in t; permutation p",
-              f"{aligned.attrs['statistic'] * RATE:.2f}; {aligned.attrs['p_value']:.4f}"),
+        Check(f"harmful peaks of the three kinds, onset at {_list(FRACTIONS, '.0%')}: mean distance; permutation p",
+              f"{_list((a['statistic'] * RATE for a in aligned.values()), '.2f')}; "
+              f"{_list((a['p_value'] for a in aligned.values()), '.3f')}"),
     ]  # fmt: skip
     findings = [_order(at_instants), _nearness(aligned), _marks(spectrum)]
     return Experiment(section, findings, checks, [_branch_claim(at_instants, onsets, branches), _llc_claim(learning)])
@@ -64,15 +88,18 @@ def branch_curves(lab: Lab) -> xr.DataArray:
     return separations(squared_distances(labelled), lab.items.tree.groupings())
 
 
+def _distance_check(lab: Lab) -> Check:
+    modes, strengths = lab.strengths(lab.aligned, lab.times)
+    closed = representation_distances(modes, strengths)
+    hidden = lab.aligned.representations(lab.steps)
+    measured = ((hidden[:, :, None] - hidden[:, None]) ** 2).sum(-1)
+    r = correlation(closed[:, lab.off_diagonal], measured[:, lab.off_diagonal])
+    return Check.at_least("distances of hidden representations, closed form vs network: r", r, 0.999)
+
+
 def _kernel_means(lab: Lab) -> Floats:
     modes, strengths = lab.strengths(lab.aligned, EVERY_TIME)
     return kind_means(lab, -gradient_kernel(modes, strengths))
-
-
-def _kind_of(lab: Lab) -> Callable[[Event], str | None]:
-    """The branch that parts a pair, by its kind; None for an item with itself."""
-    place = {name: k for k, name in enumerate(lab.items.names)}
-    return lambda event: KINDS.get(int(lab.level[place[event.train], place[event.query]]))
 
 
 def _order(at_instants: Sequence[Timing]) -> str:
@@ -84,19 +111,30 @@ def _order(at_instants: Sequence[Timing]) -> str:
     )
 
 
-def _nearness(aligned: xr.Dataset) -> str:
+def _nearness(aligned: Mapping[float, Mapping[str, Any]]) -> str:
+    middle = aligned[FRACTIONS[1]]
     return (
-        f"The harmful peaks of all {aligned.sizes['event']} pairs sit at the onset of the branch that parts the pair: "
-        f"mean distance {aligned.attrs['statistic'] * RATE:.2f} in t, where the same pattern at a random time has a "
-        f"median of {aligned.attrs['null_median'] * RATE:.2f} (permutation p = {aligned.attrs['p_value']:.4f})."
+        "Influence between the pairs of a kind is most harmful near the onset of the branch that parts them: mean "
+        f"distance {middle['statistic'] * RATE:.2f} in t, where the same three peaks, shifted together to a random "
+        f"time, have a median of {middle['null_median'] * RATE:.2f}. Permutation p over such shifts, for an onset at "
+        f"{_list(FRACTIONS, '.0%')} of the separation: {_list((a['p_value'] for a in aligned.values()), '.3f')}."
     )
+
+
+def _list(values: Iterable[float], form: str) -> str:
+    return ", ".join(f"{value:{form}}" for value in values)
 
 
 def _marks(spectrum: xr.Dataset) -> str:
     peaks = [turn for turn in extrema(spectrum[["share", "stderr"]].rename(share="value")) if turn.kind == "maximum"]
+    where = (
+        f"is largest at t = {_list((RATE * turn.step for turn in peaks), '.2f')}"
+        if peaks
+        else "has no maximum beyond noise"
+    )
     return (
         "A mark of the transitions that needs no ground truth: the share of the top eigenvalue of the centred "
-        f"influence matrix is largest at t = {words.enumeration([f'{turn.step * RATE:.2f}' for turn in peaks])}."
+        f"influence matrix {where}."
     )
 
 
@@ -111,9 +149,10 @@ def _branch_claim(at_instants: Sequence[Timing], onsets: Sequence[Transition], b
 
 
 def _llc_claim(learning: xr.Dataset) -> Claim:
+    turns = [RATE * turn.step for turn in extrema(learning)]
     return Claim(
         "Zeros of the local learning coefficient's derivative mark the boundaries of stages",
-        f"It rises through all stages, {len(extrema(learning))} turns: no boundary is marked here.",
+        f"It turns at t = {_list(turns, '.2f')}." if turns else "It has no turn: no boundary is marked here.",
     )
 
 

@@ -12,13 +12,13 @@ from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.scores import measured_influence
 from stagewise.studies.hierarchy import drawing
 from stagewise.studies.hierarchy.kernels import gradient_kernel
-from stagewise.studies.hierarchy.lab import RATE, WINDOW, Check, Claim, Experiment, Lab, correlation
+from stagewise.studies.hierarchy.lab import RATE, WINDOW, Check, Claim, Experiment, Lab, correlation, matrix
 from stagewise.studies.hierarchy.network import Run, optimizer, record, task
 from stagewise.studies.hierarchy.theory import Modes, mode_matrix
 from stagewise.studies.hierarchy.tree import LOPSIDED, Floats, Items
 
-LAST = 1200
-STEPS = list(range(0, LAST, 15))
+STEPS = list(range(0, 1200, 15))
+"""The checkpoints; what distinguishes plants from animals is learnt by then."""
 FROM, ONTO = "dog", "plant"
 
 
@@ -54,19 +54,18 @@ def symmetry(lab: Lab) -> Experiment:
 
 
 def _run(items: Items) -> Run:
-    return record(task(items, start="aligned"), optimizer(items, "sgd", RATE), RATE, LAST, STEPS)
+    return record(task(items, start="aligned"), optimizer(items, "sgd", RATE), RATE, STEPS[-1], STEPS)
 
 
 def _measured(items: Items, run: Run) -> Floats:
     """Influence by leaving items out in windows from ``STEPS``: ``(step, train, query)``."""
     effects = window_ablation(run.task, run.trajectory, window=WINDOW, weight=0.0, order=run.order)
-    value = measured_influence(effects)["value"].sel(train=items.names, query=items.names)
-    return np.asarray(value.transpose("step", "train", "query").values)
+    return matrix(items, measured_influence(effects))
 
 
 def _kernel(items: Items, run: Run, times: Floats) -> Floats:
     """Minus the gradient kernel over a window, ``(time, train, query)``."""
-    modes = Modes.of(items.targets.T)
+    modes = Modes.of(items.white_targets())
     first, second = run.layers([0])
     return -RATE * WINDOW * gradient_kernel(modes, mode_matrix(modes.s, modes.initial(first[0], second[0]), times))
 

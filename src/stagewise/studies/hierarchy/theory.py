@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from stagewise.retraining.source import saturation
 from stagewise.studies.hierarchy.tree import Floats
 
 # Singular values closer than this, relative to the largest, are one.
@@ -106,9 +107,7 @@ def mode_matrix(s: Floats, a0: Floats, t: Floats) -> Floats:
 
 def _saturation(s: Floats, t: Floats) -> Floats:
     """(1 - e^(-2 s t)) / s, with its limit 2 t at s = 0."""
-    safe = np.where(s > 0, s, 1.0)
-    limits: Floats = np.where(s > 0, -np.expm1(-2 * s * t) / safe, 2 * t)
-    return limits
+    return 2 * t * saturation(2 * s * t)
 
 
 def half_rise(s: Floats, a0: Floats) -> Floats:
@@ -151,8 +150,8 @@ def subset_losses(targets: Floats, first: Floats, second: Floats, kept: Sequence
         kept: the items in the training set, at least one.
         t: times ``(time,)``.
     """
-    if not len(kept):
-        raise ValueError("kept is empty: a training set needs at least one item")
+    if not len(kept) or len(set(kept)) < len(kept):
+        raise ValueError(f"kept must name at least one item, and each once (white inputs), got {list(kept)}")
     chosen = np.asarray(kept)
     modes = Modes.of(targets[:, chosen])
     losses = np.tile((targets**2).sum(0) / 2, (len(t), 1))

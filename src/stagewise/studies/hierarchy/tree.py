@@ -176,10 +176,16 @@ class Items:
         """Names of the items."""
         return self.tree.names
 
-    @property
-    def shown_once(self) -> bool:
-        """Whether every item is one training sample: then inputs are white, and the exact theory holds."""
-        return len(self.shown) == len(self.targets)
+    def white_targets(self) -> Floats:
+        """The targets Y that training is shown ``(feature, item)``: with its noise, which the closed forms then learn.
+
+        Raises:
+            ValueError: an item is shown more than once, so that inputs are not white and there is no closed form.
+        """
+        if len(self.shown) != len(self.targets):
+            often = [name for k, name in enumerate(self.names) if (self.shown == k).sum() > 1]
+            raise ValueError(f"the closed forms need every item once in the training set, {often} are there more often")
+        return self.shown_targets.T
 
 
 def _diffused(tree: Concept, features: int, flip: float, generator: np.random.Generator) -> Floats:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from stagewise.dynamics.curves import curves
 from stagewise.influence.damped import damped_influence
@@ -57,15 +56,15 @@ def windows(lab: Lab) -> Experiment:
         Check("window ablation vs the exact damped influence function: r; slope",
               f"{correlation(solved[:, off], measured[:, off]):.4f}; {slope(solved[:, off], measured[:, off]):.3f}"),
     ]  # fmt: skip
-    swept, later, last = _sweep(lab)
+    swept, later, last, loss = _sweep(lab)
+    left = _left_at_the_end(last[:, off], loss)
     near = [_nearest_peaks(lab, swept, level) for level in KINDS]
     findings = [
         f"Sampled influence predicts what a window of {WINDOW} steps measures in order and in size, with nothing "
         f"fitted: r = {r:.3f} over all off-diagonal pairs and times, slope {size:.2f}.",
         "Removing an item during a window changes its relatives' losses most, at the window's end, where the influence "
         f"at that moment has its extrema: the sweep's lie within {max(near):.2f} of those of the gradient kernel, in "
-        f"units of t, for every kind. Training repairs it: at t = {RATE * LAST:g} the largest change left by any "
-        f"window is {np.abs(last[:, off]).max():.0e} nats.",
+        f"units of t, for every kind. That is gone at the end: {left}.",
     ]
     section = Section(
         "Influence at a moment",
@@ -74,16 +73,24 @@ def windows(lab: Lab) -> Experiment:
             Plate("window-sweep", _sweep_caption(), _draw_sweep(lab, swept, later)),
         ],
     )
-    return Experiment(section, findings, checks, [_window_claim(max(near), later, last, off), _peak_claim(lab)])
+    return Experiment(section, findings, checks, [_window_claim(max(near), later[:, off], left), _peak_claim(lab)])
 
 
-def _window_claim(near: float, later: Floats, last: Floats, off: NDArray[np.bool_]) -> Claim:
-    best = [SWEPT[int(np.abs(swept[:, off]).max(1).argmax())] for swept in (later[: _past()], last)]
+def _left_at_the_end(last: Floats, loss: float) -> str:
+    """What windows leave at the end of training, relative to the loss there."""
+    share = np.abs(last).max(1) / loss
+    return (
+        f"at t = {RATE * LAST:g} the windows leave between {share.min():.0%} and {share.max():.0%} of a loss of "
+        f"{loss:.0e} nats"
+    )
+
+
+def _window_claim(near: float, later: Floats, left: str) -> Claim:
+    best = SWEPT[int(np.abs(later[: _past()]).max(1).argmax())]
     return Claim(
         "Removing a sample only during a window changes the loss most if the window is at an extremum of influence",
         f"True of the loss at the window's end (extrema within {near:.2f} in t). Not of a later loss: at "
-        f"t = {RATE * LATER:g} the window that starts at t = {RATE * best[0]:.2f} counts most, at t = {RATE * LAST:g} "
-        f"the one at {RATE * best[1]:.2f}, with {np.abs(last[:, off]).max():.0e} nats.",
+        f"t = {RATE * LATER:g} the window that starts at t = {RATE * best:.2f} counts most; {left}.",
     )
 
 
@@ -126,10 +133,11 @@ def _kernel(lab: Lab, times: Floats) -> Floats:
     return -gradient_kernel(modes, strengths) * RATE * WINDOW
 
 
-def _sweep(lab: Lab) -> tuple[Floats, Floats, Floats]:
+def _sweep(lab: Lab) -> tuple[Floats, Floats, Floats, float]:
     """Influence by leaving each item out in windows that start at ``SWEPT``: at the window's end, at LATER, at LAST.
 
-    All ``(start, train, query)``. All runs are one batch from step 0, so that the prefix is shared exactly.
+    All ``(start, train, query)``; and the mean loss of an item at LAST, nats. All runs are one batch from step 0, so
+    that the prefix is shared exactly.
     """
     run, items = lab.aligned, range(len(lab.items.names))
     schedules = [Schedule.window([item], start, WINDOW, 0.0) for start in SWEPT for item in items]
@@ -149,7 +157,7 @@ def _sweep(lab: Lab) -> tuple[Floats, Floats, Floats]:
         return of_starts
 
     own_end = np.concatenate([at(end, slice(k, k + 1)) for k, end in enumerate(ends)])
-    return own_end, at(LATER), at(LAST)
+    return own_end, at(LATER), at(LAST), float(losses.sel(run=0, step=LAST).mean())
 
 
 def _nearest_peaks(lab: Lab, swept: Floats, level: int) -> float:
