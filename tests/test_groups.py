@@ -3,7 +3,9 @@ import pytest
 import torch
 from torch import nn
 
-from stagewise.groups import Groups, per_sample, query_groups, train_groups
+import stagewise
+from stagewise.dynamics.events import Event
+from stagewise.groups import Groups, per_sample, query_groups, same_label, train_groups
 from stagewise.task import Task
 
 
@@ -81,3 +83,28 @@ def test_two_query_groups_of_one_name_are_refused():
 def test_the_loss_of_a_sample_is_the_mean_over_its_tokens():
     assert per_sample(torch.tensor([[1.0, 3.0], [0.0, 5.0]])).tolist() == [2.0, 2.5]
     assert per_sample(torch.tensor([1.0, 3.0])).tolist() == [1.0, 3.0]
+
+
+def test_a_query_label_is_that_of_a_train_group_in_one_query_set_as_in_several():
+    of_train = train_groups(task(train_groups=list("aabbcc"))).labels
+    labels = {"v": list("abab"), "w": list("cada")}
+    expected = {"a": "a", "b": "b", "v:a": "a", "v:b": "b", "w:a": "a", "w:c": "c", "w:d": None}
+    for names in (["v"], ["v", "w"]):
+        of_query = query_groups(task(queries=names, query_groups={name: labels[name] for name in names})).labels
+        wanted = [[expected[label] == train for label in of_query] for train in of_train]
+        assert same_label(of_train, of_query).tolist() == wanted
+
+
+def test_labels_are_the_same_as_text_after_the_first_colon_and_never_by_having_none():
+    assert same_label([1, 2], ["1", "v:2"]).tolist() == [[True, False], [False, True]]
+    assert same_label(["x:y", "y", ""], ["v:x:y", "x:y", "v", "v:"]).tolist() == [
+        [True, True, False, False],
+        [False, True, False, False],
+        [False, False, False, True],
+    ]
+
+
+def test_event_is_public_and_every_public_name_is_where_it_is_said_to_be():
+    assert stagewise.Event is Event
+    for name in stagewise.__all__:
+        assert getattr(stagewise, name) is not None

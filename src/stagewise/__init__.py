@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from stagewise.dynamics.branches import separations as separations
     from stagewise.dynamics.branches import squared_distances as squared_distances
     from stagewise.dynamics.curves import curves as curves
+    from stagewise.dynamics.events import Event as Event
     from stagewise.dynamics.events import events as events
     from stagewise.dynamics.spectrum import top_eigenvalue_share as top_eigenvalue_share
     from stagewise.dynamics.stages import Transition as Transition
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from stagewise.influence.gradients import gradient_product as gradient_product
     from stagewise.influence.llc import llc as llc
     from stagewise.influence.phases import phase_decomposition as phase_decomposition
+    from stagewise.influence.trusted import TracesInMemory as TracesInMemory
     from stagewise.retraining.ablation import window_ablation as window_ablation
     from stagewise.retraining.lds import lds as lds
     from stagewise.retraining.leave_out import leave_out as leave_out
@@ -61,7 +63,7 @@ _ROOMS = {
     "stagewise.dynamics.alignment": ("alignment",),
     "stagewise.dynamics.branches": ("separations", "squared_distances"),
     "stagewise.dynamics.curves": ("curves",),
-    "stagewise.dynamics.events": ("events",),
+    "stagewise.dynamics.events": ("Event", "events"),
     "stagewise.dynamics.spectrum": ("top_eigenvalue_share",),
     "stagewise.dynamics.stages": ("Transition", "extrema", "rise", "transition_table"),
     "stagewise.influence.bif": ("bif",),
@@ -69,6 +71,7 @@ _ROOMS = {
     "stagewise.influence.gradients": ("gradient_product",),
     "stagewise.influence.llc": ("llc",),
     "stagewise.influence.phases": ("phase_decomposition",),
+    "stagewise.influence.trusted": ("TracesInMemory",),
     "stagewise.retraining.ablation": ("window_ablation",),
     "stagewise.retraining.lds": ("lds",),
     "stagewise.retraining.leave_out": ("leave_out", "retrain"),

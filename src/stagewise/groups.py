@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from stagewise.task import Task
@@ -103,6 +104,19 @@ def query_groups(task: Task) -> Groups:
         tuple(dataset for part in parts for dataset in part.datasets),
         tuple(index for part in parts for index in part.indices),
     )
+
+
+def same_label(train_labels: Labels, query_labels: Labels) -> NDArray[np.bool_]:
+    """Which train groups and query groups carry the same label, whatever the query set: ``(train, query)``.
+
+    A query group is meant by its whole label or by what follows the first ":" in it, so that ``"val:cat"`` is
+    the same as ``"cat"`` (see :func:`query_groups`). A label of one's own that holds a ":" is read the same way:
+    ``"big:cat"`` would match the train label ``"cat"`` too. Labels are compared as text.
+    """
+    train, query = (np.asarray(labels).astype(str) for labels in (train_labels, query_labels))
+    bare = np.array([label.split(":", 1)[-1] for label in query.tolist()], dtype=str)
+    same: NDArray[np.bool_] = (train[:, None] == query) | (train[:, None] == bare)
+    return same
 
 
 def per_sample(losses: Tensor) -> Tensor:

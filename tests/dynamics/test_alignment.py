@@ -66,6 +66,22 @@ def test_aligned_events_have_a_small_p_and_rotated_ones_do_not():
     assert close.attrs["p_value_stderr"] == pytest.approx(np.sqrt(p * (1 - p) / 1000))
 
 
+@pytest.mark.parametrize(
+    "axis",
+    [
+        np.zeros_like,
+        np.negative,
+        np.log,
+        lambda t: np.minimum(t, 100.0),
+        lambda t: np.full_like(t, np.nan),
+        lambda _: 0,
+    ],
+)
+def test_an_axis_on_which_time_does_not_pass_is_refused_and_not_given_a_tiny_p(axis):
+    with pytest.raises(ValueError, match=r"axis must be finite and strictly increasing on the span \(0, "):
+        alignment([event(5.5)], BRANCHES, span=SPAN, axis=axis, draws=99)
+
+
 def test_one_event_of_exact_odds_has_that_p():
     # Within 0.5 of the only transition at 5: a tenth of the circle of 10.
     got = alignment([event(5.5)], [transition(5.0, "only")], span=SPAN)

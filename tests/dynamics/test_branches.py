@@ -79,3 +79,13 @@ def test_other_dimensions_are_refused():
         squared_distances(tree_representations().rename(unit="neuron"))
     with pytest.raises(ValueError, match="distances must have dims"):
         separations(tree_representations(), LEVELS)
+
+
+def test_items_and_their_others_are_paired_by_name_and_not_by_position():
+    distances = squared_distances(tree_representations())
+    expected = separations(distances, LEVELS)
+    shuffled = distances.isel(other=[3, 0, 7, 1, 2, 6, 5, 4])
+    np.testing.assert_allclose(separations(shuffled, LEVELS), expected, rtol=1e-12)
+    np.testing.assert_allclose(separations(distances.drop_vars(["item", "other"]), LEVELS), expected, rtol=1e-12)
+    with pytest.raises(ValueError, match=r"other lacks \['oak'\]"):
+        separations(distances.drop_sel(other=["oak"]), LEVELS)

@@ -109,3 +109,22 @@ def test_queries_are_paired_with_training_groups_by_label_not_by_position():
 def test_matrices_that_are_not_square_in_their_labels_are_refused(spoil):
     with pytest.raises(ValueError, match="expected the same three or more labels for train and query"):
         top_eigenvalue_share(spoil(influence([np.eye(6)])))
+
+
+def test_a_single_sample_among_groups_is_refused_because_its_own_variance_would_be_the_share():
+    data = influence([np.outer(DELTA, DELTA) + 1000 * np.diag([1.0, 0, 0, 0, 0, 0])])
+    assert top_eigenvalue_share(data)["share"].item() > 0.98
+    with pytest.raises(ValueError, match=r"\['group 0'\] are single samples .*leave single-sample groups out, or take"):
+        top_eigenvalue_share(data.assign_coords(train_size=("train", [1, 5, 5, 5, 5, 5])))
+    for sizes in ([1] * 6, [2, 5, 5, 3, 5, 5]):
+        got = top_eigenvalue_share(data.assign_coords(train_size=("train", sizes)))
+        assert got["share"].item() == top_eigenvalue_share(data)["share"].item()
+
+
+def test_number_labels_are_paired_with_their_text():
+    data = noisy(np.outer(DELTA, DELTA) + np.diag(np.arange(6)), np.random.default_rng(4), 0.1)
+    mixed = data.assign_coords(train=range(6), query=list("012345")).isel(query=[3, 1, 5, 0, 2, 4])
+    got = top_eigenvalue_share(mixed)
+    assert got["train"].values.tolist() == list(range(6))
+    for name in ("share", "direction", "direction_stderr"):
+        np.testing.assert_array_equal(got[name], top_eigenvalue_share(data)[name])

@@ -3,21 +3,9 @@
 import numpy as np
 import xarray as xr
 
+from stagewise.influence.trusted import TracesInMemory as Traces
 
-class Traces:
-    """Trees by step, with or without labels."""
-
-    def __init__(self, trees, labels=None):
-        self.trees = trees
-        if labels is not None:
-            self.labels = labels
-
-    @property
-    def steps(self):
-        return sorted(self.trees)
-
-    def load(self, step):
-        return self.trees[step]
+__all__ = ["Traces", "losses", "tree"]
 
 
 def tree(train, queries, *, reflected=None, failed=(), training_sets=(), kappa=2.0, **attrs):

@@ -17,7 +17,7 @@ def verdicts(monkeypatch):
         verdict, advice = table.get(tree.attrs.get("step"), ("ok", ""))
         return xr.Dataset({"verdict": verdict, "advice": advice})
 
-    monkeypatch.setattr("stagewise.influence.bif.diagnose", diagnose)
+    monkeypatch.setattr("stagewise.influence.trusted.diagnose", diagnose)
     return table
 
 

@@ -173,8 +173,8 @@ def test_query_groups_are_called_as_retraining_calls_them(labels, sets):
     queries = {name: torch.zeros(sizes[name], 1) for name in sets}
     loss = lambda model, x: model(x)[:, 0]  # noqa: E731
     task = Task(nn.Linear(1, 1), loss, train=torch.zeros(4, 1), queries=queries, query_groups=labels)
-    traces = Traces({0: tree(losses(4), {name: losses(sizes[name]) for name in sets})})
-    traces.labels = {"train": task.train_groups, "queries": task.query_groups}
+    cell = tree(losses(4), {name: losses(sizes[name]) for name in sets})
+    traces = Traces({0: cell}, {"train": task.train_groups, "queries": task.query_groups})
     assert tuple(bif(traces)["query"].values) == query_groups(task).labels
 
 

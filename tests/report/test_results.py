@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import xarray as xr
 
 from stagewise.report.results import headline, others
 
@@ -48,8 +49,15 @@ def test_pairs_of_a_group_with_itself_are_set_apart_unless_there_are_no_others(r
     matrix = results.influence
     np.testing.assert_array_equal(others(matrix), ~np.eye(10, dtype=bool))
     assert others(matrix.isel(train=[3], query=[3])).all()
-    assert others(matrix.assign_coords(query=[f"val:{k}" for k in range(10)])).all()
+    assert others(matrix.assign_coords(query=[f"digit {k}" for k in range(10)])).all()
     assert headline(results.agreements["BIF"], "slope") == "slope_off_diagonal"
+
+
+def test_a_group_is_itself_in_each_of_several_query_sets_and_not_an_other_one(results):
+    matrix = results.influence
+    sets = [matrix.assign_coords(query=[f"{name}:{k}" for k in range(10)]) for name in ("val", "test")]
+    both = xr.concat(sets, "query", join="outer", coords="minimal", compat="override")
+    np.testing.assert_array_equal(others(both), np.tile(~np.eye(10, dtype=bool), 2))
 
 
 @pytest.mark.parametrize(

@@ -158,3 +158,40 @@ def test_what_does_not_match_is_named():
     losses[1, 2, 0] = np.nan
     with pytest.raises(ValueError, match=r"steps \[10\] are not finite"):
         lds(given, losses, kept)
+
+
+def test_a_query_scores_the_same_with_one_query_set_as_with_two():
+    bare = ["a", "b", "other"]
+    given, kept = attribution(queries=bare), subsets()
+    losses = additive(given, kept) + random(3).normal(size=(2, RUNS, 3)) * 5
+    for query in "ab":  # without its data the query's loss is another story
+        gone = ~kept.sel(train=query).values
+        losses.loc[{"query": query}] = np.where(gone, -100 * losses.sel(query=query), losses.sel(query=query))
+    one = lds(given, losses, kept)
+    sets = [[f"{name}:{label}" for label in bare] for name in ("val", "test")]
+    again = [
+        xr.concat([array.assign_coords(query=names) for names in sets], "query") for array in (given.value, losses)
+    ]
+    two = lds(xr.Dataset({"value": again[0]}, {"train_size": given.train_size}), again[1], kept)
+    for names in sets:
+        np.testing.assert_allclose(two.spearman.sel(query=names), one.spearman, rtol=1e-12)
+    np.testing.assert_allclose(two.lds, one.lds, rtol=1e-12)
+
+
+def test_runs_are_paired_by_their_names_where_both_have_names_and_a_missing_one_is_named():
+    given, kept = attribution(), subsets().assign_coords(run=[f"run {k}" for k in range(RUNS)])
+    losses = additive(given, kept)
+    shuffled = kept.isel(run=random(5).permutation(RUNS))
+    np.testing.assert_allclose(lds(given, losses, shuffled).lds, 1, rtol=1e-12)
+    np.testing.assert_allclose(lds(given, losses.isel(run=slice(9, 20)), shuffled).lds, 1, rtol=1e-12)
+    unnamed = losses.drop_vars("run")
+    np.testing.assert_allclose(lds(given, unnamed, kept).lds, 1, rtol=1e-12)
+    with pytest.raises(ValueError, match=r"kept lacks run \['run 3'\] of the losses"):
+        lds(given, losses, kept.drop_sel(run=["run 3"]))
+
+
+def test_so_few_runs_that_their_bootstrap_has_no_width_are_refused():
+    given, kept = attribution(), subsets(runs=4)
+    lds(given, additive(given, kept), kept)
+    with pytest.raises(ValueError, match=r"got 3 runs, expected 4 or more.*retrain more subsets"):
+        lds(given, additive(given, kept)[:, :3], kept[:3])

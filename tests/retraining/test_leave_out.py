@@ -163,8 +163,27 @@ def test_the_measured_standard_error_is_per_sample_and_per_unit_weight_too():
 
 def test_effects_of_no_change_and_effects_without_a_weight_are_refused():
     problem = Regression()
-    effects = leave_out(problem.task, start_of(problem), BatchOrder(N), [3], weight=1.0)
+    effects = leave_out(problem.task, start_of(problem), BatchOrder(N), [3]).assign_attrs(weight=1.0)
     with pytest.raises(ValueError, match="weight 1"):
         measured_influence(effects)
     with pytest.raises(ValueError, match=r"lack \['train_size', 'weight'\]"):
         measured_influence(effects.drop_vars("train_size").drop_attrs())
+
+
+def test_a_weight_of_one_is_refused_because_it_measures_nothing():
+    problem = Regression()
+    with pytest.raises(ValueError, match="nothing is changed; use another"):
+        leave_out(problem.task, start_of(problem), BatchOrder(N), [3], weight=1.0)
+
+
+def test_effects_of_a_run_whose_learning_rate_changed_are_differences_of_such_runs():
+    task = classifier()
+    (start,) = recorded(task, 10)
+    options = {"learning_rate": lambda step: 0.05 / step}
+    got = leave_out(task, start, ORDER, [15, 30], **options)
+    runs = [Schedule(), *(Schedule.whole_run(range(k, 60, 3), 0.0) for k in range(3))]
+    losses = retrain(task, start, runs, ORDER, [15, 30], **options).values
+    np.testing.assert_allclose(got.loss, losses[:, 0], rtol=1e-10)
+    np.testing.assert_allclose(got.effect, losses[:, 1:] - losses[:, :1], rtol=1e-8)
+    held = leave_out(task, start, ORDER, [15, 30])
+    assert not np.allclose(held.effect, got.effect, rtol=0.1)

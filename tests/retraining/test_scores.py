@@ -142,3 +142,22 @@ def test_the_predicted_standard_error_is_positive_and_scales_alike():
 def test_an_influence_without_group_sizes_is_refused():
     with pytest.raises(ValueError, match="coordinate 'train_size'"):
         predicted_effect(influence().drop_vars("train_size"), 0.8)
+
+
+def test_pairs_of_a_group_with_itself_are_set_apart_in_each_of_several_query_sets():
+    p, m = noise(1, 6, 6), noise(1, 6, 6, seed=1)
+    one = agreement(effects(p), effects(m))
+    names = [f"{name}:{label}" for name in ("val", "test") for label in LABELS]
+    twice = agreement(*(effects(np.tile(values, 2), query=names) for values in (p, m)))
+    for score in ("correlation", "slope", "correlation_off_diagonal", "slope_off_diagonal"):
+        np.testing.assert_allclose(twice[score], one[score], rtol=1e-10)
+    assert twice["slope_off_diagonal"].attrs["pairs"] == 60
+
+
+def test_number_labels_of_groups_are_the_same_as_their_text():
+    labels = list(range(6))
+    got = agreement(effects(noise(1, 6, 6), labels), effects(noise(1, 6, 6), labels))
+    assert "slope_off_diagonal" not in got
+    text = [str(label) for label in labels]
+    got = agreement(effects(noise(1, 6, 6), labels, text), effects(noise(1, 6, 6), labels, text))
+    assert got["slope_off_diagonal"].attrs["pairs"] == 30

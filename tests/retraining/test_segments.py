@@ -185,3 +185,29 @@ def test_a_hessian_that_is_too_large_and_no_segments_are_refused(monkeypatch):
     monkeypatch.setattr(source_module, "_LARGEST_DENSE", 3)
     with pytest.raises(ValueError, match=r"dense 4 x 4 .*at most 3 .*use unrolled_influence or tracin"):
         source(problem.task, problem.trajectory(AWAY))
+
+
+@pytest.mark.parametrize("estimator", [tracin, source])
+def test_a_window_without_any_update_between_the_checkpoints_is_refused_and_not_answered_with_zeros(estimator):
+    problem = Regression()
+    trajectory = run(problem.task, Optimizer("sgd", 0.1), [10, 20], AWAY)
+    later = Trajectory(trajectory.steps[1:], trajectory.load)
+    for window in (range(3, 10), range(20, 30)):
+        with pytest.raises(ValueError, match="lies outside the updates from step 10 to step 20"):
+            estimator(problem.task, later, window=window)
+    for window in (range(3, 11), range(19, 30)):
+        assert estimator(problem.task, later, window=window).value.values.any()
+
+
+def test_more_hessians_than_fit_the_memory_are_refused_before_any_is_made():
+    model = nn.Linear(4000, 1, bias=False).double()
+    x = torch.ones(4, 4000, dtype=torch.float64)
+    task = Task(model, lambda model, batch: model(batch[0])[:, 0], train=(x,), queries={"q": (x,)})
+
+    def load(step):
+        raise AssertionError("nothing should be loaded")
+
+    with pytest.raises(ValueError, match=r"of 80 checkpoints, 9.54 GiB, and at most 8 GiB .* fewer checkpoints"):
+        source(task, Trajectory(tuple(range(80)), load))
+    with pytest.raises(AssertionError):
+        source(task, Trajectory(tuple(range(60)), load))

@@ -203,3 +203,59 @@ def test_momentum_needs_its_buffer_and_plain_sgd_nothing():
         TrainingState.from_checkpoint(bare, ParameterVector.of(task))
     plain = replace(bare, optimizer=Optimizer("sgd", 0.1))
     assert not TrainingState.from_checkpoint(plain, ParameterVector.of(task)).first_moment.any()
+
+
+SCHEDULERS = {
+    "step": lambda theirs: torch.optim.lr_scheduler.StepLR(theirs, step_size=7, gamma=0.3),
+    "cosine": lambda theirs: torch.optim.lr_scheduler.CosineAnnealingLR(theirs, T_max=40),
+    "warm-up from zero": lambda theirs: torch.optim.lr_scheduler.LambdaLR(theirs, lambda step: min(1, step / 10)),
+}
+
+
+def trained_with(task, rule, scheduler):
+    """A run of torch's own: weights after 40 updates, and the rate of each update."""
+    optimizer, torch_class, options = RULES[rule]
+    model = copy.deepcopy(task.model)
+    theirs = torch_class(model.parameters(), lr=optimizer.learning_rate, **options)
+    schedule, rates = SCHEDULERS[scheduler](theirs), []
+    for step in range(40):
+        theirs.zero_grad()
+        cross_entropy(model, task.train.batch(ORDER(step))).mean().backward()
+        rates.append(schedule.get_last_lr()[0])
+        theirs.step()
+        schedule.step()
+    return nn.utils.parameters_to_vector(model.parameters()).detach(), rates
+
+
+@pytest.mark.parametrize("batching", ["stacked", "loop"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("rule", RULES)
+def test_an_unchanged_replay_with_the_learning_rates_of_a_torch_scheduler_meets_its_run(rule, scheduler, batching):
+    task = classifier()
+    expected, rates = trained_with(task, rule, scheduler)
+    start = Checkpoint(0, task.state(), RULES[rule][0])
+    options = {"batching": batching, "learning_rate": rates.__getitem__}
+    runs = continued(task, start, [Schedule(), Schedule()], 40, **options)
+    torch.testing.assert_close(runs, expected.expand(2, -1), rtol=1e-10, atol=1e-12)
+    held = continued(task, start, [Schedule()], 40)[0]
+    assert (held - expected).norm() > 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("rule", ["momentum", "adamw"])
+def test_a_replay_from_the_middle_of_a_run_takes_the_rates_of_its_own_steps(rule):
+    task = classifier()
+    expected, rates = trained_with(task, rule, "cosine")
+    vector = ParameterVector.of(task)
+    start = Checkpoint(0, task.state(), RULES[rule][0])
+    state = TrainingState.from_checkpoint(start, vector)
+    for steps in (range(17), range(17, 40)):
+        state = train(task, vector, state, start.optimizer, [Schedule()], ORDER, steps, learning_rate=rates.__getitem__)
+    torch.testing.assert_close(state.params[0], expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("rate", [-0.1, float("nan"), float("inf")])
+def test_a_learning_rate_that_is_none_is_refused_with_its_step(rate):
+    task = classifier()
+    start = Checkpoint(0, task.state(), RULES["sgd"][0])
+    with pytest.raises(ValueError, match=r"learning_rate\(3\) is .*, expected a finite number >= 0"):
+        continued(task, start, [Schedule()], 5, learning_rate=lambda step: rate if step == 3 else 0.1)

@@ -29,9 +29,9 @@ def start_at(task, optimizer, order, step):
     return checkpoint
 
 
-def finite_differences(task, start, order, steps, schedule_of, delta=1e-6):
+def finite_differences(task, start, order, steps, schedule_of, delta=1e-6, **options):
     """Central differences of retraining in epsilon, with beta = 1 + epsilon on the samples of the schedule."""
-    up, down = (retrain(task, start, schedule_of(1 + d), order, steps) for d in (delta, -delta))
+    up, down = (retrain(task, start, schedule_of(1 + d), order, steps, **options) for d in (delta, -delta))
     return (up - down) / (2 * delta)
 
 
@@ -54,6 +54,25 @@ def test_it_is_the_derivative_of_retraining_through_the_runs_own_optimizer(rule,
     for run in range(5):
         size = abs(expected.sel(run=run)).max().item()
         np.testing.assert_allclose(got.sel(run=run), expected.sel(run=run), rtol=0, atol=1e-5 * size)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_it_is_the_derivative_of_the_run_with_its_own_changing_learning_rate(rule):
+    task, order, steps = classifier(), ORDERS["minibatches"], [13, 20, 42]
+    start = start_at(task, RULES[rule], order, 12)
+    rate = RULES[rule].learning_rate
+    options = {"learning_rate": lambda step: rate * (0.5 + 0.5 * np.cos(np.pi * (step - 12) / 30))}
+
+    def schedule_of(weight):
+        return [Schedule.whole_run(range(k, 60, 3), weight) for k in range(3)]
+
+    got = unroll(task, start, schedule_of(2.0), order, steps, **options)
+    expected = finite_differences(task, start, order, steps, schedule_of, **options)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * abs(expected).max().item())
+    influence = unrolled_influence(task, start, order, steps, **options)
+    np.testing.assert_allclose(influence.value, got / 20, rtol=1e-10, atol=1e-16)
+    held = unroll(task, start, schedule_of(2.0), order, steps)
+    assert abs(held - got).max() > 0.02 * abs(got).max()
 
 
 def test_a_window_has_no_effect_before_it_and_a_lasting_one_after_it():
@@ -182,6 +201,11 @@ def test_impossible_requests_are_refused():
     for window in (range(5, 5), range(0, 10, 2)):
         with pytest.raises(ValueError, match="range of consecutive updates"):
             unrolled_influence(problem.task, start, BatchOrder(N), [12], window=window)
+    for window in (range(4, 10), range(12, 20)):
+        with pytest.raises(ValueError, match=r"lies outside the updates from step 10 to step 12"):
+            unrolled_influence(problem.task, start, BatchOrder(N), [12], window=window)
+    for window in (range(4, 11), range(11, 20)):
+        assert unrolled_influence(problem.task, start, BatchOrder(N), [12], window=window).value.values.any()
     with pytest.raises(CheckpointError, match="shape"):
         unrolled_influence(problem.task, problem.trajectory(np.zeros(D + 1)).load(10), BatchOrder(N), [12])
     with pytest.raises(ValueError, match="does not say which optimizer"):

@@ -7,7 +7,13 @@ from torch import nn
 from stagewise.checkpoints.trajectory import Checkpoint
 from stagewise.influence.covariance import mean_and_stderr
 from stagewise.sampling import LocalPosterior, Underdamped
-from stagewise.sampling.gradient import choose_batching, full_gradient, potential_gradient, reshuffled
+from stagewise.sampling.gradient import (
+    chain_gradients,
+    choose_batching,
+    full_gradient,
+    potential_gradient,
+    reshuffled,
+)
 from stagewise.task import Task
 
 GAUSSIAN = Gaussian(n=24)
@@ -104,6 +110,50 @@ def test_stacked_and_looped_chains_have_the_same_gradients(size, control_variate
     torch.testing.assert_close(stacked, looped, rtol=1e-12, atol=1e-12)
 
 
+def classifier():
+    """A posterior of a model whose losses are not quadratic, and its 12 samples."""
+    inputs, targets = torch.randn(12, 3, generator=generator(2), dtype=torch.float64), torch.arange(12) % 2
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+    def losses(net, batch):
+        return nn.functional.cross_entropy(net(batch[0]), batch[1], reduction="none")
+
+    task = Task(model, losses, train=(inputs, targets), queries={"q": (inputs, targets)}, forward_batch=7)
+    return LocalPosterior(gamma=2.0, n_beta=50.0).at(task, Checkpoint(0, task.state()))
+
+
+@pytest.mark.parametrize("own_batch", [False, True])
+def test_stacked_gradients_of_a_nonlinear_model_are_those_of_each_chain_alone(own_batch):
+    local, chains = classifier(), 3
+    u = torch.randn(chains, local.vector.size, generator=generator(3), dtype=torch.float64)
+    inputs, targets = local.task.train.source
+    stacked, looped = (chain_gradients(local.mean_loss, batching) for batching in ("stacked", "loop"))
+    for rows in (torch.arange(4), torch.tensor([5, 11])):
+        index = torch.stack([(rows + chain) % 12 for chain in range(chains)]) if own_batch else rows
+        batch = (inputs[index], targets[index])
+        together = stacked(u, batch, own_batch)
+        torch.testing.assert_close(together, looped(u, batch, own_batch), rtol=1e-12, atol=1e-14)
+        # a chain that has left is its own loss only
+        gone = u.clone()
+        gone[1] = float("nan")
+        left = stacked(gone, batch, own_batch)
+        torch.testing.assert_close(left[[0, 2]], together[[0, 2]], rtol=1e-12, atol=1e-14)
+        assert left[1].isnan().any()
+    assert not u.requires_grad
+
+
+@pytest.mark.parametrize(("size", "control_variate"), [(None, True), (5, True), (5, False)])
+def test_stacked_and_looped_chains_of_a_nonlinear_model_have_the_same_gradients(size, control_variate):
+    local = classifier()  # its full batch comes in two pieces
+    u = torch.randn(3, local.vector.size, generator=generator(3), dtype=torch.float64)
+    both = [potential_gradient(local, 3, size, control_variate, way, generator()) for way in ("stacked", "loop")]
+    for _ in range(2):
+        stacked, looped = (gradient(u) for gradient in both)
+        torch.testing.assert_close(stacked, looped, rtol=1e-12, atol=1e-12)
+
+
 def test_control_variate_saves_the_posterior_from_drowning_in_minibatch_noise():
     gaussian = Gaussian(n=64, stiffness=8)
     local = density(gaussian=gaussian)
@@ -158,3 +208,44 @@ def test_an_error_of_the_model_itself_is_not_hidden_by_the_choice_of_batching():
     checkpoint = Checkpoint(0, task.state())
     with pytest.raises(RuntimeError, match="out of memory"):
         choose_batching(LocalPosterior(gamma=1.0).at(task, checkpoint), 2, None)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.out = nn.Embedding(7, 8), nn.Linear(8, 7)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+
+    def forward(self, tokens):
+        return self.out(self.layer(self.embed(tokens)))
+
+
+def attention_density():
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]).mT, batch[0], reduction="none")
+
+    tokens = torch.randint(0, 7, (6, 5), generator=generator())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        task = Task(Attention().eval(), loss, train=(tokens,), queries={"q": (tokens,)})
+    return LocalPosterior(gamma=GAMMA).at(task, Checkpoint(0, task.state()))
+
+
+def test_stacked_gradient_of_torchs_attention_layer_is_not_lost_to_its_fused_forward_pass():
+    own = attention_density()
+    u = 0.01 * torch.randn(3, own.vector.size, generator=generator())
+    batch = own.task.train.batch(slice(None))
+    stacked, looped = (chain_gradients(own.mean_loss, batching)(u, batch) for batching in ("stacked", "loop"))
+    torch.testing.assert_close(stacked, looped)
+
+
+def test_stacked_gradient_does_not_depend_on_the_callers_gradient_mode():
+    gradient, batch = chain_gradients(density().mean_loss, "stacked"), GAUSSIAN.task.train.batch(slice(None))
+    expected = gradient(positions(2), batch)
+    with torch.no_grad():
+        torch.testing.assert_close(gradient(positions(2), batch), expected)
+
+
+def test_stacked_gradient_of_a_loss_without_parameters_is_zero():
+    gradient = chain_gradients(lambda _, batch: batch.sum(), "stacked")
+    assert (gradient(positions(2), torch.ones(3)) == 0).all()

@@ -66,12 +66,14 @@ def test_noise_changes_what_is_shown_and_not_the_truth():
     np.testing.assert_array_equal(clean.targets, noisy.targets)
     difference = noisy.shown_targets - clean.shown_targets
     assert 0.4 < difference.std() < 0.6
+    np.testing.assert_array_equal(noisy.white_targets(), noisy.shown_targets.T)
 
 
 def test_counts_repeat_items_and_bad_ones_are_named():
     items = Items.of(KINGDOMS, counts={"cat": 3})
     assert np.bincount(items.shown).tolist() == [1, 3, 1, 1, 1, 1, 1, 1]
-    assert not items.shown_once
+    with pytest.raises(ValueError, match=r"every item once in the training set, \['cat'\]"):
+        items.white_targets()
     with pytest.raises(ValueError, match="'cow': 2"):
         Items.of(KINGDOMS, counts={"cow": 2})
     with pytest.raises(ValueError, match="flip=2"):

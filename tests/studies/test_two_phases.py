@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from stagewise.influence.phases import phase_decomposition
-from stagewise.studies.hierarchy.double_well import LOSSES, DrawnTraces, draw, exact, losses, traces_of
+from stagewise.influence.trusted import TracesInMemory
+from stagewise.studies.hierarchy.double_well import LABELS, LOSSES, draw, exact, losses, traces_of
 from stagewise.studies.hierarchy.lab import Lab, Size
 from stagewise.studies.hierarchy.two_phases import (
     FLIPS,
@@ -77,7 +78,7 @@ def test_correlation_is_flat_where_covariance_spikes():
 
 def test_the_peak_by_formula_follows_from_sampled_parts_too():
     walk = draw(0.0, 64, 256, seed=5)
-    got = phase_decomposition(DrawnTraces({0: traces_of(walk)}), {0: np.where(walk > 0, "second", "first")})
+    got = phase_decomposition(TracesInMemory({0: traces_of(walk)}, LABELS), {0: np.where(walk > 0, "second", "first")})
     at = pair_of(got, LATE).sel(step=0)
     first, second = (-at["within"] / at["weight"]).values
     peak = 0.5 + (second - first) / (2 * -at["between"].item() / at["weight"].prod().item())

@@ -15,6 +15,9 @@ from stagewise.dynamics.stages import Transition
 
 Floats = NDArray[np.float64]
 
+_POINTS = 1001
+"""Of the span, at which the axis is checked."""
+
 
 def alignment(
     events: Sequence[Event],
@@ -28,10 +31,11 @@ def alignment(
 ) -> xr.Dataset:
     """How far every event is from its transition, and whether a chance placement would be as near.
 
-    The statistic is the mean |distance|. Under the null hypothesis the pattern of events could have happened at any
-    time: all events move together by one random shift around the circle that the span is bent into, so that they keep
-    their distances. (Curves of related pairs rise and fall together; shuffled one by one they would look like many
-    independent witnesses.) The p-value is (1 + number of shifts at least as near) / (1 + draws).
+    The statistic is the mean |distance|. The null hypothesis is that of cyclic shifts of all events together (a
+    permutation test over rotations): the pattern of events could have happened at any time, and moves as a whole by one
+    random shift around the circle that the span is bent into, so that events keep their distances. (Curves of related
+    pairs rise and fall together; shuffled one by one they would look like many independent witnesses.) The p-value is
+    (1 + number of shifts at least as near) / (1 + draws).
 
     A small p-value says that the pattern fits the transitions better than the same pattern at another time of this
     run. It does not say that one causes the other, that any single event is aligned, or that another run would
@@ -45,8 +49,8 @@ def alignment(
         span: first and last step that could have held an event.
         match: name of the transition an event belongs to, or None to leave it out. Decide it without looking at the
             times. Default: the nearest, also in the null hypothesis.
-        axis: on which distances are measured and shifts are uniform, an increasing function of steps; default
-            log(1 + step).
+        axis: on which distances are measured and shifts are uniform, a finite, strictly increasing function of the
+            steps in the span; default log(1 + step).
         draws: random shifts.
         seed: of the shifts.
 
@@ -58,11 +62,13 @@ def alignment(
         ``span``.
 
     Raises:
-        ValueError: nothing to align, names that repeat, a match with an unknown transition, or steps out of the span.
+        ValueError: nothing to align, names that repeat, a match with an unknown transition, steps out of the span, or
+            an axis that is not finite and strictly increasing there.
     """
     candidates = _candidates(events, _by_name(transitions), match)
     kept = [event for event, _ in candidates]
     _check_span(kept, transitions, span)
+    _check_axis(axis, span)
     first, last = axis(np.asarray(span, float))
     when = axis(np.array([event.step for event in kept]))
     places = axis(np.array([[t.step for t in some] for _, some in candidates]))
@@ -134,3 +140,14 @@ def _check_span(events: Sequence[Event], transitions: Sequence[Transition], span
     steps = [event.step for event in events] + [transition.step for transition in transitions]
     if outside := sorted(step for step in steps if not first <= step <= last):
         raise ValueError(f"steps {outside[:10]} of events or transitions lie outside the span {span}; widen it")
+
+
+def _check_axis(axis: Callable[[Floats], Floats], span: tuple[float, float]) -> None:
+    steps = np.linspace(*span, _POINTS)
+    with np.errstate(all="ignore"):
+        values = np.asarray(axis(steps), float)
+    if values.shape != steps.shape or not np.isfinite(values).all() or (np.diff(values) <= 0).any():
+        raise ValueError(
+            f"axis must be finite and strictly increasing on the span {span}, got values from {values.flat[0]:g} to "
+            f"{values.flat[-1]:g} that are not; pass one that is, e.g. np.log1p"
+        )

@@ -37,16 +37,17 @@ def separations(distances: xr.DataArray, labels: Sequence[Sequence[Any]]) -> xr.
     :func:`stagewise.rise` for its onset.
 
     Args:
-        distances: squared distances ``(step, item, other)``.
+        distances: squared distances ``(step, item, other)``; ``other`` may be in any order if both have coordinates.
         labels: groupings from coarse to fine, each with the label of every item. The finest may give each its own.
 
     Returns:
         ``(level, step)``, in the unit of the distances; levels are numbered from 0, the coarsest.
 
     Raises:
-        ValueError: the dimensions are others, or labels do not fit the items, or are not nested.
+        ValueError: the dimensions are others, items are missing, or labels do not fit the items, or are not nested.
     """
     _check_dims(distances, "distances", ("step", "item", "other"))
+    distances = _paired(distances)
     values = distances.transpose("step", "item", "other").values
     first, second = np.triu_indices(distances.sizes["item"], 1)
     pairs, together, curves = values[:, first, second], np.ones(len(first), bool), []
@@ -66,6 +67,16 @@ def separations(distances: xr.DataArray, labels: Sequence[Sequence[Any]]) -> xr.
     if not curves:
         raise ValueError("labels: got no levels, expected at least one grouping of the items")
     return xr.DataArray(np.stack(curves), {"level": range(len(curves)), "step": distances["step"]}, ("level", "step"))
+
+
+def _paired(distances: xr.DataArray) -> xr.DataArray:
+    """The distances with ``other`` in the order of ``item``."""
+    if "item" not in distances.coords or "other" not in distances.coords:
+        return distances
+    items = distances["item"].values
+    if missing := sorted(set(items.tolist()) - set(distances["other"].values.tolist())):
+        raise ValueError(f"distances: other lacks {missing[:10]}; expected the distance of every item to every other")
+    return distances.sel(other=items)
 
 
 def _check_dims(array: xr.DataArray, name: str, expected: tuple[str, ...]) -> None:

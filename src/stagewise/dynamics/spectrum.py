@@ -26,7 +26,9 @@ def top_eigenvalue_share(influence: xr.Dataset) -> xr.Dataset:
 
     Args:
         influence: ``value`` and ``stderr`` ``(step, train, query)`` with the same labels on both sides, and perhaps
-            ``replicates`` ``(step, replicate, train, query)``.
+            ``replicates`` ``(step, replicate, train, query)``. Of its coordinate ``train_size``, if it has one, all
+            sizes must be 1 or none: a sample alone has its own variance on the diagonal, while groups leave the
+            pairs of a sample with itself out, so that single samples among groups would be all that is seen.
 
     Returns:
         Dataset with ``share`` and ``stderr`` ``(step)``, the largest |eigenvalue| over the sum of all, between 0 and 1
@@ -35,22 +37,41 @@ def top_eigenvalue_share(influence: xr.Dataset) -> xr.Dataset:
         half the largest size, the first is positive.
 
     Raises:
-        ValueError: the influence is malformed, fewer than three labels, or train and query differ in labels.
+        ValueError: the influence is malformed, fewer than three labels, train and query differ in labels, or single
+            samples are mixed with groups of several.
     """
     influence = checked(influence, level=0.95)
-    labels, queries = (influence[dim].values.tolist() for dim in ("train", "query"))
-    if len(labels) < 3 or sorted(map(str, labels)) != sorted(map(str, queries)):
-        raise ValueError(
-            f"expected the same three or more labels for train and query, got {labels[:10]} and {queries[:10]}; "
-            "measure the influence of the training groups on themselves, or rename the queries"
-        )
-    influence = influence.sel(query=labels)
+    _check_sizes(influence)
+    influence = _square(influence)
     share, direction = _top(influence["value"].values)
     doubts = _doubts(influence, direction)
     numbers: dict[str, Any] = {"share": ("step", share), "direction": (("step", "train"), direction)}
     if doubts is not None:
         numbers |= {"stderr": ("step", doubts[0]), "direction_stderr": (("step", "train"), doubts[1])}
     return xr.Dataset(numbers, {"step": influence["step"], "train": influence["train"]}, {"units": "1"})
+
+
+def _check_sizes(influence: xr.Dataset) -> None:
+    if "train_size" not in influence.coords:
+        return
+    single = influence["train_size"].values == 1
+    if single.any() and not single.all():
+        raise ValueError(
+            f"groups {influence['train'].values[single].tolist()[:10]} are single samples among groups of several, and "
+            "their own variance on the diagonal would be all that is seen; leave single-sample groups out, or take "
+            "every sample alone"
+        )
+
+
+def _square(influence: xr.Dataset) -> xr.Dataset:
+    """The influence with its queries in the order of the training labels, compared as text."""
+    labels, queries = ([str(label) for label in influence[dim].values.tolist()] for dim in ("train", "query"))
+    if len(set(labels)) < max(3, len(labels)) or sorted(labels) != sorted(queries):
+        raise ValueError(
+            f"expected the same three or more labels for train and query, got {labels[:10]} and {queries[:10]}; "
+            "measure the influence of the training groups on themselves, or rename the queries"
+        )
+    return influence.isel(query=[queries.index(label) for label in labels])
 
 
 def _top(matrices: Floats) -> tuple[Floats, Floats]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from stagewise.influence.bif import Traces, numbered, ok_chains, over_checkpoints
 from stagewise.influence.covariance import Array, mean_and_stderr, stretches
+from stagewise.influence.trusted import Traces, numbered, ok_chains, over_checkpoints
 
 
 def llc(traces: Traces, *, trusted_only: bool = True) -> xr.Dataset:

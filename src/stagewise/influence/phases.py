@@ -20,9 +20,9 @@ import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 
 from stagewise.groups import Groups, Labels
-from stagewise.influence.bif import Traces, carried_labels, data_sets, joined, ok_chains, over_checkpoints
 from stagewise.influence.covariance import group_sums, mean_and_stderr
 from stagewise.influence.pairs import Columns, Estimator, influence_matrix
+from stagewise.influence.trusted import Traces, carried_labels, data_sets, joined, ok_chains, over_checkpoints
 
 Member = NDArray[np.bool_]
 """Whether a draw lies in a phase, ``(chain, draw)``."""

@@ -13,6 +13,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from stagewise.dynamics.events import Event
+from stagewise.groups import same_label
 from stagewise.retraining.scores import agreement, predicted_effect
 
 _DIMS = {"step", "train", "query"}
@@ -150,11 +151,11 @@ def estimator(influence: xr.Dataset) -> str:
 
 
 def others(matrix: xr.Dataset) -> NDArray[np.bool_]:
-    """(train, query): the pairs of different labels; all pairs if there are no such.
+    """(train, query): the pairs of different labels, whatever the query set; all pairs if there are no such.
 
     The influence of a group on itself is large and no surprise; next to it nothing else can be seen.
     """
-    different = matrix["train"].values.astype(str)[:, None] != matrix["query"].values.astype(str)[None, :]
+    different = ~same_label(matrix["train"].values, matrix["query"].values)
     return np.asarray(different if different.any() else np.ones_like(different))
 
 

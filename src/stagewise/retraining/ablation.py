@@ -15,7 +15,7 @@ import xarray as xr
 from stagewise.checkpoints.trajectory import Checkpoint, Trajectory, check_fits
 from stagewise.groups import Labels, query_groups, train_groups
 from stagewise.retraining.labelled import effect_dataset
-from stagewise.retraining.runs import paired_losses
+from stagewise.retraining.runs import check_order, paired_losses
 from stagewise.retraining.schedule import BatchOrder, Order, Schedule
 from stagewise.retraining.training import Batching
 from stagewise.retraining.updates import recorded_optimizer
@@ -39,9 +39,10 @@ def window_ablation(
 ) -> xr.Dataset:
     """Effect on every query group of changing the weight of every train group during a window of training.
 
-    From each checkpoint the run is continued for ``window`` updates with its own optimiser (the learning rate
-    held at the checkpoint's), once unchanged and once per group with the losses of that group's samples
-    weighted by ``weight``. All continuations share their batches. At the window's end
+    From each checkpoint the run is continued for ``window`` updates with its own optimiser, once unchanged and
+    once per group with the losses of that group's samples weighted by ``weight``. All continuations share their
+    batches. The learning rate is the checkpoint's, held for the whole window as by the posterior that predicts
+    it, also where the run's own rate changed. At the window's end
 
         effect[i, j] = mean loss of query group j, group i changed  -  the same, unchanged.
 
@@ -67,8 +68,8 @@ def window_ablation(
         ``train_size`` (train), the number of samples in the group.
 
     Raises:
-        ValueError: a checkpoint lacks what its optimiser needs, a step is not recorded, or there are no
-            groups.
+        ValueError: a checkpoint lacks what its optimiser needs, a step is not recorded, there are no groups, or
+            the order does not fit the data or a checkpoint.
         CheckpointError: a checkpoint is of another model.
     """
     if window < 1 or orders < 1 or max_runs < 2:
@@ -82,6 +83,8 @@ def window_ablation(
     for done, step in enumerate(chosen, start=1):
         checkpoint = trajectory.load(step)
         check_fits(task, checkpoint)
+        if order is not None:
+            check_order(task, checkpoint, order)
         schedules = [Schedule.window(index, step, window, weight) for index in trained.indices]
         repeats = [
             paired_losses(task, checkpoint, schedules, batches, [step + window], max_runs=max_runs, batching=batching)[

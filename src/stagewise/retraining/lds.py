@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 import xarray as xr
 
+from stagewise.groups import Labels, same_label
 from stagewise.retraining.scores import LEVEL, Array, interval_ends, predicted_effect
 
 _TIE = 1e-12
+_FEWEST_RUNS = 4
 
 
 def lds(
@@ -22,18 +22,21 @@ def lds(
 
         predicted[m, j] = - sum_{i left out of run m} value[i, j] * train_size[i],
 
-    and its mean over queries. Where a query carries the label of a train group, only the runs that keep this
-    group count: what was never learnt is no test of an attribution. A query for which losses or predictions do
-    not vary (up to rounding, 1e-12 of the largest) has no correlation and is left out of the mean.
+    and its mean over queries. Where a query carries the label of a train group (in any query set, see
+    :func:`stagewise.groups.same_label`), only the runs that keep this group count: what was never learnt is no test
+    of an attribution. A query for which losses or predictions do not vary (up to rounding, 1e-12 of the largest)
+    has no correlation and is left out of the mean.
 
-    The 95 % intervals are percentiles of a bootstrap over runs and over queries.
+    The 95 % intervals are percentiles of a bootstrap over runs and over queries. Of fewer than four runs they would
+    have hardly any width, and such are refused.
 
     Args:
         attribution: ``value`` (step, train, query) in nats per unit weight of one sample, negative = helpful;
             coordinate ``train_size``. It may have further steps, train groups must be those of ``kept``.
         losses: of the retrained runs, in nats (step, run, query), as
             :func:`stagewise.retraining.leave_out.retrain` returns them.
-        kept: which train groups each run has kept, bool (run, train), the runs in the order of ``losses``.
+        kept: which train groups each run has kept, bool (run, train). Runs are paired by their coordinate ``run``
+            if both have one, else by their order.
         resamples: of the bootstrap.
         seed: of the bootstrap.
 
@@ -42,9 +45,11 @@ def lds(
         there is none; ``queries`` (step), the number that have one. NaN if none has.
 
     Raises:
-        ValueError: the labels do not match, or something is not finite.
+        ValueError: the labels or runs do not match, there are fewer than four runs, or something is not finite.
     """
     effect = predicted_effect(attribution, 0.0)["effect"]
+    _check_dims(losses, kept)
+    kept = _of_runs(losses, kept)
     _check_labels(effect, losses, kept)
     losses = losses.transpose("step", "run", "query")
     kept = kept.transpose("run", "train").astype(bool)
@@ -56,7 +61,7 @@ def lds(
     generator = np.random.default_rng(seed)
     _, runs, queries = measured.shape
     counts, weights = (generator.multinomial(k, np.full(k, 1 / k), resamples) for k in (runs, queries))
-    usable = _usable(losses["query"].values.tolist(), kept)
+    usable = _usable(losses["query"].values, kept)
     single = _correlations(predicted, measured, np.ones((1, runs)), usable)
     draws = _mean(_correlations(predicted, measured, counts.astype(float), usable), weights.astype(float))
     lower, upper = interval_ends(draws.T)
@@ -68,10 +73,10 @@ def lds(
     return dataset.assign(rank)
 
 
-def _usable(queries: Iterable[object], kept: xr.DataArray) -> Array:
-    """Which runs count for which query ``(query, run)``, as 0 and 1."""
-    column = {label: kept.values[:, k] for k, label in enumerate(kept["train"].values.tolist())}
-    return np.stack([column.get(query, np.ones(kept.sizes["run"])) for query in queries]).astype(float)
+def _usable(queries: Labels, kept: xr.DataArray) -> Array:
+    """Which runs count for which query ``(query, run)``, as 0 and 1: those that left out no group of its label."""
+    lacking = ~kept.values @ same_label(kept["train"].values, queries)
+    return (~lacking.T).astype(float)
 
 
 def _correlations(predicted: Array, measured: Array, counts: Array, usable: Array) -> Array:
@@ -109,12 +114,28 @@ def _mean(correlations: Array, weights: Array) -> Array:
     return mean
 
 
-def _check_labels(effect: xr.DataArray, losses: xr.DataArray, kept: xr.DataArray) -> None:
+def _of_runs(losses: xr.DataArray, kept: xr.DataArray) -> xr.DataArray:
+    """What the runs of ``losses`` have kept, in their order."""
+    if "run" in losses.coords and "run" in kept.coords:
+        if missing := sorted(set(losses["run"].values.tolist()) - set(kept["run"].values.tolist())):
+            raise ValueError(f"kept lacks run {missing[:10]} of the losses; both must call the runs alike")
+        kept = kept.sel(run=losses["run"].values)
+    if losses.sizes["run"] != kept.sizes["run"]:
+        raise ValueError(f"losses have {losses.sizes['run']} runs, but kept has {kept.sizes['run']}")
+    if losses.sizes["run"] < _FEWEST_RUNS:
+        raise ValueError(
+            f"got {losses.sizes['run']} runs, expected {_FEWEST_RUNS} or more, preferably tens: retrain more subsets"
+        )
+    return kept
+
+
+def _check_dims(losses: xr.DataArray, kept: xr.DataArray) -> None:
     for name, array, dims in (("losses", losses, ("step", "run", "query")), ("kept", kept, ("run", "train"))):
         if set(array.dims) != set(dims):
             raise ValueError(f"{name} must have dims {dims}, got {array.dims}")
-    if losses.sizes["run"] != kept.sizes["run"]:
-        raise ValueError(f"losses have {losses.sizes['run']} runs, but kept has {kept.sizes['run']}")
+
+
+def _check_labels(effect: xr.DataArray, losses: xr.DataArray, kept: xr.DataArray) -> None:
     for dim, there in (("step", losses), ("query", losses), ("train", kept)):
         if lacking := sorted(set(there[dim].values.tolist()) - set(effect[dim].values.tolist())):
             raise ValueError(f"the attribution lacks {dim} {lacking}; losses and kept must be of the same groups")

@@ -14,8 +14,8 @@ import xarray as xr
 from stagewise.checkpoints.trajectory import Checkpoint, check_fits
 from stagewise.groups import Labels, query_groups, train_groups
 from stagewise.retraining.labelled import effect_dataset
-from stagewise.retraining.runs import Progress, check_steps, losses_along, paired_losses
-from stagewise.retraining.schedule import Order, Schedule
+from stagewise.retraining.runs import Progress, check_order, check_steps, losses_along, paired_losses
+from stagewise.retraining.schedule import LearningRate, Order, Schedule
 from stagewise.retraining.training import Batching
 from stagewise.task import Task
 
@@ -27,14 +27,16 @@ def retrain(
     order: Order,
     steps: Sequence[int],
     *,
+    learning_rate: LearningRate | None = None,
     max_runs: int = 256,
     batching: Batching = "stacked",
     progress: Progress | None = None,
 ) -> xr.DataArray:
     """Mean loss of every query group along runs that see the data as the schedules say.
 
-    All runs start at the same weights, make the checkpoint's own updates (its learning rate held) and share
-    their batches.
+    All runs start at the same weights, make the checkpoint's own updates and share their batches. A checkpoint
+    knows only the learning rate of the update that follows it, which is held for all updates: if the run's own
+    rate changed, pass ``learning_rate``, or these are other runs.
 
     Args:
         task: the model, its losses and data.
@@ -42,6 +44,7 @@ def retrain(
         schedules: the sample weights of each run, e.g. ``Schedule.whole_run`` or ``Schedule.window``.
         order: the samples of every update.
         steps: when to look, ascending from ``start.step`` on; training ends at the last.
+        learning_rate: of the update made at ``step``; default: the checkpoint's, held.
         max_runs: most runs trained at once.
         batching: how the runs are evaluated, ``"stacked"`` or ``"loop"``.
         progress: called with (runs done, runs in all) after every stack.
@@ -50,17 +53,18 @@ def retrain(
         Losses in nats ``(step, run, query)``; ``run`` counts the schedules.
 
     Raises:
-        ValueError: there are no schedules, the steps cannot be reached, or the checkpoint lacks what its
-            optimizer needs.
+        ValueError: there are no schedules, the steps cannot be reached, the order does not fit the data or the
+            checkpoint, or the checkpoint lacks what its optimizer needs.
         CheckpointError: the checkpoint is of another model.
     """
     if not schedules or max_runs < 1:
         raise ValueError(f"need one schedule or more and max_runs >= 1, got {len(schedules)} and {max_runs}")
     check_fits(task, start)
+    check_order(task, start, order)
     chosen, parts = check_steps(start, steps), []
     for first in range(0, len(schedules), max_runs):
         stack = schedules[first : first + max_runs]
-        parts.append(losses_along(task, start, stack, order, chosen, batching))
+        parts.append(losses_along(task, start, stack, order, chosen, batching=batching, learning_rate=learning_rate))
         if progress is not None:
             progress(first + len(stack), len(schedules))
     coords = {"step": chosen, "run": range(len(schedules)), "query": list(query_groups(task).labels)}
@@ -76,6 +80,7 @@ def leave_out(
     *,
     weight: float = 0.0,
     groups: Labels | None = None,
+    learning_rate: LearningRate | None = None,
     max_runs: int = 256,
     batching: Batching = "stacked",
     progress: Progress | None = None,
@@ -84,14 +89,18 @@ def leave_out(
 
         effect[i, j] = mean loss of query group j, group i changed  -  the same, unchanged.
 
+    All runs make the checkpoint's own updates. Its learning rate is held, as :func:`retrain` explains: if the
+    run's own rate changed, pass ``learning_rate``.
+
     Args:
         task: the model, its losses and data.
         start: where the runs start, with optimiser and optimiser state; at step 0 the state is empty.
         order: the samples of every update, the same for all runs.
         steps: when to look, ascending from ``start.step`` on.
-        weight: of the changed group's samples from ``start`` on; 0 leaves them out.
+        weight: of the changed group's samples from ``start`` on; 0 leaves them out. Not 1, which is no change.
         groups: label of every training sample; default ``task.train_groups``, or every sample alone in a set
             of at most 64.
+        learning_rate: of the update made at ``step``; default: the checkpoint's, held.
         max_runs: most runs trained at once.
         batching: how the runs are evaluated, ``"stacked"`` or ``"loop"``.
         progress: called with (groups done, groups in all) after every stack of runs.
@@ -101,17 +110,28 @@ def leave_out(
         ``loss`` (step, query) of the unchanged run, in nats; coordinate ``train_size`` (train).
 
     Raises:
-        ValueError: there are no groups, the steps cannot be reached, or the checkpoint lacks what its
-            optimizer needs.
+        ValueError: the weight is 1, there are no groups, the steps cannot be reached, the order does not fit the
+            data or the checkpoint, or the checkpoint lacks what its optimizer needs.
         CheckpointError: the checkpoint is of another model.
     """
     if max_runs < 2:
         raise ValueError(f"need max_runs >= 2, a changed run and the unchanged one, got {max_runs}")
+    if weight == 1:
+        raise ValueError("weight is 1, with which nothing is changed; use another, e.g. 0 to leave each group out")
     check_fits(task, start)
+    check_order(task, start, order)
     chosen, trained = check_steps(start, steps), train_groups(task, groups)
     schedules = [Schedule.whole_run(index, weight) for index in trained.indices]
     effect, loss = paired_losses(
-        task, start, schedules, order, chosen, max_runs=max_runs, batching=batching, progress=progress
+        task,
+        start,
+        schedules,
+        order,
+        chosen,
+        max_runs=max_runs,
+        batching=batching,
+        learning_rate=learning_rate,
+        progress=progress,
     )
     attrs = {"estimator": "leave-out retraining"}
     measured = effect.double().cpu().numpy()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stagewise.checkpoints.trajectory import Checkpoint
 from stagewise.groups import Groups, per_sample, query_groups
-from stagewise.retraining.schedule import Order, Schedule
+from stagewise.retraining.schedule import BatchOrder, LearningRate, Order, Schedule
 from stagewise.retraining.training import Batching, train
 from stagewise.retraining.updates import TrainingState, recorded_optimizer
 from stagewise.task import Batch, Params, Task
@@ -26,9 +26,13 @@ def losses_along(
     schedules: Sequence[Schedule],
     order: Order,
     steps: Sequence[int],
-    batching: Batching = "stacked",
+    *,
+    batching: Batching,
+    learning_rate: LearningRate | None = None,
 ) -> Tensor:
     """Train one stack of runs on from ``start``; mean loss of every query group at ``steps``, in nats.
+
+    The learning rate is the checkpoint's, held, unless ``learning_rate`` gives that of every update.
 
     Returns:
         ``(step, run, query)``.
@@ -39,7 +43,18 @@ def losses_along(
     losses = []
     for before, step in pairwise([start.step, *steps]):
         span = range(before, step)
-        state = train(task, vector, state, optimizer, schedules, order, span, fixed=fixed, batching=batching)
+        state = train(
+            task,
+            vector,
+            state,
+            optimizer,
+            schedules,
+            order,
+            span,
+            fixed=fixed,
+            batching=batching,
+            learning_rate=learning_rate,
+        )
         losses.append(query_losses(task, vector, state.params, fixed, queried, batching))
     return torch.stack(losses)
 
@@ -53,9 +68,12 @@ def paired_losses(
     *,
     max_runs: int,
     batching: Batching,
+    learning_rate: LearningRate | None = None,
     progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What each schedule does to the queries, against a run without any change.
+
+    The learning rate is the checkpoint's, held, unless ``learning_rate`` gives that of every update.
 
     Returns:
         Changed minus unchanged loss ``(step, schedule, query)``, and the unchanged loss ``(step, query)``.
@@ -64,7 +82,7 @@ def paired_losses(
     # Every stack has its own unchanged run: differences within a stack are free of its rounding.
     for first in range(0, len(schedules), max_runs - 1):
         runs = [Schedule(), *schedules[first : first + max_runs - 1]]
-        losses = losses_along(task, start, runs, order, steps, batching)
+        losses = losses_along(task, start, runs, order, steps, batching=batching, learning_rate=learning_rate)
         effects.append(losses[:, 1:] - losses[:, :1])
         unchanged.append(losses[:, 0])
         if progress is not None:
@@ -101,6 +119,35 @@ def query_losses(
 def fixed_tensors(task: Task, vector: ParameterVector, start: Checkpoint) -> dict[str, Tensor]:
     """The checkpoint's parameters and buffers that do not move, on the task's device."""
     return {name: tensor.to(task.device) for name, tensor in vector.fixed(start.params).items()}
+
+
+def check_order(task: Task, start: Checkpoint, order: Order) -> None:
+    """Refuse batches that cannot be those of the recorded run.
+
+    Raises:
+        ValueError: the order is of another number of samples, names samples that do not exist, or its batches do
+            not have the size that the checkpoint's optimizer knows; or the optimizer was not recorded.
+    """
+    n, recorded = len(task.train), recorded_optimizer(start).batch_size
+    if isinstance(order, BatchOrder) and order.n != n:
+        raise ValueError(
+            f"order is of {order.n} samples, but there are {n} training samples; pass BatchOrder({n}, ...)"
+        )
+    batch = order(start.step)
+    outside = batch[(batch < 0) | (batch >= n)]
+    if len(outside):
+        raise ValueError(
+            f"order({start.step}) names sample {outside[0].item()}, expected indices from 0 to {n - 1}, those of the "
+            f"{n} training samples; pass the order of the run's own training set"
+        )
+    # Any size from n on is the whole training set, as is 0.
+    if recorded is not None and min(len(batch), n) != min(recorded or n, n):
+        size = recorded or f"all {n}"
+        raise ValueError(
+            f"order({start.step}) has {len(batch)} samples, but the checkpoint at step {start.step} was trained with "
+            f"{size} per update; pass the run's own order (if its batches differ in size, record the optimizer with "
+            "batch_size=None)"
+        )
 
 
 def check_steps(start: Checkpoint, steps: Sequence[int]) -> list[int]:

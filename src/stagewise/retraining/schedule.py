@@ -15,6 +15,9 @@ from torch import Tensor
 Order = Callable[[int], Tensor]
 """``order(step) -> (batch,)``: the training samples of the update made at ``step``."""
 
+LearningRate = Callable[[int], float]
+"""``learning_rate(step)``: of the update made at ``step``."""
+
 WHOLE_RUN = range(sys.maxsize)
 """Every update, whenever the run starts and ends."""
 
@@ -112,15 +115,26 @@ class BatchOrder:
         return _permutation(self.n, self.seed, epoch)[batch * self.batch_size :][: self.batch_size]
 
 
-def check_window(window: range | None) -> range:
+def check_window(window: range | None, steps: Sequence[int]) -> range:
     """The window, or the whole run if there is none.
 
+    Args:
+        window: the updates whose weights are varied.
+        steps: from the start of the run to the last step that is looked at, ascending.
+
     Raises:
-        ValueError: the window is empty or has gaps.
+        ValueError: the window is empty, has gaps, or holds no update between the first and the last step.
     """
-    if window is not None and (not window or window.step != 1):
+    if window is None:
+        return WHOLE_RUN
+    if not window or window.step != 1:
         raise ValueError(f"window must be a range of consecutive updates, e.g. range(100, 150), got {window}")
-    return WHOLE_RUN if window is None else window
+    if steps and (window.stop <= steps[0] or steps[-1] <= window.start):
+        raise ValueError(
+            f"window {window} lies outside the updates from step {steps[0]} to step {steps[-1]}, so that nothing "
+            "would be varied; choose a window within them, or look at later steps"
+        )
+    return window
 
 
 @lru_cache(maxsize=2)

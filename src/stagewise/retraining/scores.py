@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from numpy.typing import NDArray
+
+from stagewise.groups import same_label
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -96,7 +99,7 @@ def agreement(predicted: xr.DataArray, measured: xr.DataArray, seed: int = 0) ->
 
     The slope is the least-squares line through the origin, sum(p m) / sum(p p): 1 = the predicted size in
     nats is right. A group's effect on itself is large and easily predicted, so both are also given without
-    the pairs that carry the same label.
+    the pairs that carry the same label, in any query set (see :func:`stagewise.groups.same_label`).
 
     The 95 % intervals are percentiles of a bootstrap that resamples train groups and query groups, not pairs:
     pairs share groups, and treating them as independent would make the intervals too narrow. They say how
@@ -109,13 +112,13 @@ def agreement(predicted: xr.DataArray, measured: xr.DataArray, seed: int = 0) ->
 
     Returns:
         ``correlation`` and ``slope`` (step), each with ``_lower`` and ``_upper``; the same with the suffix
-        ``_off_diagonal`` if a train label equals a query label. NaN where effects do not vary at all.
+        ``_off_diagonal`` if a train and a query group carry the same label. NaN where effects do not vary at all.
 
     Raises:
         ValueError: labels or steps of one are missing in the other, naming them, or an effect is not finite.
     """
     p, m = _aligned(predicted, measured)
-    other = measured["train"].values[:, None] != measured["query"].values[None, :]
+    other = ~same_label(measured["train"].values, measured["query"].values)
     choices = {"": np.ones_like(other)} | ({} if other.all() else {"_off_diagonal": other})
     rows, columns = _resampled(other.shape, np.random.default_rng(seed))
     attrs = {"interval": f"{LEVEL:.0%} bootstrap over train and query groups", "resamples": _RESAMPLES}
@@ -153,7 +156,7 @@ def _resampled(shape: tuple[int, ...], generator: np.random.Generator) -> tuple[
     return rows, columns
 
 
-def _scores(p: Array, m: Array, rows: Array, columns: Array, pairs: Array) -> dict[str, Array]:
+def _scores(p: Array, m: Array, rows: Array, columns: Array, pairs: NDArray[np.bool_]) -> dict[str, Array]:
     """Correlation and slope of the chosen pairs, weighted by rows x columns: ``(resamples, step)``."""
 
     def total(values: Array) -> Array:

@@ -18,6 +18,7 @@ from stagewise.task import Task
 from stagewise.vector import ParameterVector
 
 _LARGEST_DENSE = 6000
+_MOST_BYTES = 2**33
 
 
 def source(
@@ -36,7 +37,8 @@ def source(
 
         r_i  <-  exp(-eta K H) r_i  -  (1/n) (1 - exp(-eta K H)) H^-1 g_i,        value[i, j](t) = grad l_j(w_t) . r_i
 
-    The Hessian is the exact one, with its negative eigenvalues, along which a response grows.
+    The Hessian is the exact one, with its negative eigenvalues, along which a response grows. The Hessians of all
+    checkpoints are held in memory, checkpoints * parameters^2 * 8 bytes, of which at most 8 GiB are allowed.
 
     Args:
         task: the model, its losses and data.
@@ -51,18 +53,16 @@ def source(
         is helpful. The value is 0 at the first checkpoint.
 
     Raises:
-        ValueError: too many parameters for a dense Hessian, the optimizer is not SGD or was not recorded,
-            there are no groups, or the window is empty or has gaps.
+        ValueError: too many parameters for a dense Hessian or too many Hessians for the memory, the optimizer is
+            not SGD or was not recorded, there are no groups, or the window is empty, has gaps or lies outside the
+            checkpoints.
         CheckpointError: a checkpoint is of another model.
     """
     if segments < 1:
         raise ValueError(f"segments must be at least 1, got {segments}")
-    if (size := ParameterVector.of(task).size) > _LARGEST_DENSE:
-        raise ValueError(
-            f"source needs the dense {size} x {size} Hessian of every checkpoint, at most {_LARGEST_DENSE} "
-            "parameters are allowed; use unrolled_influence or tracin, or let fewer parameters move"
-        )
-    trained, queried, varied = train_groups(task, groups), query_groups(task), check_window(window)
+    size = ParameterVector.of(task).size
+    _check_size(size, len(trajectory.steps))
+    trained, queried, varied = train_groups(task, groups), query_groups(task), check_window(window, trajectory.steps)
     run, curvatures = _accumulated(intervals(task, trajectory, trained, queried, curvature=True))
     spectrum = _spectra(run, curvatures, segments)
     value = np.zeros((len(run), len(trained), len(queried)))
@@ -75,6 +75,20 @@ def source(
     attrs = {"estimator": "SOURCE", "segments": segments}
     attrs |= {"window": [window.start, window.stop]} if window else {}
     return influence_dataset(value, trajectory.steps, trained, queried, attrs)
+
+
+def _check_size(size: int, checkpoints: int) -> None:
+    if size > _LARGEST_DENSE:
+        raise ValueError(
+            f"source needs the dense {size} x {size} Hessian of every checkpoint, at most {_LARGEST_DENSE} "
+            "parameters are allowed; use unrolled_influence or tracin, or let fewer parameters move"
+        )
+    if (memory := checkpoints * size**2 * 8) > _MOST_BYTES:
+        raise ValueError(
+            f"source holds the {size} x {size} Hessians of {checkpoints} checkpoints, {memory / 2**30:.3g} GiB, and "
+            f"at most {_MOST_BYTES / 2**30:.3g} GiB are allowed; pass a trajectory of fewer checkpoints, or let fewer "
+            "parameters move"
+        )
 
 
 Spectrum = tuple[Array, Array]

@@ -34,11 +34,11 @@ def tracin(
         is helpful. The value is 0 at the first checkpoint.
 
     Raises:
-        ValueError: the optimizer is not SGD or was not recorded, there are no groups, or the window is empty
-            or has gaps.
+        ValueError: the optimizer is not SGD or was not recorded, there are no groups, or the window is empty, has
+            gaps or lies outside the checkpoints.
         CheckpointError: a checkpoint is of another model.
     """
-    trained, queried, varied = train_groups(task, groups), query_groups(task), check_window(window)
+    trained, queried, varied = train_groups(task, groups), query_groups(task), check_window(window, trajectory.steps)
     gains = [
         -interval.time(varied) / len(task.train) * interval.train @ interval.query.T
         for interval in intervals(task, trajectory, trained, queried)

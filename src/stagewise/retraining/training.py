@@ -17,7 +17,7 @@ from torch.func import grad, vmap
 
 from stagewise.checkpoints.trajectory import Checkpoint, Optimizer
 from stagewise.groups import per_sample
-from stagewise.retraining.schedule import Order, Schedule
+from stagewise.retraining.schedule import LearningRate, Order, Schedule
 from stagewise.retraining.updates import TrainingState, update
 from stagewise.task import Batch, Params, Task
 from stagewise.vector import ParameterVector
@@ -38,6 +38,7 @@ def train(
     *,
     fixed: Params | None = None,
     batching: Batching = "stacked",
+    learning_rate: LearningRate | None = None,
 ) -> TrainingState:
     """Make the updates ``steps`` on all runs.
 
@@ -45,19 +46,20 @@ def train(
         task: the model, its losses and the training data.
         vector: the parameters that move.
         state: where the runs stand after ``steps.start`` updates.
-        optimizer: the update rule; its learning rate is held for all ``steps``.
+        optimizer: the update rule.
         schedules: the sample weights of each run.
         order: the samples of every update, the same for all runs.
         steps: the updates to make.
         on_step: called after every update with the number of updates made and the state.
         fixed: parameters and buffers that do not move; those left out keep the model's own value.
         batching: how the runs are evaluated.
+        learning_rate: of the update made at ``step``; default: the optimizer's, held for all ``steps``.
 
     Returns:
         The state after ``steps.stop`` updates.
 
     Raises:
-        ValueError: the number of schedules is not the number of runs.
+        ValueError: the number of schedules is not the number of runs, or a learning rate is negative or not finite.
     """
     if len(schedules) != len(state.params):
         raise ValueError(f"expected one schedule for each of {len(state.params)} runs, got {len(schedules)}")
@@ -68,7 +70,7 @@ def train(
             index = order(step)
             objective = _objective(task, vector, task.train.batch(index, task.device), fixed or {})
             gradient = _gradient(objective, state.params, weights[:, index.to(weights.device)], batching)
-            state = update(optimizer, state, gradient, step)
+            state = update(optimizer, state, gradient, step, learning_rate)
             if on_step is not None:
                 on_step(step + 1, state)
     return state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stagewise.checkpoints.trajectory import Checkpoint, Optimizer
+from stagewise.retraining.schedule import LearningRate
 from stagewise.vector import ParameterVector
 
 _REMEDY = "save checkpoints with stagewise.Recorder, which stores the optimizer and its state beside the weights"
@@ -70,7 +72,9 @@ class TrainingState:
         )
 
 
-def update(optimizer: Optimizer, state: TrainingState, gradient: Tensor, step: int) -> TrainingState:
+def update(
+    optimizer: Optimizer, state: TrainingState, gradient: Tensor, step: int, learning_rate: LearningRate | None = None
+) -> TrainingState:
     """One update of every run, as ``torch.optim.SGD``, ``Adam`` or ``AdamW`` makes it.
 
     Args:
@@ -78,11 +82,15 @@ def update(optimizer: Optimizer, state: TrainingState, gradient: Tensor, step: i
         state: before the update.
         gradient: of each run's objective, ``(runs, parameters)``.
         step: number of updates made before this one, for Adam's bias correction.
+        learning_rate: of the update made at ``step``; default: the optimizer's.
 
     Returns:
         The state after the update.
+
+    Raises:
+        ValueError: the learning rate is negative or not finite.
     """
-    params, rate = state.params, optimizer.learning_rate
+    params, rate = state.params, _rate(optimizer, step, learning_rate)
     if optimizer.decoupled:
         params = params * (1 - rate * optimizer.weight_decay)
     elif optimizer.weight_decay:
@@ -98,6 +106,19 @@ def update(optimizer: Optimizer, state: TrainingState, gradient: Tensor, step: i
     scale = _root(second) / (1 - beta2 ** (step + 1)) ** 0.5 + optimizer.eps
     params = torch.addcdiv(params, first, scale, value=-rate / (1 - beta1 ** (step + 1)))
     return TrainingState(params, first, second)
+
+
+def _rate(optimizer: Optimizer, step: int, learning_rate: LearningRate | None) -> float:
+    """The learning rate of one update; it may be 0, as at the start of a warm-up."""
+    if learning_rate is None:
+        return optimizer.learning_rate
+    rate = float(learning_rate(step))
+    if not (math.isfinite(rate) and rate >= 0):
+        raise ValueError(
+            f"learning_rate({step}) is {rate}, expected a finite number >= 0; return the rate of the update made at "
+            "that step"
+        )
+    return rate
 
 
 def _root(second: Tensor) -> Tensor:

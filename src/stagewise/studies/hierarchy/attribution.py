@@ -106,7 +106,10 @@ def attribution(lab: Lab) -> Experiment:
 
 def _stage_against_end(scores: Scores) -> str:
     moment, end = scores["moment", "BIF, sampled"], scores["end", "BIF, sampled"]
-    compared = [f"{_cell(moment, k)} against {_cell(end, k)} at t = {TIMES[k]:g}" for k in (0, 3, 5)]
+    compared = [
+        f"{_cell(moment, k)} against {_cell(end, k)} at t = {TIMES[k]:g}"
+        for k in sorted({0, len(TIMES) // 2, len(TIMES) - 2})
+    ]
     return (
         "How well does sampled influence order runs on halves of the items by their losses (LDS, one start)? Sampled "
         f"at the same time against sampled at the end of training: {'; '.join(compared)}."

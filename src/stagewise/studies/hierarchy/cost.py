@@ -30,5 +30,6 @@ def cost(folder: Path) -> str:
         steps=sum(part.steps for part in parts),
     )
     return (
-        f"{total.text()}\nand training, retraining, a sweep of settings and figures: two to three minutes on two cores"
+        f"{total.text()}\nfor the three posteriors that are sampled at all checkpoints; two smaller ones, training, "
+        "retraining, a sweep of settings and figures take two to three minutes more on two cores"
     )

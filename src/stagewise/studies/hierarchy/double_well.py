@@ -10,8 +10,6 @@ sample's loss does in each well is chosen by hand. Draws are exact, from the inv
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,25 +34,8 @@ LOSSES = {
 """Samples: the slope of the loss in the first well, that in the second, and how much higher the loss is there."""
 
 
-@dataclass(frozen=True)
-class DrawnTraces:
-    """Loss traces by step, held in memory, as ``stagewise.bif`` reads them from a store."""
-
-    trees: Mapping[int, xr.DataTree]
-
-    @property
-    def labels(self) -> dict[str, Any]:
-        """Every sample by its name."""
-        return {"train": list(LOSSES), "queries": {"samples": list(LOSSES)}}
-
-    @property
-    def steps(self) -> list[int]:
-        """Ascending."""
-        return sorted(self.trees)
-
-    def load(self, step: int) -> xr.DataTree:
-        """The traces of one step."""
-        return self.trees[step]
+LABELS: dict[str, Any] = {"train": list(LOSSES), "queries": {"samples": list(LOSSES)}}
+"""Every sample by its name, as traces carry labels."""
 
 
 def losses(w: Floats) -> Floats:

@@ -192,6 +192,13 @@ class Lab:
         """Sample a posterior at every checkpoint of a run, all chains of a checkpoint stacked."""
         plan: dict[str, Any] = {"chains": self.size.chains, "draws": self.size.draws, "batching": "stacked"} | changes
 
+        folder = self.folder / name.replace(" ", "-")
+        if folder.exists() and not set(there := TraceStore.read_only(folder).steps) <= set(run.trajectory.steps):
+            raise ValueError(
+                f"{folder} holds traces of other checkpoints ({len(there)} from {there[0]} to {there[-1]}): it is of a "
+                "study of another size; choose another folder"
+            )
+
         def progress(_: str, done: int, total: int) -> None:
             self.progress(f"sampling: {name}", done, total)
 
@@ -199,7 +206,7 @@ class Lab:
             run.task,
             run.trajectory,
             posterior=posterior,
-            out=self.folder / name.replace(" ", "-"),
+            out=folder,
             workers=self.size.workers,
             progress=progress,
             **plan,

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from stagewise.dynamics.events import events
 from stagewise.influence.bif import NoTrustedCheckpointError, bif
 from stagewise.influence.pairs import Part
+from stagewise.influence.trusted import TracesInMemory
 from stagewise.report import style, words
 from stagewise.report.page import Plate, Section
 from stagewise.sampling.chains import Chains, sample_block
@@ -20,7 +21,6 @@ from stagewise.sampling.posterior import LocalPosterior
 from stagewise.studies.hierarchy import drawing
 from stagewise.studies.hierarchy.kernels import curvature_floor, gradient_kernel
 from stagewise.studies.hierarchy.lab import INSTANT_GAMMA, KINDS, RATE, Check, Experiment, Lab, correlation
-from stagewise.studies.hierarchy.network import Run
 from stagewise.studies.hierarchy.timing import kind_curves
 from stagewise.studies.hierarchy.tree import Floats
 from stagewise.traces.store import TraceStore
@@ -89,7 +89,8 @@ def _large_enough(sweep: xr.DataArray) -> str:
     change = float((tight.max("kappa") - tight.min("kappa")).max())
     return (
         f"How large a gamma is large enough: by SGLD at gamma = {GAMMAS[-1]:g}, r with the kernel is between {least}, "
-        f"where steps are too short to forget, and {most}; a hundredfold n_beta changes it by at most {change:.2f}."
+        f"where steps are too short to forget, and {most}; n_beta {KAPPAS[-1] / KAPPAS[0]:g} "
+        f"times as large changes it by at most {change:.2f}."
     )
 
 
@@ -111,21 +112,23 @@ def _sweep(lab: Lab) -> xr.DataArray:
     modes, strengths = lab.strengths(lab.aligned, RATE * np.array(steps))
     kernel = -gradient_kernel(modes, strengths)
     settings = list(product(GAMMAS, STEP_SIZES, KAPPAS))
-    scores = []
+    run, scores = lab.single, []
+    labels = {"train": run.task.train_groups, "queries": run.task.query_groups}
     for done, (gamma, step_size, kappa) in enumerate(settings, start=1):
         posterior = LocalPosterior(gamma=gamma, n_beta=kappa * len(lab.items.targets), require_localised=False)
         plan = Chains(
             "sgld", lab.size.chains, draws=lab.size.draws // 6, step_size=step_size / gamma, burn_in=60, thinning=3,
             reflect=False, batching="stacked",
         )  # fmt: skip
-        scores.append(_score(lab, _InMemory(lab.single, posterior, plan, steps), kernel))
+        trees = {step: sample_block(run.task, run.trajectory.load(step), posterior, plan) for step in steps}
+        scores.append(_score(lab, TracesInMemory(trees, labels), kernel))
         lab.progress("sweep of settings", done, len(settings))
     shape = (len(GAMMAS), len(STEP_SIZES), len(KAPPAS))
     coords = {"gamma": list(GAMMAS), "step_size": list(STEP_SIZES), "kappa": list(KAPPAS)}
     return xr.DataArray(np.reshape(scores, shape), coords, ("gamma", "step_size", "kappa"), "r")
 
 
-def _score(lab: Lab, traces: _InMemory, kernel: Floats) -> float:
+def _score(lab: Lab, traces: TracesInMemory, kernel: Floats) -> float:
     """Correlation with the kernel; NaN if at one of the checkpoints every chain left the posterior."""
     try:
         sampled = bif(traces, trusted_only=False)
@@ -135,18 +138,6 @@ def _score(lab: Lab, traces: _InMemory, kernel: Floats) -> float:
         return float("nan")
     off = lab.off_diagonal
     return correlation(lab.matrix(sampled)[:, off], kernel[:, off])
-
-
-class _InMemory:
-    """Traces that are sampled when they are asked for, and not kept."""
-
-    def __init__(self, run: Run, posterior: LocalPosterior, plan: Chains, steps: list[int]) -> None:
-        self.steps = steps
-        self.labels = {"train": run.task.train_groups, "queries": run.task.query_groups}
-        self.load = partial(self._sample, run, posterior, plan)
-
-    def _sample(self, run: Run, posterior: LocalPosterior, plan: Chains, step: int) -> xr.DataTree:
-        return sample_block(run.task, run.trajectory.load(step), posterior, plan)
 
 
 def _floor_caption() -> str:
@@ -189,7 +180,7 @@ def _draw_floor(lab: Lab, kernel: Floats, floor: Floats, tight: Sampled, loose: 
 @style.styled
 def _draw_sweep(sweep: xr.DataArray) -> Figure:
     figure = style.canvas(2.9)
-    axes = figure.subplots(1, sweep.sizes["kappa"], sharey=True)
+    axes = figure.subplots(1, sweep.sizes["kappa"], sharey=True, squeeze=False)[0]
     for ax, kappa in zip(axes, sweep["kappa"].values, strict=True):
         panel = sweep.sel(kappa=kappa).transpose("gamma", "step_size").values
         image = ax.imshow(panel, cmap="viridis", vmin=0, vmax=1, aspect="auto", origin="lower")

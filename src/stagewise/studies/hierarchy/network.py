@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -62,8 +62,10 @@ def task(
 
 def network(items: Items, width: int, start: Start, a0: float, seed: int) -> nn.Module:
     """Two linear layers with their initial weights."""
-    if not a0 > 0 or width < 1:
-        raise ValueError(f"need a0 > 0 and width >= 1, got {a0} and {width}")
+    if not 0 < a0 < float("inf") or width < 1 or start not in get_args(Start):
+        raise ValueError(
+            f"need 0 < a0 < inf, width >= 1 and start in {get_args(Start)}, got {a0}, {width} and {start!r}"
+        )
     outputs, inputs = items.targets.T.shape
     generator = np.random.default_rng(seed)
     if start == "aligned":
@@ -71,7 +73,9 @@ def network(items: Items, width: int, start: Start, a0: float, seed: int) -> nn.
     else:
         first = generator.standard_normal((width, inputs)) * np.sqrt(2 * a0 / width)
         second = generator.standard_normal((outputs, width)) * np.sqrt(2 * a0 / width)
-    model = nn.Sequential(nn.Linear(inputs, width, bias=False), nn.Linear(width, outputs, bias=False)).double()
+    # torch draws initial weights of its own, which must not move the caller's random numbers on.
+    with torch.random.fork_rng(devices=[]):
+        model = nn.Sequential(nn.Linear(inputs, width, bias=False), nn.Linear(width, outputs, bias=False)).double()
     model.load_state_dict({FIRST: torch.from_numpy(first), SECOND: torch.from_numpy(second)})
     return model.eval()
 
@@ -155,7 +159,13 @@ def batch_order(task: Task, optimizer: Optimizer) -> BatchOrder:
 
 
 def record(task: Task, optimizer: Optimizer, rate: float, last: int, kept: Sequence[int]) -> Run:
-    """Train from the task's own weights for ``last`` steps, with checkpoints at ``kept``."""
+    """Train from the task's own weights for ``last`` steps, with checkpoints at ``kept``.
+
+    Raises:
+        ValueError: a checkpoint lies outside of the run.
+    """
+    if outside := sorted(step for step in kept if not 0 <= step <= last):
+        raise ValueError(f"checkpoints must lie between step 0 and {last}, got {outside}")
     vector = ParameterVector.of(task)
     start, wanted = Checkpoint(0, task.state(), optimizer), set(kept)
     state = TrainingState.from_checkpoint(start, vector)

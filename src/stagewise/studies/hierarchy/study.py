@@ -45,7 +45,7 @@ def study(folder: Path, progress: Progress = silent, size: Size | None = None) -
         size: how much is computed.
 
     Raises:
-        RunMismatchError: the folder holds traces of another version or size of the study.
+        ValueError: the folder holds traces of another version or size of the study.
     """
     lab, parts = Lab(folder, size, progress), []
     for done, experiment in enumerate(EXPERIMENTS, start=1):

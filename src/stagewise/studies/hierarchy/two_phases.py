@@ -12,9 +12,10 @@ from scipy.special import logit
 
 from stagewise.influence.bif import bif
 from stagewise.influence.phases import phase_decomposition
+from stagewise.influence.trusted import TracesInMemory
 from stagewise.report import style
 from stagewise.report.page import Plate, Section
-from stagewise.studies.hierarchy.double_well import PHASES, DrawnTraces, draw, exact, potential, traces_of
+from stagewise.studies.hierarchy.double_well import LABELS, PHASES, draw, exact, potential, traces_of
 from stagewise.studies.hierarchy.lab import Check, Claim, Experiment, Lab
 from stagewise.studies.hierarchy.tree import Floats
 
@@ -36,7 +37,7 @@ _NAMES = {"first": "within the first phase", "second": "within the second phase"
 def two_phases(lab: Lab) -> Experiment:
     """The parts of the influence from draws and their phases, as a user would get them, against quadrature."""
     walks = [draw(odds, lab.size.chains, DRAWS, seed) for seed, odds in enumerate(ODDS)]
-    traces = DrawnTraces({step: traces_of(walk) for step, walk in enumerate(walks)})
+    traces = TracesInMemory({step: traces_of(walk) for step, walk in enumerate(walks)}, LABELS)
     parts = phase_decomposition(traces, {step: np.where(w > 0, *PHASES[::-1]) for step, w in enumerate(walks)})
     errors = z_scores(parts, exact_along(ODDS))
     bound = family_bound(len(errors), lab.size.chains)

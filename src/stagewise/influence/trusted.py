@@ -1,0 +1,188 @@
+"""Loss traces of a run, and the checkpoints whose chains can be trusted: what all estimators from draws share."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import xarray as xr
+
+from stagewise.groups import Labels
+from stagewise.influence.pairs import Columns, Indices, Part, columns
+from stagewise.traces.diagnostics import diagnose
+
+# Verdicts under which a covariance of the draws says nothing about the posterior.
+_UNTRUSTED = ("not localised", "chains failed", "not converged", "cannot say")
+
+
+class NoTrustedCheckpointError(ValueError):
+    """No checkpoint has chains that can be trusted; the message gives the reason for each."""
+
+
+class Traces(Protocol):
+    """Loss traces of a run: a store, or anything that loads one step's tree.
+
+    It may carry ``labels``: ``{"train": labels or None, "queries": {name: labels or None}}``.
+    """
+
+    @property
+    def steps(self) -> Sequence[int]:
+        """The steps with complete cells, ascending."""
+        ...
+
+    def load(self, step: int) -> xr.DataTree:
+        """All chains of one step, in the form that ``sample_block`` returns."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class TracesInMemory:
+    """Loss traces for a notebook, without a store: trees from :func:`stagewise.sampling.chains.sample_block`.
+
+    Attributes:
+        trees: by step.
+        labels: as in :class:`Traces`; None where there are none.
+    """
+
+    trees: Mapping[int, xr.DataTree]
+    labels: Mapping[str, Any] | None = None
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that have a tree, ascending."""
+        return sorted(self.trees)
+
+    def load(self, step: int) -> xr.DataTree:
+        """All chains of one step."""
+        return self.trees[step]
+
+
+def over_checkpoints(
+    traces: Traces, steps: Sequence[int], trusted_only: bool, estimate: Callable[[int, xr.DataTree], xr.Dataset]
+) -> xr.Dataset:
+    """What ``estimate(step, tree)`` makes of every checkpoint whose chains can be used, along ``step``.
+
+    The attributes say which checkpoints were ``omitted`` and why, and what the posterior is.
+
+    Raises:
+        NoTrustedCheckpointError: no checkpoint can be used, with the reasons.
+    """
+    results: list[xr.Dataset] = []
+    omitted: dict[str, str] = {}
+    facts: dict[Any, Any] = {}
+    for step in steps:
+        tree = traces.load(step)
+        if reason := _reason_to_omit(tree, trusted_only):
+            omitted[str(step)] = reason
+            continue
+        results.append(estimate(step, tree).expand_dims(step=[step]))
+        facts = tree.attrs
+    if not results:
+        reasons = "; ".join(f"step {step}: {reason}" for step, reason in omitted.items())
+        raise NoTrustedCheckpointError(
+            f"no checkpoint has chains that can be trusted. {reasons or 'The store is empty'}"
+        )
+    stacked = joined(results, "step")
+    stacked.attrs = {"omitted": json.dumps(omitted)} | {
+        name: facts[name] for name in ("n_beta", "window", "metric", "centred") if facts.get(name) is not None
+    }
+    return stacked
+
+
+def carried_labels(
+    traces: Traces, train: Labels | None, queries: Mapping[str, Labels | None], grouped: bool
+) -> tuple[Labels | None, dict[str, Labels | None]]:
+    """Labels of the training set and of the query sets: those given, else those that the traces carry."""
+    carried = getattr(traces, "labels", None) if grouped else None
+    if not carried:
+        return train, dict(queries)
+    given = {name: labels for name, labels in queries.items() if labels is not None}
+    return (carried["train"] if train is None else train), dict(carried["queries"]) | given
+
+
+def _reason_to_omit(tree: xr.DataTree, trusted_only: bool) -> str:
+    """Why a checkpoint cannot be used; empty if it can."""
+    diagnosis = diagnose(tree)
+    verdict, advice = (str(np.asarray(diagnosis[name]).item()) for name in ("verdict", "advice"))
+    drawn = "train" in tree.children and (tree["chains"]["status"] == "ok").any()
+    return "" if drawn and not (trusted_only and verdict in _UNTRUSTED) else f"{verdict}: {advice}"
+
+
+def ok_chains(tree: xr.DataTree) -> Indices:
+    """Positions of the chains that ended well."""
+    return np.flatnonzero(tree["chains"]["status"].values == "ok")
+
+
+class DataSets(NamedTuple):
+    """The two sides of influence at one checkpoint.
+
+    Attributes:
+        train: the columns of the training set.
+        queries: the columns of every query set, and whether its samples are the training samples.
+        weight: kappa per column of the training set.
+    """
+
+    train: Columns
+    queries: list[tuple[Columns, bool]]
+    weight: float
+
+
+def data_sets(
+    tree: xr.DataTree,
+    labels: tuple[Labels | None, dict[str, Labels | None]],
+    grouped: bool,
+    part: Part,
+    tokens: bool,
+) -> DataSets:
+    """Training and query columns of the chains that ended well, grouped by labels.
+
+    Raises:
+        ValueError: labels do not fit the traces, or two query groups share a name.
+    """
+    of_train, of_queries = labels
+    names = list(tree["queries"].children)
+    if unknown := sorted(set(of_queries) - set(names)):
+        raise ValueError(f"query_groups names {unknown}, but the traces have the queries {names}")
+    kept = ok_chains(tree)
+    train_set = tree["train"].to_dataset()
+    train = columns(train_set, kept, of_train, "train_groups", part=part, tokens=tokens)
+    # One token is one of n x tokens losses that the training objective averages.
+    weight = tree.attrs["kappa"] / (train_set.sizes["token"] if tokens else 1)
+    queries = []
+    for name in names:
+        dataset = tree[f"queries/{name}"].to_dataset()
+        argument = f"query_groups[{name!r}]"
+        query = columns(dataset, kept, of_queries.get(name), argument, part=part, tokens=tokens)
+        if grouped and of_queries.get(name) is None:
+            query = replace(query, names=[name], rows=[np.arange(len(query.samples))])
+        elif len(names) > 1:
+            query = replace(query, names=[f"{name}:{row}" for row in query.names])
+        queries.append((query, bool(dataset.attrs.get("is_training_set"))))
+    name, count = Counter(name for query, _ in queries for name in query.names).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"{count} query groups are called {name!r}; rename a query set or its labels")
+    return DataSets(train, queries, weight)
+
+
+def numbered(estimate: xr.Dataset, tree: xr.DataTree) -> xr.Dataset:
+    """Number the replicates by chain and stretch, the same at every checkpoint."""
+    if "replicates" not in estimate:
+        return estimate
+    chains = tree["chains"].to_dataset()["chain"].values[ok_chains(tree)]
+    cut = estimate.sizes["replicate"] // len(chains)
+    return estimate.assign_coords(replicate=(chains[:, None] * cut + np.arange(cut)).reshape(-1))
+
+
+def joined(estimates: Sequence[xr.Dataset], dim: str) -> xr.Dataset:
+    """One dataset, with the replicates that all have in common."""
+    numbers = [set(e["replicate"].values.tolist()) if "replicates" in e else set() for e in estimates]
+    common = sorted(set.intersection(*numbers))
+    if len(common) > 1:
+        estimates = [estimate.sel(replicate=common) for estimate in estimates]
+    else:
+        estimates = [estimate.drop_dims("replicate", errors="ignore") for estimate in estimates]
+    return xr.concat(estimates, dim, join="exact", data_vars="minimal", coords="minimal", compat="override")

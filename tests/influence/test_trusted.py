@@ -1,0 +1,31 @@
+import numpy as np
+import pytest
+import xarray as xr
+from synthetic_traces import losses, tree
+
+import stagewise
+from stagewise.influence.bif import NoTrustedCheckpointError, bif
+from stagewise.influence.trusted import TracesInMemory
+from stagewise.traces.store import Cell, TraceStore
+
+
+@pytest.mark.parametrize("labels", [None, {"train": list("abba"), "queries": {"val": list("xyx")}}])
+def test_influence_from_trees_in_memory_is_that_from_a_store_of_the_same_trees(tmp_path, labels):
+    trees = {
+        step: tree(losses(4, seed=step).astype(np.float32), {"val": losses(3, seed=9).astype(np.float32)})
+        for step in (20, 3)
+    }
+    store = TraceStore.open(tmp_path / "run", {"model": "a"})
+    for step, whole in trees.items():
+        store.write(Cell(step, 0, "key"), whole)
+    if labels:
+        store.write_labels(labels["train"], labels["queries"])
+    memory = TracesInMemory(trees, labels)
+    assert list(memory.steps) == list(store.steps) == [3, 20]
+    xr.testing.assert_identical(bif(memory), bif(store))
+
+
+def test_the_error_of_no_trusted_checkpoint_is_found_where_it_is_raised_from():
+    with pytest.raises(NoTrustedCheckpointError, match="The store is empty"):
+        bif(TracesInMemory({}))
+    assert stagewise.TracesInMemory is TracesInMemory
