@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from stagewise.report import tables
@@ -27,7 +28,7 @@ console = Console(width=150)
 def show(content: tables.Table) -> None:
     table = Table(*content.columns, title=content.title)
     for row in content.rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))  # brackets are intervals, not markup
     console.print(table)
 
 
