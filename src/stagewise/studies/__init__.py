@@ -57,9 +57,17 @@ def _digits_cost(folder: Path) -> Iterator[str]:
 
 
 def _hierarchy(folder: Path, progress: Progress) -> Iterator[Outcome]:
+    import torch
+
     from stagewise.studies.hierarchy.study import TITLE, study
 
-    parts = study(folder, progress)
+    # Tensors this small gain nothing from more threads, and beside other work lose much.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        parts = study(folder, progress)
+    finally:
+        torch.set_num_threads(threads)
     yield Outcome(TITLE, [finding for part in parts for finding in part.findings], folder / "report.html")
 
 
