@@ -51,6 +51,30 @@ def test_gaussian_posterior_has_half_the_number_of_directions_that_the_data_hold
     assert got["stderr"].item() < 0.02 * EXACT  # tight enough to notice a wrong factor
 
 
+def test_even_part_has_no_noise_of_the_slope_and_estimates_the_same():
+    problem = Regression.random(n=12)
+    posterior = LocalPosterior(gamma=20.0, n_beta=60.0)
+    cell = sample_block(problem.task, problem.trajectory().load(10), posterior, Chains(chains=32, draws=64))
+    curvature = 60.0 * np.linalg.eigvalsh(problem.hessian)
+    exact = 0.5 * (curvature / (curvature + 20.0)).sum()
+    full, even = (llc(Traces({10: cell}), part=part) for part in ("full", "even"))
+    assert even["stderr"].item() < full["stderr"].item() / 3
+    assert np.abs(even["value"] - exact).item() < 4 * even["stderr"].item()
+
+
+def test_even_part_is_refused_where_it_would_be_of_another_law_or_cannot_be_formed():
+    problem = Regression.random(n=12)
+    checkpoint = problem.trajectory().load(10)
+    downhill = sample_block(problem.task, checkpoint, LocalPosterior(gamma=20.0, centred=False), Chains(draws=32))
+    with pytest.raises(ValueError, match="needs a centred posterior"):
+        llc(Traces({10: downhill}), part="even")
+    once = sample_block(problem.task, checkpoint, LocalPosterior(gamma=20.0), Chains(draws=32, reflect=False))
+    with pytest.raises(ValueError, match="reflect=True"):
+        llc(Traces({10: once}), part="even")
+    with pytest.raises(ValueError, match="'full' or 'even', got 'odd'"):
+        llc(Traces({10: once}), part="odd")
+
+
 @pytest.mark.parametrize("centred", [True, False])
 def test_real_chains_on_a_slope_count_curvature_if_centred_and_otherwise_also_the_loss_gained_downhill(centred):
     problem = Regression.random(n=12)

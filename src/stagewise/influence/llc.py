@@ -5,14 +5,17 @@ llc = n_beta (E[L_n(w)] - L_n(w*))                                              
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import xarray as xr
 
 from stagewise.influence.covariance import Array, mean_and_stderr, stretches
+from stagewise.influence.pairs import losses_of
 from stagewise.influence.trusted import Traces, numbered, ok_chains, over_checkpoints
 
 
-def llc(traces: Traces, *, trusted_only: bool = True) -> xr.Dataset:
+def llc(traces: Traces, *, part: Literal["full", "even"] = "full", trusted_only: bool = True) -> xr.Dataset:
     """Local learning coefficient at every checkpoint.
 
     Where the loss is quadratic with the (whitened) curvatures h_k, it is half the number of directions that the data
@@ -22,10 +25,13 @@ def llc(traces: Traces, *, trusted_only: bool = True) -> xr.Dataset:
     A ``centred`` posterior leaves the slope at the checkpoint out of what moves the chains, and only that value, of
     curvature, is left: it is negative only where the loss curves downwards. In a posterior that is not centred the
     chains run downhill, and away from a minimum the value is lowered by the loss they gain on the way, often below
-    zero. In both the slope adds to the noise of the draws, and so to the standard error.
+    zero. In both the slope adds to the noise of the draws, and so to the standard error. The even part under reflection
+    about the checkpoint has no slope: for a centred posterior it estimates the same, but for terms of third order, with
+    a much smaller error away from minima.
 
     Args:
         traces: loss traces.
+        part: ``"even"`` takes the mean of each draw's loss and that at its reflection; for centred posteriors.
         trusted_only: leave out checkpoints whose chains cannot be trusted; attribute ``omitted`` says which and why.
 
     Returns:
@@ -35,28 +41,35 @@ def llc(traces: Traces, *, trusted_only: bool = True) -> xr.Dataset:
 
     Raises:
         NoTrustedCheckpointError: no checkpoint can be trusted, with the reasons.
+        ValueError: the even part is asked of traces without reflected losses, or of a posterior that is not centred.
     """
-    result = over_checkpoints(traces, traces.steps, trusted_only, lambda _step, tree: _at_checkpoint(tree))
-    result.attrs |= {"estimator": "llc", "units": "1"}
+    if part not in ("full", "even"):
+        raise ValueError(f"part must be 'full' or 'even', got {part!r}")
+    result = over_checkpoints(traces, traces.steps, trusted_only, lambda _step, tree: _at_checkpoint(tree, part))
+    result.attrs |= {"estimator": "llc", "part": part, "units": "1"}
     for variable in result.data_vars.values():
         variable.attrs["units"] = "1"
     return result
 
 
-def _at_checkpoint(tree: xr.DataTree) -> xr.Dataset:
-    replicates = tree.attrs["n_beta"] * _rises(tree)
+def _at_checkpoint(tree: xr.DataTree, part: Literal["full", "even"]) -> xr.Dataset:
+    if part == "even" and not tree.attrs.get("centred", True):
+        raise ValueError(
+            "part='even' needs a centred posterior: chains that run downhill are not symmetric about the checkpoint; "
+            "use part='full', or sample with LocalPosterior(centred=True)"
+        )
+    replicates = tree.attrs["n_beta"] * _rises(tree, part)
     value, stderr = mean_and_stderr(replicates)
     return numbered(xr.Dataset({"value": value, "stderr": stderr, "replicates": ("replicate", replicates)}), tree)
 
 
-def _rises(tree: xr.DataTree) -> Array:
+def _rises(tree: xr.DataTree, part: Literal["full", "even"]) -> Array:
     """Mean rise of the training loss above the checkpoint in every stretch of every good chain, ``(replicate,)``."""
-    train = tree["train"].to_dataset()
+    train = tree["train"].to_dataset().transpose("chain", "draw", ...)
     # By all chains, failed or not, so that replicates are cut alike at every checkpoint.
     pieces = stretches(tree["chains"].sizes["chain"], train.sizes["draw"])
-    kept = train.isel(chain=ok_chains(tree), draw=slice(train.sizes["draw"] % pieces, None))
+    losses = losses_of(train, ok_chains(tree), part)[:, train.sizes["draw"] % pieces :]
     # Sample by sample, because the rise is small beside the losses.
-    rise = kept["loss"].astype(np.float64) - kept["loss_anchor"].astype(np.float64)
-    of_draws = rise.transpose("chain", "draw", ...).values
-    rises: Array = of_draws.reshape(len(of_draws) * pieces, -1).mean(1)
+    rise = losses - train["loss_anchor"].values.astype(np.float64)
+    rises: Array = rise.reshape(len(rise) * pieces, -1).mean(1)
     return rises

@@ -168,7 +168,7 @@ def columns(
     Raises:
         ValueError: the traces have no tokens or reflected losses, or there is not one label per column.
     """
-    loss = _losses(dataset, kept, part)
+    loss = losses_of(dataset, kept, part)
     if tokens and loss.ndim == 3:
         raise ValueError("tokens=True needs a loss that returns (batch, tokens); these traces have one loss per sample")
     loss = loss if tokens or loss.ndim == 3 else loss.mean(-1)
@@ -186,7 +186,12 @@ def columns(
     return Columns(traces, samples, list(groups.labels), [index.numpy() for index in groups.indices])
 
 
-def _losses(dataset: xr.Dataset, kept: Indices, part: Part) -> Array:
+def losses_of(dataset: xr.Dataset, kept: Indices, part: Part) -> Array:
+    """Losses of some chains, or their odd or even part under reflection: ``(chain, draw, sample[, token])``.
+
+    Raises:
+        ValueError: the traces have no reflected losses.
+    """
     loss = dataset["loss"].values[kept].astype(np.float64)
     if part == "full":
         return loss

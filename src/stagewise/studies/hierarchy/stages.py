@@ -61,7 +61,7 @@ def stages(lab: Lab) -> Experiment:
         ).attrs
         for fraction in FRACTIONS
     }
-    spectrum, learning = top_eigenvalue_share(window), llc(lab.window_traces)
+    spectrum, learning = top_eigenvalue_share(window), llc(lab.window_traces, part="even")
     table = _table(at_instants, in_windows, onsets, branches)
     figure = _draw(branches, onsets, curves(kind_curves(lab, window)), spectrum, learning)
     section = Section(
