@@ -31,5 +31,5 @@ def cost(folder: Path) -> str:
     )
     return (
         f"{total.text()}\nfor the three posteriors that are sampled at all checkpoints; two smaller ones, training, "
-        "retraining, a sweep of settings and figures take two to three minutes more on two cores"
+        "retraining, a sweep of settings and figures take about two minutes more on two cores"
     )
