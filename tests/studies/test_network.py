@@ -33,7 +33,7 @@ def weights(network):
 
 def trained(items, last, kept=(0,), name="sgd", rate=RATE, **settings):
     network = task(items, **settings)
-    return record(network, optimizer(items, name, rate), rate, last, kept)
+    return record(network, optimizer(items, name, rate), last, kept)
 
 
 def item_losses(run, step):
@@ -217,7 +217,7 @@ def test_misspelt_start_infinite_strength_and_checkpoints_outside_the_run_are_re
     with pytest.raises(ValueError, match="a0 < inf"):
         task(items, start="aligned", a0=float("inf"))
     with pytest.raises(ValueError, match=r"between step 0 and 10, got \[-3, 50\]"):
-        record(task(items), optimizer(items, "sgd", 0.004), 0.004, 10, [-3, 5, 50])
+        record(task(items), optimizer(items, "sgd", 0.004), 10, [-3, 5, 50])
 
 
 def test_building_a_network_leaves_the_callers_random_numbers_alone():

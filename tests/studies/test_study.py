@@ -134,6 +134,12 @@ def test_folder_of_a_study_with_other_checkpoints_is_refused_and_named(experimen
         study(tmp_path, size=Size(7, 4, 8, 1))
 
 
+def test_folder_of_a_study_that_was_killed_before_it_held_anything_is_used(experiments, tmp_path):
+    experiments(sampling)
+    (tmp_path / "gamma-1000").mkdir()
+    study(tmp_path, size=Size(4, 4, 8, 1))
+
+
 def test_table_of_checks_counts_only_lines_with_a_target():
     table = checks_table([hostile(None), Experiment(Section("", []), [], [])])
     assert table.title.startswith("1 of 2 targets are reached")

@@ -86,20 +86,19 @@ def window_ablation(
         if order is not None:
             check_order(task, checkpoint, order)
         schedules = [Schedule.window(index, step, window, weight) for index in trained.indices]
-        repeats = [
-            paired_losses(task, checkpoint, schedules, batches, [step + window], max_runs=max_runs, batching=batching)[
-                0
-            ][0]
-            for batches in _orders(task, checkpoint, order, orders, seed)
-        ]
+        repeats = []
+        for batches in _orders(task, checkpoint, order, orders, seed):
+            end = [step + window]
+            effect, _ = paired_losses(task, checkpoint, schedules, batches, end, max_runs=max_runs, batching=batching)
+            repeats.append(effect[0])
         effects.append(torch.stack(repeats).double().cpu().numpy())
         if progress is not None:
             progress(done, len(chosen))
     used = min(len(repeats) for repeats in effects)
     error = np.stack([repeats.std(0, ddof=1) / len(repeats) ** 0.5 for repeats in effects]) if used > 1 else None
-    effect = np.stack([repeats.mean(0) for repeats in effects])
+    mean = np.stack([repeats.mean(0) for repeats in effects])
     attrs = {"estimator": "window ablation", "window": window, "orders": used}
-    return effect_dataset(effect, error, chosen, trained, query_groups(task), weight, attrs)
+    return effect_dataset(mean, error, chosen, trained, query_groups(task), weight, attrs)
 
 
 def _orders(task: Task, checkpoint: Checkpoint, first: Order | None, count: int, seed: int) -> list[Order]:

@@ -29,12 +29,10 @@ class Study:
     """A study that can be named on the command line.
 
     Attributes:
-        about: what it is, for a person.
         carry_out: does it in a folder; what the folder holds already is not sampled again.
         cost: predicts its cost, as text; nothing is sampled.
     """
 
-    about: str
     carry_out: Callable[[Path, Progress], Iterator[Outcome]]
     cost: Callable[[Path], Iterator[str]]
 
@@ -77,11 +75,4 @@ def _hierarchy_cost(folder: Path) -> Iterator[str]:
     yield cost(folder)
 
 
-STUDIES: dict[str, Study] = {
-    "digits": Study("32 checkpoints each of a full-batch and a minibatch run, with retraining", _digits, _digits_cost),
-    "hierarchy": Study(
-        "a deep linear network learns a tree of concepts; theory, sampling and retraining agree stage by stage",
-        _hierarchy,
-        _hierarchy_cost,
-    ),
-}
+STUDIES = {"digits": Study(_digits, _digits_cost), "hierarchy": Study(_hierarchy, _hierarchy_cost)}

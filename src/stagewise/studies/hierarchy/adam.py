@@ -127,7 +127,7 @@ def sampled_steps() -> list[int]:
 def adam_run(lab: Lab, kept: list[int], seed: int, dtype: torch.dtype = torch.float64) -> Run:
     """Full-batch Adam from a random start."""
     network = task(lab.items, seed=seed, dtype=dtype)
-    return record(network, optimizer(lab.items, "adam", ADAM_RATE), ADAM_RATE, ADAM_LAST, kept)
+    return record(network, optimizer(lab.items, "adam", ADAM_RATE), ADAM_LAST, kept)
 
 
 def measure(lab: Lab, run: Run) -> Floats:

@@ -67,13 +67,13 @@ def endpoint(estimates: Estimates, steps: Sequence[int]) -> Estimates:
 def recorded(lab: Lab, steps: Sequence[int]) -> Run:
     """The random run up to the last step, with checkpoints at the steps and at the lab's."""
     kept = {*steps, *(step for step in lab.steps if step < steps[-1])}
-    return record(lab.random.task, lab.random.optimizer, RATE, steps[-1], sorted(kept))
+    return record(lab.random.task, lab.random.optimizer, steps[-1], sorted(kept))
 
 
 def sampled(lab: Lab, steps: Sequence[int]) -> xr.Dataset:
     """The Bayesian influence function of a window, where its chains can be trusted."""
     task = lab.run("random", dtype=torch.float32).task
-    run = record(task, lab.random.optimizer, RATE, steps[-1], steps)
+    run = record(task, lab.random.optimizer, steps[-1], steps)
     return bif(lab.sample(run, lab.window_posterior, "attribution"))
 
 

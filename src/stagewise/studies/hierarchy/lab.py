@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -139,12 +139,10 @@ class Lab:
         """From a random start, float64."""
         return self.run("random")
 
-    def run(
-        self, start: Start, *, name: Literal["sgd", "adam"] = "sgd", dtype: torch.dtype = torch.float64, **settings: Any
-    ) -> Run:
-        """A training run with checkpoints at the lab's steps."""
-        network = task(self.items, start=start, dtype=dtype, **settings)
-        return record(network, optimizer(self.items, name, RATE), RATE, LAST + WINDOW, self.steps)
+    def run(self, start: Start, dtype: torch.dtype = torch.float64) -> Run:
+        """Gradient descent with checkpoints at the lab's steps; a window may begin at the last of them."""
+        network = task(self.items, start=start, dtype=dtype)
+        return record(network, optimizer(self.items, "sgd", RATE), LAST + WINDOW, self.steps)
 
     def strengths(self, run: Run, times: Floats) -> tuple[Modes, Floats]:
         """Modes of the data, and their strengths ``(time, mode, mode)`` by the theory."""
@@ -191,13 +189,8 @@ class Lab:
     def sample(self, run: Run, posterior: LocalPosterior, name: str, **changes: Any) -> TraceStore:
         """Sample a posterior at every checkpoint of a run, all chains of a checkpoint stacked."""
         plan: dict[str, Any] = {"chains": self.size.chains, "draws": self.size.draws, "batching": "stacked"} | changes
-
         folder = self.folder / name.replace(" ", "-")
-        if folder.exists() and not set(there := TraceStore.read_only(folder).steps) <= set(run.trajectory.steps):
-            raise ValueError(
-                f"{folder} holds traces of other checkpoints ({len(there)} from {there[0]} to {there[-1]}): it is of a "
-                "study of another size; choose another folder"
-            )
+        _check_steps(folder, run.trajectory.steps)
 
         def progress(_: str, done: int, total: int) -> None:
             self.progress(f"sampling: {name}", done, total)
@@ -221,6 +214,18 @@ class Lab:
         there = (self.level == level).astype(float)
         mean: Floats = there / there.sum()
         return mean
+
+
+def _check_steps(folder: Path, steps: Sequence[int]) -> None:
+    """Refuse a folder of another size of the study before anything is added to it."""
+    if not (folder / "identity.json").exists():  # nothing yet, or killed before there was anything
+        return
+    there = TraceStore.read_only(folder).steps
+    if not set(there) <= set(steps):
+        raise ValueError(
+            f"{folder} holds traces of other checkpoints ({len(there)} from {there[0]} to {there[-1]}): it is of a "
+            "study of another size; choose another folder"
+        )
 
 
 def matrix(items: Items, dataset: xr.Dataset, variable: str = "value") -> Floats:

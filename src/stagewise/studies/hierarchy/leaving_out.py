@@ -86,7 +86,7 @@ def leaving_out(lab: Lab) -> Experiment:
 def _untrained(lab: Lab, **settings: Any) -> Run:
     """A run that has not made a step; only its start is used."""
     rule = optimizer(lab.items, "sgd", RATE)
-    return record(task(lab.items, start="random", **settings), rule, RATE, 0, [0])
+    return record(task(lab.items, start="random", **settings), rule, 0, [0])
 
 
 def _measured(lab: Lab, run: Run, weights: Sequence[float]) -> Floats:

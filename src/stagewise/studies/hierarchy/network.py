@@ -124,14 +124,12 @@ class Run:
         optimizer: how it was trained.
         weights: ``(step, parameters)``, from step 0.
         trajectory: checkpoints at some of the steps, with the optimiser's memory.
-        rate: training time that passes in one step.
     """
 
     task: Task
     optimizer: Optimizer
     weights: Tensor
     trajectory: Trajectory
-    rate: float
 
     @property
     def start(self) -> Checkpoint:
@@ -158,7 +156,7 @@ def batch_order(task: Task, optimizer: Optimizer) -> BatchOrder:
     return BatchOrder(len(task.train), optimizer.batch_size)
 
 
-def record(task: Task, optimizer: Optimizer, rate: float, last: int, kept: Sequence[int]) -> Run:
+def record(task: Task, optimizer: Optimizer, last: int, kept: Sequence[int]) -> Run:
     """Train from the task's own weights for ``last`` steps, with checkpoints at ``kept``.
 
     Raises:
@@ -177,4 +175,4 @@ def record(task: Task, optimizer: Optimizer, rate: float, last: int, kept: Seque
             checkpoints.append(state.checkpoint(step, optimizer, vector, {}))
 
     train(task, vector, state, optimizer, [Schedule()], batch_order(task, optimizer), range(last), keep)
-    return Run(task, optimizer, torch.stack(weights).detach(), Trajectory.from_checkpoints(checkpoints), rate)
+    return Run(task, optimizer, torch.stack(weights).detach(), Trajectory.from_checkpoints(checkpoints))

@@ -71,7 +71,7 @@ def stages(lab: Lab) -> Experiment:
     checks = [
         _distance_check(lab),
         *(_flip_check(t, kind) for t, kind in zip(at_instants, KINDS.values(), strict=True)),
-        *(_harm_check(t, onset, "of a window (sampled)") for t, onset in zip(in_windows, onsets, strict=True)),
+        *(_harm_check(t, onset) for t, onset in zip(in_windows, onsets, strict=True)),
         Check(f"harmful peaks of the three kinds, onset at {_list(FRACTIONS, '.0%')}: mean distance; permutation p",
               f"{_list((a['statistic'] * RATE for a in aligned.values()), '.2f')}; "
               f"{_list((a['p_value'] for a in aligned.values()), '.3f')}"),
@@ -168,11 +168,11 @@ def _flip_check(timing: Timing, kind: str) -> Check:
     return Check(f"sign flip of {kind} pairs: t [95% interval]", f"{flip:.2f} [{lower:.2f}, {upper:.2f}]", target, near)
 
 
-def _harm_check(timing: Timing, onset: Transition, which: str) -> Check:
+def _harm_check(timing: Timing, onset: Transition) -> Check:
     lower, upper = RATE * onset.lower, RATE * onset.upper
     harm = RATE * timing.harm.step
     return Check(
-        f"harmful peak {which} of {onset.name} pairs: t, in the 5–20% onset band",
+        f"harmful peak of a window (sampled) of {onset.name} pairs: t, in the 5–20% onset band",
         f"{harm:.2f}",
         f"{lower:.2f} to {upper:.2f}",
         lower <= harm <= upper,

@@ -54,7 +54,7 @@ def symmetry(lab: Lab) -> Experiment:
 
 
 def _run(items: Items) -> Run:
-    return record(task(items, start="aligned"), optimizer(items, "sgd", RATE), RATE, STEPS[-1], STEPS)
+    return record(task(items, start="aligned"), optimizer(items, "sgd", RATE), STEPS[-1], STEPS)
 
 
 def _measured(items: Items, run: Run) -> Floats:

@@ -25,7 +25,7 @@ from stagewise.studies.hierarchy.lab import (
     Lab,
     correlation,
     slope,
-)  # fmt: skip
+)
 from stagewise.studies.hierarchy.network import Run
 from stagewise.studies.hierarchy.theory import leave_one_out
 from stagewise.studies.hierarchy.tree import Floats
