@@ -20,7 +20,7 @@ from rich.table import Table
 from timing import seconds
 from torch import nn
 
-from stagewise.checkpoints.trajectory import Checkpoint
+from stagewise.checkpoint import Checkpoint
 from stagewise.sampling.chains import Chains, sample_block, tune
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior
 from stagewise.studies.hierarchy.lab import Lab

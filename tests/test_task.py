@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import Dataset, TensorDataset
 
-from stagewise.task import Samples, Task, tensors_digest
+from stagewise.checkpoint import tensors_digest
+from stagewise.task import Samples, Task
 
 RANDOM = torch.Generator().manual_seed(0)
 X, Y = torch.randn(6, 3, generator=RANDOM), torch.tensor([0, 1, 0, 1, 1, 0])

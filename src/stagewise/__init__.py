@@ -9,13 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stagewise.checkpoint import Checkpoint as Checkpoint
+    from stagewise.checkpoint import Optimizer as Optimizer
     from stagewise.checkpoints.directory import write_checkpoint as write_checkpoint
     from stagewise.checkpoints.huggingface import RecorderCallback as RecorderCallback
     from stagewise.checkpoints.recorder import Recorder as Recorder
     from stagewise.checkpoints.recorder import linear as linear
     from stagewise.checkpoints.recorder import log_spaced as log_spaced
-    from stagewise.checkpoints.trajectory import Checkpoint as Checkpoint
-    from stagewise.checkpoints.trajectory import Optimizer as Optimizer
     from stagewise.checkpoints.trajectory import Trajectory as Trajectory
     from stagewise.dynamics.alignment import alignment as alignment
     from stagewise.dynamics.branches import separations as separations
@@ -59,7 +59,8 @@ _ROOMS = {
     "stagewise.checkpoints.directory": ("write_checkpoint",),
     "stagewise.checkpoints.huggingface": ("RecorderCallback",),
     "stagewise.checkpoints.recorder": ("Recorder", "linear", "log_spaced"),
-    "stagewise.checkpoints.trajectory": ("Checkpoint", "Optimizer", "Trajectory"),
+    "stagewise.checkpoint": ("Checkpoint", "Optimizer"),
+    "stagewise.checkpoints.trajectory": ("Trajectory",),
     "stagewise.dynamics.alignment": ("alignment",),
     "stagewise.dynamics.branches": ("separations", "squared_distances"),
     "stagewise.dynamics.curves": ("curves",),

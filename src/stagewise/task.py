@@ -20,6 +20,8 @@ from torch.func import functional_call
 from torch.utils._pytree import MappingKey, tree_flatten, tree_flatten_with_path, tree_map
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
+from stagewise.checkpoint import tensor_bytes
+
 Batch = Any
 """What the loss receives beside the model: a pytree of tensors whose first axis is the sample."""
 
@@ -99,7 +101,7 @@ class Samples:
                 keys = [str(part.key) for part in path if isinstance(part, MappingKey)]
                 digest.update("/".join(keys).encode())  # which key of a dict holds what
                 if isinstance(leaf, Tensor):
-                    digest.update(_tensor_bytes(leaf))
+                    digest.update(tensor_bytes(leaf))
                 else:
                     digest.update(repr(leaf).encode())
         return digest.hexdigest()
@@ -299,12 +301,6 @@ def _check_losses(losses: Any, size: int, name: str) -> None:
         raise ValueError(f"{name}: the loss of sample {bad} is not finite; check the data and the checkpoint")
 
 
-def _tensor_bytes(tensor: Tensor) -> bytes:
-    tensor = tensor.detach().cpu().contiguous()
-    header = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
-    return header + tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -344,12 +340,3 @@ def _function_parts(function: Any, seen: frozenset[Any] = frozenset()) -> list[s
         elif isinstance(value, FunctionType) and value.__module__ == function.__module__ and value not in seen:
             parts += _function_parts(value, seen | {function})
     return parts
-
-
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Content hash of named tensors, independent of their order."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(_tensor_bytes(tensors[name]))
-    return digest.hexdigest()

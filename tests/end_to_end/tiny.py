@@ -7,8 +7,8 @@ import yaml
 from torch import nn
 from torch.nn import functional
 
+from stagewise.checkpoint import Optimizer
 from stagewise.checkpoints.directory import write_checkpoint
-from stagewise.checkpoints.trajectory import Optimizer
 from stagewise.retraining.schedule import BatchOrder
 from stagewise.retraining.training import train_and_record
 from stagewise.task import Task

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from stagewise.checkpoints.trajectory import Checkpoint, Optimizer, Trajectory
+from stagewise.checkpoint import Checkpoint, Optimizer
+from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.task import Task
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.func import functional_call, hessian, jacrev
 
-from stagewise.checkpoints.trajectory import Checkpoint, Optimizer, Trajectory
+from stagewise.checkpoint import Checkpoint, Optimizer
+from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.task import Task
 
 

@@ -9,7 +9,8 @@ import torch
 from small_networks import Problem
 from torch import nn
 
-from stagewise.checkpoints.trajectory import Checkpoint, Optimizer, Trajectory
+from stagewise.checkpoint import Checkpoint, Optimizer
+from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.influence.damped import damped_influence, gauss_newton_product
 from stagewise.influence.gradients import directional_derivatives, gradient_product
 from stagewise.sampling.curvature import hessian_product

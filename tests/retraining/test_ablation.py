@@ -5,7 +5,8 @@ import pytest
 import torch
 from problems import LABELS, RATE, D, N, Regression, classifier, squared_error
 
-from stagewise.checkpoints.trajectory import Checkpoint, CheckpointError, Optimizer, Trajectory
+from stagewise.checkpoint import Checkpoint, CheckpointError, Optimizer
+from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.schedule import BatchOrder
 from stagewise.retraining.training import train_and_record

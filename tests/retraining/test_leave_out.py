@@ -3,7 +3,8 @@ import pytest
 import torch
 from problems import LABELS, D, N, Regression, classifier, squared_error
 
-from stagewise.checkpoints.trajectory import Checkpoint, CheckpointError, Optimizer, Trajectory
+from stagewise.checkpoint import Checkpoint, CheckpointError, Optimizer
+from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.dynamics.curves import curves
 from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.leave_out import leave_out, retrain

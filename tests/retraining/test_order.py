@@ -6,7 +6,8 @@ import pytest
 import torch
 from problems import classifier
 
-from stagewise.checkpoints.trajectory import Checkpoint, Optimizer, Trajectory
+from stagewise.checkpoint import Checkpoint, Optimizer
+from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.leave_out import leave_out, retrain
 from stagewise.retraining.schedule import BatchOrder, Schedule

@@ -6,7 +6,8 @@ import torch
 from problems import LABELS, D, N, Regression, classifier
 from torch import nn
 
-from stagewise.checkpoints.trajectory import Checkpoint, CheckpointError, Optimizer, Trajectory
+from stagewise.checkpoint import Checkpoint, CheckpointError, Optimizer
+from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.dynamics.curves import curves
 from stagewise.retraining import source as source_module
 from stagewise.retraining.schedule import BatchOrder

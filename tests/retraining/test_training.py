@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from stagewise.checkpoints.trajectory import Checkpoint, Optimizer
+from stagewise.checkpoint import Checkpoint, Optimizer
 from stagewise.retraining.schedule import BatchOrder, Schedule
 from stagewise.retraining.training import train, train_and_record
 from stagewise.retraining.updates import TrainingState

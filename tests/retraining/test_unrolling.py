@@ -6,7 +6,7 @@ import torch
 from problems import D, N, Regression, classifier
 from torch import nn
 
-from stagewise.checkpoints.trajectory import Checkpoint, CheckpointError, Optimizer
+from stagewise.checkpoint import Checkpoint, CheckpointError, Optimizer
 from stagewise.dynamics.curves import curves
 from stagewise.retraining.leave_out import leave_out, retrain
 from stagewise.retraining.schedule import BatchOrder, Schedule

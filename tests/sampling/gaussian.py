@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from stagewise.checkpoints.trajectory import Checkpoint, Optimizer
+from stagewise.checkpoint import Checkpoint, Optimizer
 from stagewise.influence.covariance import covariance_replicates, mean_and_stderr
 from stagewise.sampling import Chains, LocalPosterior, sample_block
 from stagewise.task import Task

@@ -7,7 +7,7 @@ import torch
 from gaussian import Gaussian, Point
 from torch import nn
 
-from stagewise.checkpoints.trajectory import Checkpoint
+from stagewise.checkpoint import Checkpoint
 from stagewise.sampling import SGLD, Chains, LocalPosterior, RMSpropSGLD, sample_block
 from stagewise.sampling.chains import tune
 from stagewise.task import Task

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from stagewise.checkpoints.trajectory import Checkpoint, Optimizer
+from stagewise.checkpoint import Checkpoint, Optimizer
 from stagewise.sampling import Chains, LocalPosterior, sample_block
 from stagewise.sampling.curvature import extreme_curvature, hessian_product, training_batches
 from stagewise.task import Task

@@ -4,7 +4,7 @@ import torch
 from gaussian import D, Gaussian, walk
 from torch import nn
 
-from stagewise.checkpoints.trajectory import Checkpoint
+from stagewise.checkpoint import Checkpoint
 from stagewise.influence.covariance import mean_and_stderr
 from stagewise.sampling import LocalPosterior, Underdamped
 from stagewise.sampling.gradient import (

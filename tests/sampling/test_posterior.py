@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from stagewise.checkpoints.trajectory import Checkpoint, Optimizer
+from stagewise.checkpoint import Checkpoint, Optimizer
 from stagewise.sampling import LocalPosterior
 from stagewise.sampling.posterior import LONGEST_WINDOW, largest_window, window_reach
 from stagewise.task import Task

@@ -9,9 +9,10 @@ This room knows files and optimisers. It may not know losses, data, posteriors o
 never runs code that comes with them.
 """
 
+from stagewise.checkpoint import Checkpoint, CheckpointError, Optimizer
 from stagewise.checkpoints.directory import read_checkpoint, scan, write_checkpoint
 from stagewise.checkpoints.recorder import Recorder, linear, log_spaced
-from stagewise.checkpoints.trajectory import Checkpoint, CheckpointError, Optimizer, Trajectory, check_fits
+from stagewise.checkpoints.trajectory import Trajectory, check_fits
 
 __all__ = [
     "Checkpoint",

@@ -24,13 +24,14 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stagewise.checkpoints.trajectory import Checkpoint, CheckpointError, Optimizer
+from stagewise.checkpoint import Checkpoint, CheckpointError, Optimizer, ParameterGroup
 from stagewise.checkpoints.weights import read_weights, reason_of
 
 FORMAT = "stagewise-checkpoint-1"
@@ -200,10 +201,16 @@ def _from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], pa
             part, _, name = key.partition("/")
             parts[part][name] = tensor
         fields = json.loads(metadata["optimizer"])
-        optimizer = Optimizer(**fields | {"betas": tuple(fields["betas"])}) if fields else None
-        return Checkpoint(int(metadata["step"]), optimizer=optimizer, **parts)
+        optimizer = _optimizer(fields) if fields else None
+        step = int(metadata["step"])
+        return Checkpoint(step, parts["params"], optimizer, parts["first_moment"], parts["second_moment"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} claims the format {FORMAT} but does not follow it: {error!r}") from error
+
+
+def _optimizer(fields: dict[str, Any]) -> Optimizer:
+    groups = (ParameterGroup(**group | {"names": tuple(group["names"])}) for group in fields.get("groups", ()))
+    return Optimizer(**fields | {"betas": tuple(fields["betas"]), "groups": tuple(groups)})
 
 
 def _flush(path: Path) -> None:

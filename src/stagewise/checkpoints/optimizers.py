@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
 
-from stagewise.checkpoints.trajectory import Optimizer
+from stagewise.checkpoint import Optimizer
 
 # Variants of the update rules that an Optimizer has no word for.
 _VARIANTS = ("nesterov", "dampening", "maximize", "amsgrad")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from stagewise.checkpoint import Checkpoint
 from stagewise.checkpoints.directory import make_folder, write_checkpoint
 from stagewise.checkpoints.optimizers import (
     agreed,
@@ -21,7 +22,6 @@ from stagewise.checkpoints.optimizers import (
     unknown_rule,
     updates_made,
 )
-from stagewise.checkpoints.trajectory import Checkpoint
 
 
 def log_spaced(last: int, count: int, first: int = 1) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from stagewise.checkpoints.trajectory import CheckpointError
+from stagewise.checkpoint import CheckpointError
 
 _STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict")
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 import xarray as xr
 
-from stagewise.checkpoints.trajectory import Checkpoint, Trajectory, check_fits
+from stagewise.checkpoint import Checkpoint
+from stagewise.checkpoints.trajectory import Trajectory, check_fits
 from stagewise.groups import Labels, query_groups, train_groups
 from stagewise.retraining.labelled import effect_dataset
 from stagewise.retraining.runs import check_order, paired_losses

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from stagewise.checkpoints.trajectory import Checkpoint, Trajectory, check_fits
+from stagewise.checkpoint import Checkpoint
+from stagewise.checkpoints.trajectory import Trajectory, check_fits
 from stagewise.groups import Groups
 from stagewise.retraining.derivatives import group_gradients, hessian
 from stagewise.retraining.schedule import WHOLE_RUN

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 import xarray as xr
 
-from stagewise.checkpoints.trajectory import Checkpoint, check_fits
+from stagewise.checkpoint import Checkpoint
+from stagewise.checkpoints.trajectory import check_fits
 from stagewise.groups import Labels, query_groups, train_groups
 from stagewise.retraining.labelled import effect_dataset
 from stagewise.retraining.runs import Progress, check_order, check_steps, losses_along, paired_losses

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from stagewise.checkpoints.trajectory import Checkpoint
+from stagewise.checkpoint import Checkpoint
 from stagewise.groups import Groups, per_sample, query_groups
 from stagewise.retraining.schedule import BatchOrder, LearningRate, Order, Schedule
 from stagewise.retraining.training import Batching, train

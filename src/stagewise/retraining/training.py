@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from stagewise.checkpoints.trajectory import Checkpoint, Optimizer
+from stagewise.checkpoint import Checkpoint, Optimizer
 from stagewise.groups import per_sample
 from stagewise.retraining.schedule import LearningRate, Order, Schedule
 from stagewise.retraining.updates import TrainingState, update

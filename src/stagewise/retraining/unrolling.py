@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 
 from stagewise.attention import plain_attention
-from stagewise.checkpoints.trajectory import Checkpoint, Optimizer, check_fits
+from stagewise.checkpoint import Checkpoint, Optimizer
+from stagewise.checkpoints.trajectory import check_fits
 from stagewise.groups import Labels, per_sample, query_groups, train_groups
 from stagewise.retraining.labelled import influence_dataset
 from stagewise.retraining.runs import Progress, check_order, check_steps, fixed_tensors, query_losses

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stagewise.checkpoints.trajectory import Checkpoint, Optimizer
+from stagewise.checkpoint import Checkpoint, Optimizer
 from stagewise.retraining.schedule import LearningRate
 from stagewise.vector import ParameterVector
 

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from stagewise.checkpoints.trajectory import Checkpoint, Trajectory
+from stagewise.checkpoint import Checkpoint, tensors_digest
+from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.run.progress import Progress, silent
 from stagewise.sampling.chains import Chains, sample_block
 from stagewise.sampling.gradient import choose_batching
 from stagewise.sampling.posterior import LocalPosterior
-from stagewise.task import Task, tensors_digest
+from stagewise.task import Task
 from stagewise.traces.identity import read_identity
 from stagewise.traces.store import Cell, RunFolderError, TraceStore
 

@@ -13,7 +13,7 @@ import torch
 import xarray as xr
 from torch import Generator, Tensor
 
-from stagewise.checkpoints.trajectory import Checkpoint
+from stagewise.checkpoint import Checkpoint
 from stagewise.sampling.base import Sampler
 from stagewise.sampling.curvature import extreme_curvature
 from stagewise.sampling.gradient import Batching, full_gradient, potential_gradient

@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
-from stagewise.checkpoints.trajectory import Checkpoint, Optimizer, check_fits
+from stagewise.checkpoint import Checkpoint, Optimizer
+from stagewise.checkpoints.trajectory import check_fits
 from stagewise.task import Batch, Task
 from stagewise.vector import ParameterVector
 

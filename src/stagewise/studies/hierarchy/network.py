@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stagewise.checkpoints.trajectory import Checkpoint, Optimizer, Trajectory
+from stagewise.checkpoint import Checkpoint, Optimizer
+from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.retraining.schedule import BatchOrder, Schedule
 from stagewise.retraining.training import train
 from stagewise.retraining.updates import TrainingState
