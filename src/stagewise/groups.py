@@ -46,7 +46,7 @@ class Groups:
     @classmethod
     def of_labels(cls, labels: Labels, dataset: str) -> Groups:
         """The groups of samples that share a label; numbers in numeric order, then names."""
-        names = np.asarray(labels).astype(str)
+        names = words(labels)
         distinct = sorted(set(names.tolist()), key=_natural)
         indices = tuple(torch.from_numpy(np.flatnonzero(names == label)) for label in distinct)
         return cls(tuple(distinct), (dataset,) * len(distinct), indices)
@@ -59,37 +59,52 @@ class Groups:
         """Number of samples in each group."""
         return tuple(len(index) for index in self.indices)
 
-    def mean(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """Mean over each group of the sample losses.
+    def mean(self, losses: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Weighted mean over each group of the sample losses.
 
         Args:
             losses: by data set, shape ``(..., samples)``.
+            weights: by data set, shape ``(samples,)``; default all alike.
 
         Returns:
-            ``(..., groups)``, in the unit of the losses.
+            ``(..., groups)``, in the units of the losses; 0 for a group without any weight.
         """
-        pairs = zip(self.datasets, self.indices, strict=True)
-        return torch.stack([losses[dataset][..., index].mean(-1) for dataset, index in pairs], -1)
+        means = []
+        for dataset, index in zip(self.datasets, self.indices, strict=True):
+            chosen = losses[dataset][..., index]
+            share = torch.ones(len(index)) if weights is None else weights[dataset][index]
+            share = (share / share.sum().clamp(min=1e-30)).to(chosen)
+            means.append((chosen * share).sum(-1))
+        return torch.stack(means, -1)
 
 
-def train_groups(task: Task, labels: Labels | None = None) -> Groups:
-    """Groups of training samples: by ``labels``, else by ``task.train_groups``, else every sample alone.
+def train_groups(task: Task, labels: Labels | None = None, singles: int = _LARGEST_LEAVE_ONE_OUT) -> Groups:
+    """Groups of candidates: by ``labels``, else by ``task.train_groups``, else every candidate alone.
+
+    Args:
+        task: whose training set.
+        labels: of every training sample.
+        singles: up to this many candidates are groups of their own where there are no labels.
+
+    Returns:
+        Groups named by label, or by the sample's index; the indices are those of the training set.
 
     Raises:
         ValueError: not one label per sample, or no labels and too many samples for each to be a group.
     """
-    n = len(task.train)
+    n, candidates = len(task.train), task.candidates
     chosen: Labels | None = task.train_groups if labels is None else labels
     if chosen is None:
-        if n > _LARGEST_LEAVE_ONE_OUT:
+        if len(candidates) > singles:
             raise ValueError(
-                f"the training set has {n} samples and no groups; pass groups=[label of every sample] "
-                f"(only in sets of at most {_LARGEST_LEAVE_ONE_OUT} samples is every sample its own group)"
+                f"the training set has {len(candidates)} samples and no groups; pass groups=[label of every sample] or "
+                f"Task(train_groups=...), or name up to {singles} samples with Task(candidates=...)"
             )
         chosen = range(n)
-    if (shape := np.shape(chosen)) != (n,):
-        raise ValueError(f"groups: expected one label for each of {n} training samples, got shape {shape}")
-    return Groups.of_labels(chosen, "train")
+    if (count := len(chosen)) != n:
+        raise ValueError(f"groups: expected one label for each of {n} training samples, got {count}")
+    groups = Groups.of_labels(words(chosen)[candidates.numpy()], "train")
+    return Groups(groups.labels, groups.datasets, tuple(candidates[index] for index in groups.indices))
 
 
 def query_groups(task: Task) -> Groups:
@@ -113,15 +128,10 @@ def same_label(train_labels: Labels, query_labels: Labels) -> NDArray[np.bool_]:
     the same as ``"cat"`` (see :func:`query_groups`). A label of one's own that holds a ":" is read the same way:
     ``"big:cat"`` would match the train label ``"cat"`` too. Labels are compared as text.
     """
-    train, query = (np.asarray(labels).astype(str) for labels in (train_labels, query_labels))
+    train, query = (words(labels) for labels in (train_labels, query_labels))
     bare = np.array([label.split(":", 1)[-1] for label in query.tolist()], dtype=str)
     same: NDArray[np.bool_] = (train[:, None] == query) | (train[:, None] == bare)
     return same
-
-
-def per_sample(losses: Tensor) -> Tensor:
-    """Loss of a sample = mean over its tokens: ``(batch,)`` or ``(batch, tokens)`` to ``(batch,)``."""
-    return losses if losses.ndim == 1 else losses.mean(1)
 
 
 def _query_set_groups(task: Task, name: str) -> Groups:
@@ -131,6 +141,12 @@ def _query_set_groups(task: Task, name: str) -> Groups:
     prefix = f"{name}:" if len(task.queries) > 1 else ""
     groups = Groups.of_labels(labels, name)
     return Groups(tuple(prefix + label for label in groups.labels), groups.datasets, groups.indices)
+
+
+def words(labels: Labels) -> NDArray[np.str_]:
+    """Labels as text, each on its own: in an array of its kind 1 beside 2.5 would become "1.0"."""
+    plain = [label.item() if isinstance(label, Tensor | np.generic) else label for label in labels]
+    return np.asarray([str(label) for label in plain], dtype=np.str_)
 
 
 def _natural(label: str) -> tuple[bool, int, str]:

@@ -6,123 +6,81 @@ the rest of the package ever sees a model.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-from collections.abc import Callable, Mapping, Sequence, Sized
-from functools import cached_property, partial
-from types import FunctionType
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils._pytree import MappingKey, tree_flatten, tree_flatten_with_path, tree_map
-from torch.utils.data import Dataset, TensorDataset, default_collate
 
-from stagewise.checkpoint import tensor_bytes
+from stagewise.checkpoint import Checkpoint, CheckpointError
+from stagewise.data import Batch, Collate, Samples
+from stagewise.functional import PureModel
+from stagewise.layers import in_train_mode
 
-Batch = Any
-"""What the loss receives beside the model: a pytree of tensors whose first axis is the sample."""
+__all__ = ["Batch", "Loss", "Losses", "Objective", "Params", "Samples", "Task"]
 
-Loss = Callable[[Any, Batch], Tensor]
-"""``loss(model, batch) -> (batch,)`` or ``(batch, tokens)``, in nats, one value per sample or token."""
+Loss = Callable[[Any, Batch], Any]
+"""``loss(model, batch)``: values ``(batch,)`` or ``(batch, tokens)``, or a pair of values and weights of one shape."""
 
 Params = Mapping[str, Tensor]
 
-# Layers that behave differently, or keep state, in train mode.
-_MODE_DEPENDENT = (
-    nn.modules.dropout._DropoutNd,
-    nn.modules.batchnorm._NormBase,
-    nn.RReLU,
-)
+Objective = Literal["samples", "tokens"]
+
+_WRAPPERS = ("module.", "_orig_mod.")
 
 
-class Samples:
-    """Data addressed by sample index.
+class Losses(NamedTuple):
+    """What the loss says of a batch.
 
-    Args:
-        data: a map-style dataset (``__len__`` and ``__getitem__``), or a tuple, list or dict of tensors that share
-            their first axis. Tensors stay as they are; items of a dataset are collated when a batch is asked for.
-        name: how error messages call this data.
+    Attributes:
+        values: ``(batch,)`` or ``(batch, tokens)``, in nats; 0 where the weight is 0.
+        weights: of the same shape, not negative; None where all count alike.
     """
 
-    def __init__(self, data: Any, name: str = "data") -> None:
-        if isinstance(data, Samples):
-            data = data.source
-        elif isinstance(data, TensorDataset):
-            data = data.tensors
-        if not hasattr(data, "__getitem__") or isinstance(data, np.ndarray | tuple | list | dict):
-            data = tree_map(lambda leaf: torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf, data)
-        self.name = name
-        self.source: Any = data
-        self._dataset: Dataset[Any] | None = None
-        leaves, _ = tree_flatten(data)
-        if leaves and all(isinstance(leaf, Tensor) for leaf in leaves):
-            lengths = sorted({len(leaf) if leaf.ndim else 0 for leaf in leaves})
-            if len(lengths) != 1:
-                raise ValueError(
-                    f"{name}: tensors disagree on the number of samples, got first axes of {lengths}; "
-                    "every tensor must have one row per sample"
-                )
-            self._length = lengths[0]
-        elif hasattr(data, "__len__") and hasattr(data, "__getitem__"):
-            self._dataset = cast("Dataset[Any]", data)
-            self._length = len(cast(Sized, data))
-        else:
-            raise ValueError(
-                f"{name}: expected a map-style dataset or a tuple, list or dict of tensors, got {type(data).__name__}"
-            )
-        if self._length == 0:
-            raise ValueError(f"{name}: holds no samples")
-
-    def __len__(self) -> int:
-        return self._length
-
-    def batch(self, index: Tensor | slice, device: torch.device | str = "cpu") -> Batch:
-        """The samples ``index`` as one batch on ``device``."""
-        if self._dataset is None:
-            batch = tree_map(lambda leaf: leaf[index], self.source)
-        else:
-            rows = torch.arange(self._length)[index].tolist()
-            batch = default_collate([self._dataset[row] for row in rows])
-        return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
-
-    def batches(self, size: int, device: torch.device | str = "cpu") -> list[Batch]:
-        """All samples in order, in batches of at most ``size``."""
-        return [self.batch(slice(i, i + size), device) for i in range(0, self._length, size)]
-
-    @cached_property
-    def digest(self) -> str:
-        """Hash of the content: equal for equal data, whatever object carries it."""
-        digest = hashlib.sha256(str(self._length).encode())
-        for batch in self.batches(1024):
-            for path, leaf in tree_flatten_with_path(batch)[0]:
-                keys = [str(part.key) for part in path if isinstance(part, MappingKey)]
-                digest.update("/".join(keys).encode())  # which key of a dict holds what
-                if isinstance(leaf, Tensor):
-                    digest.update(tensor_bytes(leaf))
-                else:
-                    digest.update(repr(leaf).encode())
-        return digest.hexdigest()
+    values: Tensor
+    weights: Tensor | None = None
 
 
 class Task:
     """A model, its per-sample (or per-token) losses, and the data they are evaluated on.
 
+    The training objective is a mean,  sum_i a_i l_i / sum_i a_i.  With ``objective="samples"`` every sample counts
+    alike (a_i = 1), and its loss l_i is the mean over its tokens; with ``"tokens"`` every token does (a_i = the sum of
+    the weights of its tokens), as where a trainer averages over all tokens of a batch. Weights that the loss returns
+    beside its values enter both: 0 is padding, a prompt, an ignored label.
+
     Args:
         model: a module in eval mode. It is never modified.
-        loss: ``loss(model, batch)`` returning losses in nats of shape ``(batch,)`` or ``(batch, tokens)``. It must be
-            deterministic, and the loss of a sample must not depend on the other samples of its batch.
-        train: the training set: the data whose influence is asked for. The training objective is the mean of the
-            losses over samples (and tokens).
+        loss: ``loss(model, batch)`` returning losses in nats of shape ``(batch,)`` or ``(batch, tokens)``, or a pair of
+            losses and weights of that shape. It must be deterministic, and the loss of a sample must not depend on
+            the other samples of its batch.
+        train: the training set, whose mean loss was minimised: it drives the chains and is trained on again.
         queries: named data sets whose losses are influenced.
         train_groups: optional label of every training sample, e.g. its class.
         query_groups: optional labels of every sample of each query set, by query name.
+        query_losses: what is measured on a query set, by query name, where it is not the training loss: e.g. a margin
+            or a probability. The same signature as ``loss``; influence on it is in its own units.
+        candidates: indices (or a mask) of the training samples whose influence is asked for; default all. Only their
+            losses are evaluated at every draw.
+        objective: what training averages over, see above.
+        collate: makes a batch of a list of samples, as ``DataLoader(collate_fn=)`` does.
         forward_batch: most samples in one forward pass, where a whole data set is evaluated; bounds the memory.
 
     Raises:
-        ValueError: the model is in train mode although that changes its output, or labels and data differ in length.
+        ValueError: the model is in train mode although that changes its output, labels and data differ in length, or
+            the model or the data cannot be used.
+
+    Example:
+        >>> task = Task(
+        ...     nn.Linear(4, 3),
+        ...     lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none"),
+        ...     train=(torch.randn(8, 4), torch.arange(8) % 3),
+        ...     queries={"val": (torch.randn(5, 4), torch.arange(5) % 3)},
+        ... )
+        >>> len(task.train), task.losses({}, task.train.batch(slice(0, 2))).values.shape
+        (8, torch.Size([2]))
     """
 
     def __init__(
@@ -134,209 +92,256 @@ class Task:
         queries: Mapping[str, Any],
         train_groups: Sequence[Any] | None = None,
         query_groups: Mapping[str, Sequence[Any]] | None = None,
+        query_losses: Mapping[str, Loss] | None = None,
+        candidates: Sequence[int] | Sequence[bool] | Tensor | None = None,
+        objective: Objective = "samples",
+        collate: Collate | None = None,
         forward_batch: int = 2048,
     ) -> None:
         if forward_batch < 1:
             raise ValueError(f"forward_batch must be at least 1, got {forward_batch}")
-        self.forward_batch = forward_batch
-        _refuse_train_mode(model)
-        if not queries:
+        if objective not in ("samples", "tokens"):
+            raise ValueError(f"objective must be 'samples' or 'tokens', got {objective!r}")
+        if not isinstance(queries, Mapping) or not queries:
             raise ValueError(
-                "queries is empty: name at least one data set whose loss is studied, e.g. {'val': val_set}"
+                "queries: name at least one data set whose loss is studied, e.g. {'val': val_set}, got "
+                f"{'none' if isinstance(queries, Mapping) else type(queries).__name__}"
             )
-        if bad := [name for name in queries if not name or "/" in name]:
-            raise ValueError(f"a query set cannot be called {bad[0]!r}: names need a character and no '/'")
+        if bad := [name for name in queries if not _is_name(name)]:
+            raise ValueError(f"a query set cannot be called {bad[0]!r}: a name is text with a character and no '/'")
+        _refuse_train_mode(model)
         self.model = model
         self.loss = loss
-        self.train = Samples(train, "train")
-        self.queries = {name: Samples(data, f"queries[{name!r}]") for name, data in queries.items()}
+        self.objective: Objective = objective
+        self.forward_batch = forward_batch
+        self.pure = PureModel(model)
+        self.train = Samples(train, "train", collate)
+        self.queries = {name: Samples(data, f"queries[{name!r}]", collate) for name, data in queries.items()}
+        self.candidates = _indices(candidates, len(self.train))
         self.train_groups = _labels(train_groups, len(self.train), "train_groups")
-        groups = dict(query_groups or {})
-        if unknown := sorted(set(groups) - set(self.queries)):
-            raise ValueError(f"query_groups names {unknown}, but the queries are {sorted(self.queries)}")
+        for argument, given in (("query_groups", query_groups), ("query_losses", query_losses)):
+            if unknown := sorted(set(given or {}) - set(self.queries)):
+                raise ValueError(f"{argument} names {unknown}, but the queries are {sorted(self.queries)}")
+        groups = query_groups or {}
         self.query_groups = {
             name: _labels(groups.get(name), len(data), f"query_groups[{name!r}]") for name, data in self.queries.items()
         }
-        self._bound = _Bound(model, loss)
+        self.query_losses = dict(query_losses or {})
+        self.checked: set[str] = set()
+        """What :func:`stagewise.check.check` has found in order."""
+        self.sample_weights: Tensor | None = None
+        """Kept by :func:`stagewise.evaluate.sample_weights`."""
+
+    def __repr__(self) -> str:
+        lines = [f"train: {self.train!r}"]
+        if len(self.candidates) < len(self.train):
+            lines.append(f"candidates: {len(self.candidates):,} of them")
+        lines += [f"queries[{name!r}]: {data!r}" for name, data in self.queries.items()]
+        moving = sum(tensor.numel() for tensor in self.trainable.values())
+        lines.append(f"model: {type(self.model).__name__}, {moving:,} trainable parameters")
+        lines.append(f"objective: mean over {self.objective}")
+        return "Task(\n  " + "\n  ".join(lines) + "\n)"
 
     @property
     def device(self) -> torch.device:
         """Where the model lives; batches are moved there."""
-        return next(iter(self.model.parameters())).device
+        return next(iter(self.pure.state.values())).device
+
+    @property
+    def trainable(self) -> Mapping[str, Tensor]:
+        """The parameters that require a gradient, by name."""
+        return self.pure.trainable
+
+    @property
+    def candidate_samples(self) -> Samples:
+        """The training samples whose influence is asked for."""
+        return self.train if len(self.candidates) == len(self.train) else self.train.subset(self.candidates)
 
     def state(self) -> dict[str, Tensor]:
         """Parameters and buffers of the model as it was handed in, by name."""
-        return {name: tensor.detach() for name, tensor in _named_state(self.model).items()}
+        return {name: tensor.detach() for name, tensor in self.pure.state.items()}
 
-    def losses(self, params: Params, batch: Batch) -> Tensor:
+    def losses(self, params: Params, batch: Batch, query: str | None = None) -> Losses:
         """Losses at ``params``: a pure function, safe under ``torch.func``.
 
         Args:
             params: parameters and buffers by name; those left out keep the model's own value.
             batch: as given by ``Samples.batch``.
-
-        Returns:
-            ``(batch,)`` or ``(batch, tokens)``, in nats.
+            query: measure what is measured on this query set; default the training loss.
         """
-        named = {f"model.{name}": tensor for name, tensor in params.items()}
-        return cast(Tensor, functional_call(self._bound, named, (batch,)))
+        loss = self.loss if query is None else self.query_losses.get(query, self.loss)
+        with self.pure.holding(params) as model:
+            return checked_losses(loss(model, batch))
 
-    def outputs(self, params: Params, batch: Batch) -> Any:
-        """What the model returns inside the loss (a pytree of tensors), for Gauss-Newton curvature.
+    def sample_losses(self, params: Params, batch: Batch, query: str | None = None) -> tuple[Tensor, Tensor]:
+        """The loss l_i of every sample and its weight a_i in the objective, ``(batch,)`` each."""
+        return self.by_sample(self.losses(params, batch, query))
+
+    def by_sample(self, losses: Losses) -> tuple[Tensor, Tensor]:
+        """From losses of samples or tokens to the loss l_i and the weight a_i of every sample ``(..., batch)``."""
+        values, weights = losses
+        if values.ndim == 1:
+            return values, torch.ones_like(values) if weights is None else weights
+        if weights is None:
+            weight = float(values.shape[1]) if self.objective == "tokens" else 1.0
+            return values.mean(1), torch.full_like(values[:, 0].detach(), weight)
+        total = weights.sum(1)
+        mean = (weights * values).sum(1) / torch.where(total > 0, total, 1.0)
+        return mean, total if self.objective == "tokens" else (total > 0).to(total)
+
+    def shares(self, losses: Losses) -> Tensor:
+        """The weight of every single loss in the objective, before division by the sum of all a_i."""
+        values, weights = losses
+        weights = torch.ones_like(values) if weights is None else weights
+        if values.ndim == 1 or self.objective == "tokens":
+            return weights
+        total = weights.sum(1, keepdim=True)
+        return weights / torch.where(total > 0, total, 1.0)
+
+    def fitted(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint as this model needs it: its names, its device, nothing missing.
+
+        Any name of a tied weight will do (several if they are equal), and the prefixes of ``torch.compile`` and data
+        parallelism are taken off. Persistent buffers are required, others come from the model.
 
         Raises:
-            ValueError: the loss does not call the model exactly once.
+            CheckpointError: parameters or buffers are missing, unknown, or of another shape or a wider type.
         """
-        recorder = _CallRecorder(partial(functional_call, self.model, dict(params)))
-        self.loss(recorder, batch)
-        if len(recorder.outputs) != 1:
-            raise ValueError(
-                f"Gauss-Newton curvature needs a loss that calls the model once, got {len(recorder.outputs)} calls; "
-                "use curvature='hessian'"
+        where = f"checkpoint at step {checkpoint.step}"
+        own, model = self._own_names(checkpoint, where), self.pure.state
+        for name, first in own.items():
+            tensor, expected = checkpoint.params[name], model[first]
+            if tensor.shape != expected.shape:
+                raise CheckpointError(
+                    f"{where}: {name!r} has shape {tuple(tensor.shape)}, the model expects {tuple(expected.shape)}"
+                )
+            wide = torch.promote_types(expected.dtype, torch.float32) if tensor.is_floating_point() else expected.dtype
+            if torch.promote_types(tensor.dtype, wide) != wide:
+                raise CheckpointError(
+                    f"{where}: {name!r} is {tensor.dtype}, the model's is {expected.dtype}; build the Task with a "
+                    "model of the checkpoint's type (e.g. model.double())"
+                )
+        present = set(own.values())
+        lacking = [n for n in model if n not in present and (n in self.pure.persistent or _is_parameter(model[n]))]
+        if lacking:
+            kind = "parameter" if _is_parameter(model[lacking[0]]) else "buffer"
+            raise CheckpointError(
+                f"{where} lacks {kind} {_some(lacking)}; is it of another model? Save the whole model.state_dict(), "
+                "in which running statistics are too"
             )
-        return recorder.outputs[0]
+        fitted = checkpoint.renamed(self._all_names(checkpoint, own))
+        state = self.state() | dict(fitted.params)
+        params = {name: self._placed(state[name], model[name]) for name in model}
+        return replace(fitted, params=params)
 
-    def losses_from_outputs(self, outputs: Any, batch: Batch) -> Tensor:
-        """The losses that follow from given outputs of the model: ``(batch,)`` or ``(batch, tokens)``."""
-        return self.loss(lambda *_args, **_kwargs: outputs, batch)
-
-    def check(self, params: Params) -> None:
-        """Evaluate two small batches at ``params`` and refuse a loss that no estimator could use.
-
-        Raises:
-            ValueError: the losses have the wrong shape, are not finite, change between two evaluations (dropout,
-                random augmentation) or depend on the rest of the batch (batch statistics).
-        """
-        for samples in (self.train, *self.queries.values()):
-            size = min(4, len(samples))
-            batch = samples.batch(slice(0, size), self.device)
-            with torch.no_grad():
-                first, second = self.losses(params, batch), self.losses(params, batch)
-                alone = self.losses(params, samples.batch(slice(0, 1), self.device))
-            _check_losses(first, size, samples.name)
-            if not torch.equal(first, second):
-                raise ValueError(
-                    f"{samples.name}: two evaluations of the same batch differ by up to "
-                    f"{(first - second).abs().max().item():.3g} nats; losses must be deterministic. "
-                    "Switch off dropout and random augmentation (model.eval(), F.dropout(..., training=False))"
+    def _own_names(self, checkpoint: Checkpoint, where: str) -> dict[str, str]:
+        """The checkpoint's names of the model's tensors, to ours."""
+        names = {name: _bare(name, self.pure.canonical) for name in checkpoint.params}
+        if unknown := [name for name, bare in names.items() if bare not in self.pure.canonical]:
+            raise CheckpointError(f"{where} has {_some(unknown)}, which the model does not; is it of another model?")
+        own = {name: self.pure.canonical[bare] for name, bare in names.items()}
+        first: dict[str, str] = {}
+        for name, ours in own.items():
+            other = first.setdefault(ours, name)
+            if not torch.equal(checkpoint.params[name], checkpoint.params[other]):
+                raise CheckpointError(
+                    f"{where}: {other!r} and {name!r} are one tensor of the model, but differ in the checkpoint; is it "
+                    "of a model whose weights are not tied?"
                 )
-            if not torch.allclose(first[:1], alone, rtol=1e-3, atol=1e-4):
-                raise ValueError(
-                    f"{samples.name}: the loss of sample 0 depends on the rest of its batch "
-                    f"({first[0].mean().item():.5g} beside others, {alone[0].mean().item():.5g} alone); "
-                    "batch statistics and losses averaged over the batch cannot be attributed to samples"
-                )
+        return {name: ours for name, ours in own.items() if first[ours] == name}
 
-    def identity(self) -> dict[str, str]:
-        """What a stored number depends on, one hash per part, so that a mismatch can name the part."""
-        parts = {
-            "model": _digest(repr(self.model), *_state_shapes(self.model), *_layer_sources(self.model)),
-            "loss": _digest(*_function_parts(self.loss)),
-            "training data": self.train.digest,
-        }
-        return parts | {f"query {name!r}": data.digest for name, data in self.queries.items()}
+    def _all_names(self, checkpoint: Checkpoint, own: Mapping[str, str]) -> dict[str, str]:
+        """The same for everything the optimiser remembers, which may know a tied weight by another name."""
+        optimizer = checkpoint.optimizer
+        remembered = [*checkpoint.first_moment, *checkpoint.second_moment, *checkpoint.update_counts]
+        remembered += [name for group in optimizer.groups for name in group.names] if optimizer else []
+        bare = {name: _bare(name, self.pure.canonical) for name in remembered}
+        known = {name: self.pure.canonical[n] for name, n in bare.items() if n in self.pure.canonical}
+        return known | dict(own)
 
-
-class _Bound(nn.Module):
-    """The loss as the forward pass of a module that owns the model, so that ``functional_call`` reaches it."""
-
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
-        super().__init__()
-        self.model = model
-        self._loss = loss
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self._loss(self.model, batch)
+    def _placed(self, tensor: Tensor, like: Tensor) -> Tensor:
+        dtype = torch.promote_types(like.dtype, torch.float32) if like.is_floating_point() else like.dtype
+        return tensor.detach().to(self.device, dtype)
 
 
-class _CallRecorder:
-    """Stands in for the model inside the loss and keeps what the model returned."""
+def checked_losses(result: Any) -> Losses:
+    """What a user's loss returned, as values and weights.
 
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self._call = call
-        self.outputs: list[Any] = []
+    Raises:
+        ValueError: it is neither a tensor nor a pair of tensors of one shape.
+    """
+    values, weights = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+    if not isinstance(values, Tensor) or values.ndim not in (1, 2):
+        got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(
+            f"the loss returned {got}, expected (batch,) or (batch, tokens): one loss per sample or token, not their "
+            "mean (reduction='none'); or a pair of losses and weights of that shape"
+        )
+    if weights is None:
+        return Losses(values)
+    if not isinstance(weights, Tensor) or weights.shape != values.shape:
+        got = f"shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(f"the loss returned weights of {got} beside losses of shape {tuple(values.shape)}")
+    weights = weights.detach().to(values.dtype)
+    return Losses(torch.where(weights > 0, values, 0.0), weights)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = self._call(args, kwargs)
-        self.outputs.append(output)
-        return output
+
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and bool(name.strip()) and "/" not in name
 
 
-def _named_state(model: nn.Module) -> dict[str, Tensor]:
-    return dict(model.named_parameters()) | dict(model.named_buffers())
+def _is_parameter(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter)
+
+
+def _bare(name: str, known: Mapping[str, str]) -> str:
+    """The name without the wrappers' prefixes, wherever they stand."""
+    bare = name
+    for prefix in _WRAPPERS:
+        if bare not in known:
+            bare = bare.replace(prefix, "")
+    return bare
 
 
 def _refuse_train_mode(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if module.training and isinstance(module, _MODE_DEPENDENT):
-            raise ValueError(
-                f"the model is in train mode and contains {type(module).__name__} ({name or 'the model itself'}); "
-                "its losses would be random. Call model.eval() before building the Task"
-            )
+    for name, module in in_train_mode(model).items():
+        raise ValueError(
+            f"the model is in train mode and contains {type(module).__name__} ({name or 'the model itself'}); its "
+            "losses would be random or change the model. Call model.eval() before building the Task"
+        )
 
 
 def _labels(labels: Sequence[Any] | None, length: int, name: str) -> np.ndarray[Any, Any] | None:
+    """One text per sample; every label passes through ``str`` on its own, so that 1 and "1" stay what they are."""
     if labels is None:
         return None
-    array = np.asarray([label.item() if isinstance(label, Tensor) else label for label in labels])
-    if array.shape != (length,):
-        raise ValueError(f"{name}: expected one label for each of {length} samples, got shape {array.shape}")
-    return array.astype(str)
+    plain = [label.item() if isinstance(label, Tensor | np.generic) else label for label in labels]
+    if len(plain) != length or any(isinstance(label, list | tuple | np.ndarray | Tensor) for label in plain):
+        shape = np.shape(labels) if isinstance(labels, np.ndarray | Tensor) else (len(plain),)
+        raise ValueError(f"{name}: expected one label for each of {length} samples, got shape {tuple(shape)}")
+    return np.asarray([str(label) for label in plain], dtype=np.str_)
 
 
-def _check_losses(losses: Any, size: int, name: str) -> None:
-    if not isinstance(losses, Tensor) or losses.ndim not in (1, 2) or losses.shape[0] != size:
-        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+def _indices(candidates: Any, n: int) -> Tensor:
+    """Candidates as ascending indices of training samples."""
+    if candidates is None:
+        return torch.arange(n)
+    chosen = torch.as_tensor(candidates).cpu()
+    if chosen.dtype == torch.bool:
+        if chosen.shape != (n,):
+            raise ValueError(f"candidates: a mask needs one entry for each of {n} samples, got {tuple(chosen.shape)}")
+        chosen = chosen.nonzero().flatten()
+    outside = chosen[(chosen < 0) | (chosen >= n)]
+    if chosen.ndim != 1 or chosen.is_floating_point() or not len(chosen) or len(outside):
         raise ValueError(
-            f"{name}: the loss returned {got} for a batch of {size}, expected ({size},) or ({size}, tokens): one "
-            "loss per sample or token, not their mean (reduction='none')"
+            f"candidates: expected indices from 0 to {n - 1}, got "
+            f"{outside.tolist()[:3] if len(outside) else f'{chosen.dtype} of shape {tuple(chosen.shape)}'}"
         )
-    if losses.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"{name}: losses are {losses.dtype}, whose rounding would drown the covariances; "
-            "return float32 or float64 (logits.float() before the cross-entropy)"
-        )
-    if not torch.isfinite(losses).all():
-        bad = (~torch.isfinite(losses)).reshape(size, -1).any(1).nonzero()[0].item()
-        raise ValueError(f"{name}: the loss of sample {bad} is not finite; check the data and the checkpoint")
+    if len(set(chosen.tolist())) != len(chosen):
+        raise ValueError("candidates: every training sample can be named once only")
+    return chosen.long().sort().values
 
 
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
-def _state_shapes(model: nn.Module) -> list[str]:
-    return [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in _named_state(model).items()]
-
-
-def _layer_sources(model: nn.Module) -> list[str]:
-    """Source of every kind of layer; a change inside a block changes the model although its shapes stay."""
-    return sorted({_source(type(module)) for module in model.modules()})
-
-
-def _source(thing: Any) -> str:
-    try:
-        return inspect.getsource(thing)
-    except (OSError, TypeError):
-        return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', repr(type(thing)))}"
-
-
-def _function_parts(function: Any, seen: frozenset[Any] = frozenset()) -> list[str]:
-    """Everything visible that decides what a loss computes: source, defaults, bound and captured values.
-
-    Functions of the same module that it calls are followed.
-    """
-    if isinstance(function, partial):
-        bound = [repr(function.args), repr(sorted(function.keywords.items()))]
-        return bound + _function_parts(function.func, seen)
-    parts = [_source(function), repr(getattr(function, "__defaults__", None))]
-    if not isinstance(function, FunctionType):
-        return parts
-    captured = [cell.cell_contents for cell in function.__closure__ or ()]
-    named = [function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__]
-    for value in captured + named:
-        if isinstance(value, str | int | float | bool | tuple | type(None)):
-            parts.append(repr(value))
-        elif isinstance(value, FunctionType) and value.__module__ == function.__module__ and value not in seen:
-            parts += _function_parts(value, seen | {function})
-    return parts
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -24,40 +25,70 @@ class ParameterVector:
     Attributes:
         names: the parameters that move, in the order of the vector.
         shapes: their shapes.
+        dtypes: their types, at least float32. The vector has the widest of them.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
 
     @classmethod
-    def of(cls, task: Task, patterns: Sequence[str] = (".*",)) -> ParameterVector:
+    def of(
+        cls, task: Task, patterns: Sequence[str] = (".*",), updated: Collection[str] | None = None
+    ) -> ParameterVector:
         """The trainable parameters whose full name matches one of the regular expressions.
 
+        Args:
+            task: whose model.
+            patterns: regular expressions.
+            updated: only these, e.g. those that the optimiser updates; default all.
+
         Raises:
-            ValueError: a pattern matches nothing, with the names there are.
+            ValueError: a pattern matches nothing, with the names there are, or no parameter is left.
         """
-        trainable = {n: tuple(p.shape) for n, p in task.model.named_parameters() if p.requires_grad}
+        trainable = task.trainable
         for pattern in patterns:
             if not any(re.fullmatch(pattern, name) for name in trainable):
                 raise ValueError(f"no trainable parameter matches {pattern!r}; there are {sorted(trainable)}")
-        chosen = {n: s for n, s in trainable.items() if any(re.fullmatch(p, n) for p in patterns)}
-        return cls(tuple(chosen), tuple(chosen.values()))
+        chosen = {
+            name: tensor
+            for name, tensor in trainable.items()
+            if any(re.fullmatch(p, name) for p in patterns) and (updated is None or name in updated)
+        }
+        if not chosen:
+            raise ValueError(
+                f"no parameter moves: trainable are {sorted(trainable)}, the patterns are {list(patterns)}, and the "
+                f"optimizer updates {'all' if updated is None else sorted(updated)}; call requires_grad_(True) on "
+                "those that training moved"
+            )
+        dtypes = tuple(torch.promote_types(t.dtype, torch.float32) for t in chosen.values())
+        return cls(tuple(chosen), tuple(tuple(t.shape) for t in chosen.values()), dtypes)
 
     @property
     def size(self) -> int:
         """Length of the vector."""
         return sum(math.prod(shape) for shape in self.shapes)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the vector: the widest of its parameters'."""
+        return reduce(torch.promote_types, self.dtypes)
+
     def flatten(self, tensors: Mapping[str, Tensor], like: Tensor | None = None) -> Tensor:
         """Named tensors to a vector ``(parameters,)``, on the device and dtype of ``like`` if given."""
-        vector = torch.cat([tensors[name].detach().reshape(-1) for name in self.names])
+        vector = torch.cat([tensors[name].detach().to(self.dtype).reshape(-1) for name in self.names])
         return vector if like is None else vector.to(like)
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
-        """A vector ``(..., parameters)`` to named tensors ``(..., *shape)``; views, no copies."""
+        """A vector ``(..., parameters)`` to named tensors ``(..., *shape)``: views, but where the types differ.
+
+        A vector of another type than the parameters' (float64 for a check) gives tensors of its own type.
+        """
         pieces = torch.split(vector, [math.prod(shape) for shape in self.shapes], dim=-1)
         lead = vector.shape[:-1]
-        return {n: t.reshape((*lead, *s)) for n, s, t in zip(self.names, self.shapes, pieces, strict=True)}
+        named = zip(self.names, self.shapes, self.dtypes, pieces, strict=True)
+        own = vector.dtype == self.dtype
+        return {name: (t.to(d) if own else t).reshape((*lead, *s)) for name, s, d, t in named}
 
     def fixed(self, params: Params) -> dict[str, Tensor]:
         """The parameters and buffers that do not move."""

@@ -36,8 +36,8 @@ class Sampler(Protocol):
         ...
 
     @classmethod
-    def tuned(cls, slow: float, fast: float) -> Self:
-        """The sampler for a density whose precisions range from ``slow`` to ``fast``."""
+    def tuned(cls, slow: float, fast: float, **options: float) -> Self:
+        """The sampler for a density whose precisions range from ``slow`` to ``fast``, with ``options`` as they are."""
         ...
 
     def relaxation(self, slow: float) -> float:

@@ -11,17 +11,18 @@ from typing import Any, ClassVar, Literal, cast
 import numpy as np
 import torch
 import xarray as xr
-from torch import Generator, Tensor
+from torch import Generator
 
 from stagewise.checkpoint import Checkpoint
+from stagewise.evaluate import Batching
 from stagewise.sampling.base import Sampler
 from stagewise.sampling.curvature import extreme_curvature
-from stagewise.sampling.gradient import Batching, full_gradient, potential_gradient
+from stagewise.sampling.gradient import full_gradient, potential_gradient
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior, largest_window
 from stagewise.sampling.rmsprop_sgld import RMSpropSGLD
 from stagewise.sampling.sgld import SGLD
 from stagewise.sampling.underdamped import Underdamped
-from stagewise.sampling.watch import Watch
+from stagewise.sampling.watch import Seen, Watch
 from stagewise.task import Task
 
 SamplerName = Literal["underdamped", "sgld", "rmsprop_sgld"]
@@ -111,16 +112,16 @@ class Tuning:
     localised: bool
 
 
-def tune(density: LocalDensity, plan: Chains) -> Tuning:
+def tune(density: LocalDensity, sampling: Chains) -> Tuning:
     """Choose step size, burn-in and thinning from the curvature at the checkpoint, unless they are given."""
     curvature = extreme_curvature(density)
     slow, fast = curvature.precision_range(density)
-    sampler = SAMPLERS[plan.sampler].tuned(slow, fast)
-    given = plan.options | ({"step_size": plan.step_size} if plan.step_size is not None else {})
-    sampler = replace(cast(Any, sampler), **given)
+    sampler = SAMPLERS[sampling.sampler].tuned(slow, fast, **sampling.options)
+    if sampling.step_size is not None:
+        sampler = replace(cast(Any, sampler), step_size=sampling.step_size)
     relaxation = sampler.relaxation(slow)
-    burn_in = math.ceil(5 * relaxation) if plan.burn_in is None else plan.burn_in
-    thinning = plan.thinning or max(1, math.ceil(relaxation / 2))
+    burn_in = math.ceil(5 * relaxation) if sampling.burn_in is None else sampling.burn_in
+    thinning = sampling.thinning or max(1, math.ceil(relaxation / 2))
     localised = curvature.localised(density)
     return Tuning(sampler, burn_in, thinning, slow, curvature.smallest, curvature.largest, localised)
 
@@ -129,7 +130,7 @@ def sample_block(
     task: Task,
     checkpoint: Checkpoint,
     posterior: LocalPosterior,
-    plan: Chains,
+    sampling: Chains,
     block: int = 0,
     on_step: Callable[[], None] | None = None,
 ) -> xr.DataTree:
@@ -139,14 +140,15 @@ def sample_block(
         task: the task.
         checkpoint: where.
         posterior: what is sampled.
-        plan: how; ``batching`` must be decided (not ``"auto"``) for the same bits every time.
-        block: which block; it seeds the noise together with ``plan.seed``.
+        sampling: how; ``batching`` must be decided (not ``"auto"``) for the same bits every time.
+        block: which block; it seeds the noise together with ``sampling.seed``.
         on_step: called after every sampler step.
 
     Returns:
-        Groups ``train`` and ``queries/<name>`` with ``loss (chain, draw, sample[, token])`` in nats, the same
-        at the reflected points (``loss_reflected``) and at the checkpoint (``loss_anchor``), and attribute
-        ``is_training_set``, true of a query set whose samples are the training samples; group ``chains`` with
+        Groups ``train`` (the candidates) and ``queries/<name>`` with ``loss (chain, draw, sample[, token])`` in nats,
+        the same at the reflected points (``loss_reflected``) and at the checkpoint (``loss_anchor``), the ``share`` of
+        every loss in the mean over its data set (in the training objective), and attribute ``is_training_set``, true
+        of a query set whose samples are the candidates; group ``chains`` with
         the ``status`` of every chain; attributes with every number that was chosen. A chain that left the
         posterior is ``"diverged"``, and its later draws are the losses at the checkpoint. Where the posterior
         does not exist nothing is drawn and every chain's status is ``"not_localised"``.
@@ -156,34 +158,42 @@ def sample_block(
             needs.
     """
     density = posterior.at(task, checkpoint)
-    task.check(density.state)
-    tuning = tune(density, plan)
-    facts = _facts(density, tuning, plan, checkpoint)
-    numbers = np.arange(block * plan.chains, (block + 1) * plan.chains)
+    tuning = tune(density, sampling)
+    facts = _facts(density, tuning, sampling, checkpoint)
+    numbers = np.arange(block * sampling.chains, (block + 1) * sampling.chains)
     if not tuning.localised and posterior.require_localised:
-        status = np.full(plan.chains, "not_localised")
+        status = np.full(sampling.chains, "not_localised")
         return _tree({}, status, numbers, facts)
-    traces, status = _run(density, tuning, plan, block, on_step or (lambda: None))
+    traces, status = _run(density, tuning, sampling, block, on_step or (lambda: None))
     tree = _tree(traces, status, numbers, facts)
-    for name, data in task.queries.items():
-        if f"queries/{name}" in traces:
-            tree[f"queries/{name}"].attrs["is_training_set"] = data.digest == task.train.digest
+    # An effect of a sample on itself is known by its position: the same samples in the same order.
+    same = {name for name, data in task.queries.items() if data.digest == task.candidate_samples.digest}
+    for name in same:
+        tree[f"queries/{name}"].attrs["is_training_set"] = True
     return tree
 
 
+def unusable_block(step: int, reason: str, sampling: Chains, block: int = 0) -> xr.DataTree:
+    """The cell of a checkpoint at which the posterior cannot be defined: no draws, and the reason why."""
+    numbers = np.arange(block * sampling.chains, (block + 1) * sampling.chains)
+    return _tree({}, np.full(sampling.chains, "unusable"), numbers, {"step": step, "unusable": reason})
+
+
 def _run(
-    density: LocalDensity, tuning: Tuning, plan: Chains, block: int, on_step: Callable[[], None]
-) -> tuple[dict[str, dict[str, Tensor]], np.ndarray[Any, Any]]:
+    density: LocalDensity, tuning: Tuning, sampling: Chains, block: int, on_step: Callable[[], None]
+) -> tuple[dict[str, Seen], np.ndarray[Any, Any]]:
     """Burn in, then draw: traces by data set and variable, and the status of every chain."""
-    batching: Batching = "stacked" if plan.batching == "auto" else plan.batching
-    noise, minibatches = (_generator(plan.seed, block, use, density.anchor.device) for use in ("noise", "batch"))
-    gradient = potential_gradient(density, plan.chains, plan.batch_size, plan.control_variate, batching, minibatches)
+    batching: Batching = "stacked" if sampling.batching == "auto" else sampling.batching
+    noise, minibatches = (_generator(sampling.seed, block, use, density.anchor.device) for use in ("noise", "batch"))
+    gradient = potential_gradient(
+        density, sampling.chains, sampling.batch_size, sampling.control_variate, batching, minibatches
+    )
     sampler = tuning.sampler
-    state = sampler.init(torch.zeros(plan.chains, density.vector.size).to(density.anchor), noise)
-    alive = torch.ones(plan.chains, dtype=torch.bool, device=density.anchor.device)
+    state = sampler.init(torch.zeros(sampling.chains, density.vector.size).to(density.anchor), noise)
+    alive = torch.ones(sampling.chains, dtype=torch.bool, device=density.anchor.device)
     farthest = _farthest(density, tuning.slow)
-    watch = Watch(density, batching, plan.reflect)
-    for step in range(-tuning.burn_in, plan.draws * tuning.thinning):
+    watch = Watch(density, batching, sampling.reflect)
+    for step in range(-tuning.burn_in, sampling.draws * tuning.thinning):
         if step == -(tuning.burn_in // 2):
             state = sampler.freeze(state)
         if alive.any():
@@ -209,27 +219,25 @@ def _farthest(density: LocalDensity, slow: float) -> float:
 
 
 def _tree(
-    traces: dict[str, dict[str, Tensor]],
-    status: np.ndarray[Any, Any],
-    numbers: np.ndarray[Any, Any],
-    facts: dict[str, Any],
+    traces: dict[str, Seen], status: np.ndarray[Any, Any], numbers: np.ndarray[Any, Any], facts: dict[str, Any]
 ) -> xr.DataTree:
     tree = {"chains": xr.Dataset({"status": ("chain", status.astype(str))}, {"chain": numbers})}
-    for name, variables in traces.items():
-        dims = {key: (() if key == "loss_anchor" else ("chain", "draw")) for key in variables}
-        tree[name] = xr.Dataset(
-            {
-                key: ((*dims[key], "sample", "token")[: value.ndim], value.numpy(), {"units": "nats"})
-                for key, value in variables.items()
-            },
-            {"chain": numbers},
-        )
+    for name, seen in traces.items():
+        data = ("sample", "token")[: seen.loss_anchor.ndim]
+        variables = {
+            key: ((*(("chain", "draw") if key in ("loss", "loss_reflected") else ()), *data), value.numpy())
+            for key, value in seen._asdict().items()
+            if value is not None
+        }
+        tree[name] = xr.Dataset(variables, {"chain": numbers})
+        for key in set(variables) - {"share"}:
+            tree[name][key].attrs["units"] = "nats"
     result = xr.DataTree.from_dict(tree)
     result.attrs = facts
     return result
 
 
-def _facts(density: LocalDensity, tuning: Tuning, plan: Chains, checkpoint: Checkpoint) -> dict[str, Any]:
+def _facts(density: LocalDensity, tuning: Tuning, sampling: Chains, checkpoint: Checkpoint) -> dict[str, Any]:
     optimizer, window = density.optimizer, density.posterior.window
     return {
         "step": checkpoint.step,
@@ -240,7 +248,7 @@ def _facts(density: LocalDensity, tuning: Tuning, plan: Chains, checkpoint: Chec
         "centred": density.posterior.centred,
         "window": window,
         "learning_rate": optimizer.learning_rate if optimizer else None,
-        "sampler": plan.sampler,
+        "sampler": sampling.sampler,
         "step_size": tuning.sampler.step_size,
         "burn_in": tuning.burn_in,
         "thinning": tuning.thinning,

@@ -6,22 +6,16 @@ largest stable step, and how many steps the slowest direction needs to forget wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
-from torch.func import grad, vjp, vmap
 
-from stagewise.attention import plain_attention
+from stagewise.evaluate import CURVATURE_SAMPLES, hessian_product, spread_rows
 from stagewise.sampling.posterior import LocalDensity
-from stagewise.task import Batch
 
-# Enough samples to see the ends of the spectrum; a larger training set is represented by this many of them.
-CURVATURE_SAMPLES = 2048
 _DENSE_LIMIT = 32
 _RESTARTS = 100
 
@@ -46,54 +40,17 @@ class Curvature:
         return slow, density.gamma + density.n_beta * max(0.0, self.largest)
 
 
-def hessian_product(density: LocalDensity, samples: int = CURVATURE_SAMPLES) -> Callable[[Tensor], Tensor]:
-    """The map v -> P^(1/2) H P^(1/2) v for the mean loss of ``samples`` training samples.
-
-    Args:
-        density: where; H is taken at the checkpoint.
-        samples: how many training samples; at least as many as there are means all.
-
-    Returns:
-        A function of ``(parameters,)`` or ``(k, parameters)``.
-    """
-    batches = training_batches(density, samples)
-    origin, gradient = torch.zeros_like(density.anchor), grad(density.mean_loss)
-
-    def product(v: Tensor) -> Tensor:
-        total = torch.zeros_like(v)
-        for batch, share in batches:
-            with plain_attention():
-                # H is symmetric, so its product is also the reverse-mode derivative of the gradient: one
-                # graph for all vectors, and cheaper than forward mode.
-                pull = vjp(partial(gradient, batch=batch), origin)[1]
-                total = total + share * (vmap(pull)(v) if v.ndim == 2 else pull(v))[0]
-        return total
-
-    return product
-
-
-def training_batches(density: LocalDensity, samples: int) -> list[tuple[Batch, float]]:
-    """``samples`` training samples in batches, each with its share of them.
-
-    Evenly spaced, because training sets are often sorted, by class for instance.
-    """
-    train, device = density.task.train, density.task.device
-    count = min(samples, len(train))
-    rows = torch.arange(count) * len(train) // count
-    pieces = torch.split(rows, density.task.forward_batch)
-    return [(train.batch(piece, device), len(piece) / count) for piece in pieces]
-
-
 def extreme_curvature(density: LocalDensity) -> Curvature:
     """Both ends of the whitened Hessian's spectrum; the lower to about one per cent of the damping.
 
     Raises:
         ValueError: the products are not finite, or Lanczos did not converge.
     """
-    product, size = hessian_product(density), density.vector.size
+    rows = spread_rows(CURVATURE_SAMPLES, len(density.task.train))
+    product, size = hessian_product(density, density.origin, rows), density.vector.size
 
     def checked(v: Tensor) -> np.ndarray:
-        image = product(v.to(density.anchor)).double().cpu().numpy()
+        image = product(v.to(density.anchor)).cpu().double().numpy()
         if not np.isfinite(image).all():
             raise ValueError(
                 "the curvature of the training loss at this checkpoint is not finite: the loss is not twice "
@@ -110,7 +67,7 @@ def extreme_curvature(density: LocalDensity) -> Curvature:
     shift = 2 * density.damping
     operator = LinearOperator(
         (size, size),
-        matvec=lambda v: checked(torch.from_numpy(v.reshape(-1))) + shift * v.reshape(-1),
+        matvec=lambda v: checked(torch.from_numpy(v.reshape(1, -1)))[0] + shift * v.reshape(-1),
         dtype=np.float64,
     )
     start = np.random.default_rng(0).standard_normal(size)

@@ -4,59 +4,77 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
-from torch.func import grad, vmap
-from torch.utils._pytree import tree_map
+from torch.func import vmap
+from torch.utils._pytree import tree_flatten, tree_map
 
-from stagewise.attention import slow_path
+from stagewise.data import Batch
+from stagewise.evaluate import Batching, chunks, differentiable, gradient, mean_gradient, over_rows, sample_weights
 from stagewise.sampling.base import Gradient, GradientFunction
-from stagewise.sampling.curvature import training_batches
 from stagewise.sampling.posterior import LocalDensity
-from stagewise.task import Batch
-
-Batching = Literal["stacked", "loop"]
 
 
-def over_chains(function: Callable[..., Tensor], batching: Batching) -> Callable[..., Tensor]:
-    """Apply ``function(u, batch)`` to every chain.
+def full_gradient(density: LocalDensity) -> Tensor:
+    """Gradient of the mean training loss at the checkpoint in whitened coordinates ``(parameters,)``."""
+    return mean_gradient(density, density.origin, density.task.train)
 
-    Args:
-        function: of one displacement ``(parameters,)`` and one batch.
-        batching: ``"stacked"`` evaluates all chains at once (``torch.func.vmap``), ``"loop"`` one by one.
 
-    Returns:
-        A function of ``u (chain, parameters)``, a batch, and whether the batch has a chain axis of its own.
+def batch_loss(density: LocalDensity) -> Callable[[Tensor, Batch], Tensor]:
+    """The map from a displacement ``(parameters,)`` and a batch to its estimate of the mean training loss, nats.
+
+    It is  sum_i a_i l_i / (m mean(a)):  without bias whatever samples are drawn, where the mean over the batch's own
+    weights would have one.
     """
+    mean_weight = float(sample_weights(density).mean())
 
-    def apply(u: Tensor, batch: Batch, own_batch: bool = False) -> Tensor:
-        if batching == "stacked":
-            return vmap(function, in_dims=(0, 0 if own_batch else None))(u, batch)
-        rows = [tree_map(lambda leaf, i=i: leaf[i], batch) if own_batch else batch for i in range(len(u))]
-        return torch.stack([function(one, row) for one, row in zip(u, rows, strict=True)])
+    def loss(u: Tensor, batch: Batch) -> Tensor:
+        losses, weights = density.sample_losses(u, batch)
+        return (weights * losses).sum() / (len(losses) * mean_weight)
 
-    return apply
+    return loss
 
 
-def chain_gradients(loss: Callable[..., Tensor], batching: Batching) -> Callable[..., Tensor]:
-    """The gradient of ``loss(u, batch)``, a number, of every chain; called like a function of ``over_chains``.
+def chain_gradients(loss: Callable[[Tensor, Batch], Tensor], batching: Batching) -> Callable[[Tensor, Batch], Tensor]:
+    """The gradient of ``loss(u, batch)`` of every chain, on one batch: ``(chain, parameters)``.
 
     Stacked chains share one backward pass: no chain's loss depends on another's position, so that the gradient of their
     sum is the gradient of each. One layer of batching is less work than the batched gradient of a single chain.
     """
-    if batching == "loop":
-        return over_chains(grad(loss), batching)
-    losses = over_chains(loss, batching)
 
-    def apply(u: Tensor, batch: Batch, own_batch: bool = False) -> Tensor:
-        with slow_path(), torch.inference_mode(False), torch.enable_grad():
-            leaf = u.detach().requires_grad_()
-            total = losses(leaf, batch, own_batch).sum()
-            if not total.requires_grad:  # a loss that does not depend on the parameters
-                return torch.zeros_like(u)
-            return torch.autograd.grad(total, leaf)[0]
+    def apply(u: Tensor, batch: Batch) -> Tensor:
+        if batching == "loop":
+            return torch.stack([_gradient(loss, row, batch) for row in u])
+        with differentiable(u) as leaf:
+            return gradient(over_rows(lambda row: loss(row, batch), leaf, batching).sum(), leaf)
+
+    return apply
+
+
+def _gradient(loss: Callable[[Tensor, Batch], Tensor], u: Tensor, batch: Batch) -> Tensor:
+    with differentiable(u) as leaf:
+        return gradient(loss(leaf, batch), leaf)
+
+
+def _own_gradients(
+    loss: Callable[[Tensor, Batch], Tensor], batching: Batching
+) -> Callable[[Tensor, list[Batch]], Tensor]:
+    """The same, every chain on a batch of its own; stacked where the batches are tensors of equal shapes."""
+
+    def apply(u: Tensor, batches: list[Batch]) -> Tensor:
+        flat = [tree_flatten(batch)[0] for batch in batches]
+        same = all(
+            isinstance(leaf, Tensor) and leaf.shape == first.shape
+            for leaves in flat
+            for leaf, first in zip(leaves, flat[0], strict=False)
+        )
+        if batching == "loop" or not same:
+            return torch.stack([_gradient(loss, row, batch) for row, batch in zip(u, batches, strict=True)])
+        stacked = tree_map(lambda *leaves: torch.stack(leaves), *batches)
+        with differentiable(u) as leaf:
+            return gradient(vmap(loss)(leaf, stacked).sum(), leaf)
 
     return apply
 
@@ -70,14 +88,6 @@ def reshuffled(n: int, size: int, generator: Generator) -> Iterator[Tensor]:
     while True:
         order = torch.randperm(n, generator=generator)
         yield from (order[i : i + size] for i in range(0, n - size + 1, size))
-
-
-def full_gradient(density: LocalDensity) -> Tensor:
-    """Gradient of the mean training loss at the checkpoint in whitened coordinates ``(parameters,)``."""
-    origin = torch.zeros_like(density.anchor)
-    slope = grad(density.mean_loss)
-    batches = training_batches(density, len(density.task.train))
-    return sum((share * slope(origin, batch) for batch, share in batches), torch.zeros_like(origin))
 
 
 def potential_gradient(
@@ -102,47 +112,50 @@ def potential_gradient(
         chains: number of chains.
         batch_size: samples per minibatch; None is the whole training set.
         control_variate: see above; without noise (full batch) it changes nothing.
-        batching: see ``over_chains``.
+        batching: stack the chains, or loop over them.
         generator: draws the minibatches.
     """
     train, device = density.task.train, density.task.device
     n_beta, gamma, centred = density.n_beta, density.gamma, density.posterior.centred
-    anchor_gradient = full_gradient(density)
-    origin = torch.zeros_like(density.anchor)
-    per_chain = chain_gradients(density.mean_loss, batching)
+    loss, origin = batch_loss(density), density.origin
+    per_chain = chain_gradients(loss, batching)
 
     if batch_size is None or batch_size >= len(train):
-        batches = training_batches(density, len(train))
+        batches = list(chunks(density.task, train))
+        shares = [min(density.task.forward_batch, len(train)) / len(train)] * len(batches)
+        shares[-1] = 1 - sum(shares[:-1])
+        anchor_gradient = full_gradient(density) if centred else None
 
         def exact(u: Tensor) -> Gradient:
-            loss = sum((share * per_chain(u, batch) for batch, share in batches), torch.zeros_like(u))
-            drift = loss - anchor_gradient if centred else loss
-            return Gradient(n_beta * drift + gamma * u, loss)
+            parts = (share * per_chain(u, batch) for batch, share in zip(batches, shares, strict=True))
+            slope = sum(parts, torch.zeros_like(u))
+            drift = slope if anchor_gradient is None else slope - anchor_gradient
+            return Gradient(n_beta * drift + gamma * u, slope)
 
         return exact
 
     if control_variate:
         indices = reshuffled(len(train), batch_size, generator)
+        anchor_gradient = None if centred else full_gradient(density)
 
         def anchored(u: Tensor) -> Gradient:
             batch = train.batch(next(indices), device)
-            loss = per_chain(u, batch)
-            drift = loss - grad(density.mean_loss)(origin, batch)
-            if not centred:
+            slope = per_chain(u, batch)
+            drift = slope - _gradient(loss, origin, batch)
+            if anchor_gradient is not None:
                 drift = drift + anchor_gradient
-            return Gradient(n_beta * drift + gamma * u, loss)
+            return Gradient(n_beta * drift + gamma * u, slope)
 
         return anchored
 
     own = [reshuffled(len(train), batch_size, generator) for _ in range(chains)]
+    of_chains = _own_gradients(loss, batching)
+    anchor_gradient = full_gradient(density) if centred else None
 
     def plain(u: Tensor) -> Gradient:
-        index = torch.cat([next(indices) for indices in own])
-        flat = train.batch(index, device)
-        batch = tree_map(lambda leaf: leaf.reshape(chains, batch_size, *leaf.shape[1:]), flat)
-        loss = per_chain(u, batch, True)
-        drift = loss - anchor_gradient if centred else loss
-        return Gradient(n_beta * drift + gamma * u, loss)
+        slope = of_chains(u, [train.batch(next(indices), device) for indices in own])
+        drift = slope if anchor_gradient is None else slope - anchor_gradient
+        return Gradient(n_beta * drift + gamma * u, slope)
 
     return plain
 
@@ -151,21 +164,26 @@ def choose_batching(density: LocalDensity, chains: int, batch_size: int | None) 
     """Time three gradients of a block both ways and take the faster: the loop if the model cannot be stacked.
 
     The choice decides the last bits of every draw, so callers must record it with the run.
+
+    Raises:
+        torch.OutOfMemoryError: the chains do not fit; that says nothing of whether they can be stacked.
     """
     seconds: dict[Batching, float] = {}
     u = torch.zeros(chains, density.vector.size).to(density.anchor)
     methods: tuple[Batching, ...] = ("stacked", "loop")
     for batching in methods:
-        gradient = potential_gradient(density, chains, batch_size, True, batching, Generator().manual_seed(0))
+        slope = potential_gradient(density, chains, batch_size, True, batching, Generator().manual_seed(0))
         try:
-            gradient(u)
+            slope(u)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:
             if batching == "loop":
                 raise
             continue  # an operation without a batching rule
         start = time.perf_counter()
         for _ in range(3):
-            _wait(gradient(u))
+            _wait(slope(u))
         seconds[batching] = time.perf_counter() - start
     return min(seconds, key=lambda batching: seconds[batching])
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from stagewise.checkpoint import Checkpoint, Optimizer
-from stagewise.checkpoints.trajectory import check_fits
-from stagewise.task import Batch, Task
-from stagewise.vector import ParameterVector
+from stagewise.evaluate import Point, at
+from stagewise.sampling.metric import adam_metric, clip_factor, relative_rates
+from stagewise.task import Task
 
 Metric = Literal["euclidean", "adam"]
 
@@ -83,38 +83,60 @@ class LocalPosterior:
         Raises:
             ValueError: the checkpoint lacks what the window (optimiser) or the metric (second moments) needs.
         """
-        check_fits(task, checkpoint)
-        state = task.state() | {k: v.to(task.device) for k, v in checkpoint.params.items()}
-        vector = ParameterVector.of(task, self.parameters)
-        anchor = vector.flatten(state)
+        point, checkpoint = at(task, checkpoint, self.parameters, curvature=True)
+        anchor = point.vector.flatten(point.state)
         n_beta = self.n_beta or DEFAULT_N_BETA_PER_SAMPLE * len(task.train)
         optimizer = checkpoint.optimizer
         metric = self.metric_for(optimizer)
-        scale = adam_scale(vector, checkpoint).to(anchor) if metric == "adam" else torch.ones_like(anchor)
-        gamma = self._gamma(n_beta, checkpoint)
-        return LocalDensity(task, vector, state, anchor, scale, gamma, n_beta, metric, self, optimizer)
+        gamma = self._gamma(n_beta, checkpoint, point, anchor)
+        scale = torch.ones_like(anchor)
+        if metric == "adam":
+            scale = adam_metric(point, checkpoint, self.window).sqrt().to(anchor)
+        rates = relative_rates(point.vector, optimizer) if optimizer and self.window else None
+        if rates is not None:
+            scale = scale * rates.sqrt().to(anchor)
+        if not (scale > 0).any():
+            raise ValueError(
+                f"at step {checkpoint.step} no parameter moves: no training sample has a gradient there, or every "
+                "learning rate is 0"
+            )
+        return LocalDensity(
+            point.task,
+            point.vector,
+            point.state,
+            anchor=anchor,
+            scale=scale,
+            gamma=gamma,
+            n_beta=n_beta,
+            metric=metric,
+            posterior=self,
+            optimizer=optimizer,
+        )
 
-    def _gamma(self, n_beta: float, checkpoint: Checkpoint) -> float:
+    def _gamma(self, n_beta: float, checkpoint: Checkpoint, point: Point, anchor: Tensor) -> float:
+        optimizer = checkpoint.optimizer
         if self.window is None:
             return cast(float, self.gamma)
-        if checkpoint.optimizer is None:
+        if optimizer is None:
             raise ValueError(
                 f"checkpoint at step {checkpoint.step} has no record of its optimiser, which window= needs; "
                 "record checkpoints with stagewise.Recorder, or set gamma= by hand"
             )
-        return n_beta / window_reach(self.window, checkpoint.optimizer)
+        if optimizer.learning_rate == 0:
+            raise ValueError(
+                f"the learning rate at step {checkpoint.step} is 0, as in front of a warm-up: no update follows that "
+                "data could change; look at a later step"
+            )
+        return n_beta / (window_reach(self.window, optimizer) * clip_factor(point, anchor, optimizer))
 
 
-@dataclass(frozen=True)
-class LocalDensity:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LocalDensity(Point):
     """A :class:`LocalPosterior` at one checkpoint, in whitened displacements ``u (parameters,)``.
 
     Attributes:
-        task: the task.
-        vector: the parameters that move.
-        state: parameters and buffers at the checkpoint.
         anchor: the checkpoint w* ``(parameters,)``.
-        scale: square root of the metric P ``(parameters,)``.
+        scale: square root of the metric P ``(parameters,)``; 0 along parameters that do not move.
         gamma: precision of the localisation of ``u``.
         n_beta: inverse temperature times the number of samples.
         metric: name of the metric.
@@ -122,9 +144,6 @@ class LocalDensity:
         optimizer: the run's update rule at the checkpoint, if recorded.
     """
 
-    task: Task
-    vector: ParameterVector
-    state: dict[str, Tensor]
     anchor: Tensor
     scale: Tensor
     gamma: float
@@ -143,36 +162,10 @@ class LocalDensity:
         """Ratio gamma / n_beta: with a window, 1 / (learning rate x effective window)."""
         return self.gamma / self.n_beta
 
-    def losses(self, u: Tensor, batch: Batch) -> Tensor:
-        """Losses at one displacement ``(parameters,)``: ``(batch,)`` or ``(batch, tokens)``, nats."""
-        moved = self.vector.unflatten(self.anchor + self.scale * u)
-        return self.task.losses(self.state | moved, batch)
-
-    def mean_loss(self, u: Tensor, batch: Batch) -> Tensor:
-        """Mean loss of a batch at one displacement, nats."""
-        return self.losses(u, batch).mean()
-
-
-def adam_scale(vector: ParameterVector, checkpoint: Checkpoint) -> Tensor:
-    """Square root of Adam's metric, (sqrt(v / (1 - beta2^step)) + eps)^(-1/2), shape ``(parameters,)``.
-
-    Raises:
-        ValueError: the checkpoint has no second moments, or lacks those of a parameter that moves.
-    """
-    optimizer, moments = checkpoint.optimizer, checkpoint.second_moment
-    if optimizer is None or optimizer.name != "adam" or checkpoint.step == 0 or not moments:
-        raise ValueError(
-            f"checkpoint at step {checkpoint.step} has no second moments of Adam, which metric='adam' needs; "
-            "record checkpoints with stagewise.Recorder after the first update, or use metric='euclidean'"
-        )
-    if missing := [name for name in vector.names if name not in moments]:
-        raise ValueError(
-            f"checkpoint at step {checkpoint.step} has no second moment for {len(missing)} of "
-            f"{len(vector.names)} parameters ({missing[0]!r}, ...), which metric='adam' needs; leave them "
-            "out with parameters=, or use metric='euclidean'"
-        )
-    corrected = vector.flatten(moments) / (1 - optimizer.betas[1] ** checkpoint.step)
-    return (corrected.sqrt() + optimizer.eps).rsqrt()
+    @property
+    def origin(self) -> Tensor:
+        """The displacement 0, the checkpoint itself ``(parameters,)``."""
+        return torch.zeros_like(self.anchor)
 
 
 def window_reach(window: int, optimizer: Optimizer) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Generator, Tensor
@@ -53,10 +53,10 @@ class RMSpropSGLD:
     start: Literal[0, 1] = 0
 
     @classmethod
-    def tuned(cls, slow: float, fast: float) -> Self:
+    def tuned(cls, slow: float, fast: float, **options: Any) -> Self:
         """Safe for any V: the longest elementwise step, step_size / stability, times ``fast`` is 0.4."""
         del slow
-        return cls(0.4 / fast * cls.stability)
+        return cls(0.4 / fast * options.get("stability", cls.stability), **options)
 
     def relaxation(self, slow: float) -> float:
         """As for SGLD at the longest elementwise step; larger gradients make it slower."""

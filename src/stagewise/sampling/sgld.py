@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Generator, Tensor
@@ -33,10 +33,10 @@ class SGLD:
     step_size: float
 
     @classmethod
-    def tuned(cls, slow: float, fast: float) -> Self:
+    def tuned(cls, slow: float, fast: float, **options: Any) -> Self:
         """step_size * fast = 0.4: the variance of the stiffest direction is 11 per cent too large."""
         del slow
-        return cls(0.4 / fast)
+        return cls(0.4 / fast, **options)
 
     def relaxation(self, slow: float) -> float:
         """A deviation decays by the factor 1 - step_size * slow / 2 each step."""

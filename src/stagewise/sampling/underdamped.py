@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Generator, Tensor
@@ -43,9 +43,9 @@ class Underdamped:
     friction: float
 
     @classmethod
-    def tuned(cls, slow: float, fast: float) -> Self:
+    def tuned(cls, slow: float, fast: float, **options: Any) -> Self:
         """step_size * (highest frequency) = 1, friction = lowest frequency."""
-        return cls(1 / math.sqrt(fast), math.sqrt(slow))
+        return cls(1 / math.sqrt(fast), **{"friction": math.sqrt(slow)} | options)
 
     def relaxation(self, slow: float) -> float:
         """Amplitudes decay at friction/2 (oscillating) or slow/friction (creeping), whichever is slower."""

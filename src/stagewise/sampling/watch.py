@@ -1,62 +1,105 @@
-"""What the chains see: the losses of every data set at every draw."""
+"""What the chains see: the losses of the candidates and of every query set at every draw."""
 
 from __future__ import annotations
 
+from functools import partial
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from stagewise.sampling.gradient import Batching, over_chains
+from stagewise.data import Batch, Samples
+from stagewise.evaluate import Batching, chunks, over_rows, sample_weights
 from stagewise.sampling.posterior import LocalDensity
-from stagewise.task import Batch
+
+
+class Seen(NamedTuple):
+    """One data set as the chains have seen it.
+
+    Attributes:
+        loss: ``(chain, draw, sample[, token])``, float64, as ``loss_anchor`` plus its change in float32.
+        loss_reflected: the same at the reflected points, or None.
+        loss_anchor: at the checkpoint ``(sample[, token])``, float64.
+        share: of every loss in the mean over the data set ``(sample[, token])``, float64: in the training objective for
+            candidates. 0 where the loss has no weight, and where a shorter sample is padded.
+    """
+
+    loss: Tensor
+    loss_reflected: Tensor | None
+    loss_anchor: Tensor
+    share: Tensor
 
 
 class Watch:
-    """Evaluates and keeps the losses of the training set and of every query set.
+    """Evaluates and keeps the losses of the candidates and of every query set.
 
     Args:
         density: whose losses, in which coordinates.
-        batching: see ``over_chains``.
+        batching: stack the chains, or loop over them.
         reflect: also evaluate at the reflected points.
     """
 
     def __init__(self, density: LocalDensity, batching: Batching, reflect: bool) -> None:
+        self._density, self._batching = density, batching
         task = density.task
-        sets = {"train": task.train} | {f"queries/{name}": data for name, data in task.queries.items()}
-        # Equal data have equal losses: a query set that is the training set is evaluated once.
-        self._content = {name: data.digest for name, data in sets.items()}
-        self._batches = {data.digest: data.batches(task.forward_batch, task.device) for data in sets.values()}
-        self._signs = {"loss": 1.0} | ({"loss_reflected": -1.0} if reflect else {})
-        self._draws: dict[tuple[str, str], list[Tensor]] = {
-            (content, variable): [] for content in self._batches for variable in self._signs
+        sets = {"train": (task.candidate_samples, None)} | {
+            f"queries/{name}": (data, name) for name, data in task.queries.items()
         }
-        self._losses = over_chains(density.losses, batching)
-        self._origin = torch.zeros_like(density.anchor)
+        # Equal data have equal losses: a query set that is the training set is evaluated once.
+        self._key = {
+            name: f"{data.digest}/{query if query in task.query_losses else ''}" for name, (data, query) in sets.items()
+        }
+        self._sets = {self._key[name]: _Set(density, data, query) for name, (data, query) in sets.items()}
+        self._signs = (1.0, -1.0) if reflect else (1.0,)
+        self._draws: dict[str, list[Tensor]] = {key: [] for key in self._sets}
 
     def draw(self, u: Tensor) -> Tensor:
         """Record the losses at ``u (chain, parameters)``; returns whether they are finite ``(chain,)``."""
         finite = torch.ones(len(u), dtype=torch.bool, device=u.device)
-        places = torch.cat([sign * u for sign in self._signs.values()])
-        for content, batches in self._batches.items():
-            seen = torch.split(self._evaluate(places, batches), len(u))
-            for variable, losses in zip(self._signs, seen, strict=True):
-                finite &= torch.isfinite(losses).flatten(1).all(1)
-                self._draws[content, variable].append(losses.float().cpu())
+        places = torch.cat([sign * u for sign in self._signs])
+        for key, data in self._sets.items():
+            losses = data.losses(places, self._batching)
+            change = (losses - data.anchor.to(losses.device)).float()
+            finite &= torch.isfinite(change).flatten(1).all(1).reshape(len(self._signs), -1).all(0)
+            self._draws[key].append(change.cpu().reshape(len(self._signs), len(u), *change.shape[1:]))
         return finite
 
-    def traces(self) -> dict[str, dict[str, Tensor]]:
-        """All that was recorded: data set -> variable -> ``(chain, draw, sample[, token])``, float32.
-
-        And ``loss_anchor (sample[, token])``, the losses at the checkpoint.
-        """
-        recorded = {
-            content: {"loss_anchor": self._evaluate(self._origin[None], batches)[0].float().cpu()}
-            for content, batches in self._batches.items()
+    def traces(self) -> dict[str, Seen]:
+        """All that was recorded, by data set."""
+        seen = {}
+        for key, data in self._sets.items():
+            draws = torch.stack(self._draws[key], 2) + data.anchor.cpu()  # (sign, chain, draw, ...)
+            seen[key] = Seen(draws[0], draws[1] if len(draws) > 1 else None, data.anchor.cpu(), data.share)
+        total = float(sample_weights(self._density).sum())
+        return {
+            name: seen[key]._replace(share=seen[key].share / (total if name == "train" else seen[key].share.sum()))
+            for name, key in self._key.items()
         }
-        for (content, variable), draws in self._draws.items():
-            recorded[content][variable] = torch.stack(draws, dim=1)
-        return {name: recorded[content] for name, content in self._content.items()}
+
+
+class _Set:
+    """A data set in batches on the device, with its losses at the checkpoint."""
+
+    def __init__(self, density: LocalDensity, data: Samples, query: str | None) -> None:
+        self._density, self._query = density, query
+        self._batches: list[Batch] = list(chunks(density.task, data))
+        with torch.no_grad():
+            first = [density.losses(density.origin, batch, query) for batch in self._batches]
+        self._width = max(losses.values.shape[1] if losses.values.ndim == 2 else 0 for losses in first)
+        # float64 before anything is subtracted: losses may be large beside their fluctuations.
+        self.anchor = torch.cat([self._padded(losses.values) for losses in first]).double()
+        self.share = torch.cat([self._padded(density.task.shares(losses)) for losses in first]).double().cpu()
 
     @torch.no_grad()
-    def _evaluate(self, u: Tensor, batches: list[Batch]) -> Tensor:
-        """Losses of a whole data set at ``u (chain, parameters)``: ``(chain, sample[, token])``."""
-        return torch.cat([self._losses(u, batch) for batch in batches], dim=1)
+    def losses(self, u: Tensor, batching: Batching) -> Tensor:
+        """At ``u (chain, parameters)``: ``(chain, sample[, token])``, float64."""
+        parts = [over_rows(partial(self._values, batch), u, batching) for batch in self._batches]
+        return torch.cat([self._padded(part) for part in parts], 1).double()
+
+    def _values(self, batch: Batch, u: Tensor) -> Tensor:
+        return self._density.losses(u, batch, self._query).values
+
+    def _padded(self, values: Tensor) -> Tensor:
+        """Losses of tokens as wide as those of the longest sample."""
+        return pad(values, (0, self._width - values.shape[-1])) if self._width else values

@@ -1,0 +1,263 @@
+"""A task at a point of its parameters: losses, gradients of means, products with curvature.
+
+All derivatives are reverse mode through ordinary autograd, as training is: what is hidden from ``backward()`` there is
+hidden here. Several vectors or several places are evaluated stacked (``vmap``) where the model allows it, one by one
+elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from stagewise.attention import plain_attention, slow_path
+from stagewise.check import check
+from stagewise.checkpoint import Checkpoint
+from stagewise.data import Batch, Samples
+from stagewise.groups import Groups
+from stagewise.task import Losses, Task
+from stagewise.vector import ParameterVector
+
+Batching = Literal["stacked", "loop"]
+"""Several places in one ``torch.func.vmap``, or one by one: for models that vmap cannot trace or that are large."""
+
+CURVATURE_SAMPLES = 2048
+"""Enough samples to see the spectrum; a larger training set is represented by this many of them."""
+
+Product = Callable[[Tensor], Tensor]
+"""Vectors ``(k, parameters)`` to their images."""
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """A task as a function of a vector u of the parameters that move.
+
+    Attributes:
+        task: the task.
+        vector: which parameters move.
+        state: all parameters and buffers by name, on the task's device; those that do not move are taken from here.
+        anchor: where u = 0 lies ``(parameters,)``; None: u holds the parameters themselves.
+        scale: length of a unit of u along each parameter ``(parameters,)``; None: 1.
+    """
+
+    task: Task
+    vector: ParameterVector
+    state: Mapping[str, Tensor]
+    anchor: Tensor | None = None
+    scale: Tensor | None = None
+
+    def params(self, u: Tensor) -> dict[str, Tensor]:
+        """All parameters and buffers at one place ``(parameters,)``."""
+        moved = u if self.scale is None else self.scale * u
+        moved = moved if self.anchor is None else self.anchor + moved
+        return {**self.state, **self.vector.unflatten(moved)}
+
+    def losses(self, u: Tensor, batch: Batch, query: str | None = None) -> Losses:
+        """Losses of a batch at one place, in nats."""
+        return self.task.losses(self.params(u), batch, query)
+
+    def sample_losses(self, u: Tensor, batch: Batch, query: str | None = None) -> tuple[Tensor, Tensor]:
+        """Loss and weight of every sample of a batch at one place, ``(batch,)`` each."""
+        return self.task.by_sample(self.losses(u, batch, query))
+
+
+def at(
+    task: Task, checkpoint: Checkpoint, parameters: Sequence[str] = (".*",), *, curvature: bool = False
+) -> tuple[Point, Checkpoint]:
+    """The door through which every room enters: a checked task at a checked checkpoint.
+
+    Args:
+        task: the task.
+        checkpoint: as it was recorded.
+        parameters: regular expressions; of the parameters that the optimiser updates, those that match one move.
+        curvature: whether second derivatives will be used.
+
+    Returns:
+        The point, u being the parameters themselves, and the checkpoint under the model's own names.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model.
+        ValueError: the losses are unusable, see :func:`stagewise.check.check`.
+    """
+    fitted = task.fitted(checkpoint)
+    check(task, fitted, curvature=curvature)
+    updated = fitted.optimizer.updated if fitted.optimizer else None
+    return Point(task, ParameterVector.of(task, parameters, updated), fitted.params), fitted
+
+
+def spread_rows(count: int, n: int) -> Tensor:
+    """``count`` of ``n`` samples, evenly spaced: data sets are often sorted, by class for instance."""
+    count = min(count, n)
+    return torch.arange(count) * n // count
+
+
+def chunks(task: Task, data: Samples, rows: Tensor | None = None) -> Iterator[Batch]:
+    """The samples ``rows`` of a data set, default all, in batches that fit in memory."""
+    rows = torch.arange(len(data)) if rows is None else rows
+    return (data.batch(piece, task.device) for piece in torch.split(rows, task.forward_batch))
+
+
+def sample_weights(point: Point) -> Tensor:
+    """The weight a_i of every training sample in the objective ``(n,)``, float64. It depends on the data alone.
+
+    Raises:
+        ValueError: all are 0.
+    """
+    task = point.task
+    if task.sample_weights is None:
+        weights = _uniform_weights(point)
+        if weights is None:
+            with torch.no_grad():
+                parts = [task.sample_losses(point.state, batch)[1].cpu() for batch in chunks(task, task.train)]
+            weights = torch.cat(parts).double()
+        if not weights.sum() > 0:
+            raise ValueError("train: all weights that the loss returned are 0, so that there was nothing to learn")
+        task.sample_weights = weights
+    return task.sample_weights
+
+
+def _uniform_weights(point: Point) -> Tensor | None:
+    """Weights of 1, where one sample is enough to know that all have it."""
+    task = point.task
+    with torch.no_grad():
+        values, weights = task.losses(point.state, task.train.batch(slice(0, 1), task.device))
+    known = weights is None and (values.ndim == 1 or task.objective == "samples")
+    return torch.ones(len(task.train), dtype=torch.float64) if known else None
+
+
+def mean_gradient(
+    point: Point, u: Tensor, data: Samples, rows: Tensor | None = None, query: str | None = None
+) -> Tensor:
+    """Gradient of the weighted mean loss of some samples, default all: ``(parameters,)``."""
+    total, weight = torch.zeros_like(u), 0.0
+    for batch in chunks(point.task, data, rows):
+        with differentiable(u) as leaf:
+            losses, weights = point.sample_losses(leaf, batch, query)
+            total += gradient((weights * losses).sum(), leaf)
+        weight += float(weights.sum())
+    return total / weight if weight else total
+
+
+def group_gradients(point: Point, u: Tensor, groups: Groups) -> Tensor:
+    """Gradient of the mean loss of every group of queries, or of n times the objective by the weight of one sample.
+
+    With equal weights the latter is the mean gradient of the group's samples too; else every sample counts with
+    a_i / mean(a).
+
+    Returns:
+        ``(group, parameters)``.
+    """
+    task, rows = point.task, []
+    for dataset, index in zip(groups.datasets, groups.indices, strict=True):
+        if dataset != "train":
+            rows.append(mean_gradient(point, u, task.queries[dataset], index, dataset))
+            continue
+        weights = sample_weights(point)
+        share = float(weights[index].mean() / weights.mean())
+        rows.append(share * mean_gradient(point, u, task.train, index))
+    return torch.stack(rows)
+
+
+def directional_derivatives(
+    point: Point, u: Tensor, directions: Tensor, data: Samples, query: str | None = None
+) -> Tensor:
+    """Derivative of every sample's loss along each direction ``(direction, parameters)``: ``(direction, sample)``."""
+    scores = []
+    for batch in chunks(point.task, data):
+        with plain_attention(), differentiable(u) as leaf:
+            losses, _ = point.sample_losses(leaf, batch, query)
+            scores.append(push([losses], leaf, directions)[0])
+    return torch.cat(scores, 1)
+
+
+def hessian_product(point: Point, u: Tensor, rows: Tensor | None = None) -> Product:
+    """Vectors ``(k, parameters)`` to H v, for the objective on some training samples, default all."""
+
+    def product(vectors: Tensor) -> Tensor:
+        image, weight = torch.zeros_like(vectors), 0.0
+        for batch in chunks(point.task, point.task.train, rows):
+            with plain_attention(), differentiable(u) as leaf:
+                losses, weights = point.sample_losses(leaf, batch)
+                slope = gradient((weights * losses).sum(), leaf, create_graph=True)
+                image += pull([slope], [leaf], [vectors])[0]
+            weight += float(weights.sum())
+        return image / weight
+
+    return product
+
+
+def dense(product: Product, like: Tensor, rows: int = 128) -> Tensor:
+    """The symmetric matrix behind a product, ``(parameters, parameters)``, a few of its rows at a time."""
+    identity = torch.eye(len(like), dtype=like.dtype, device=like.device)
+    matrix = torch.cat([product(piece) for piece in torch.split(identity, rows)])
+    return (matrix + matrix.mT) / 2
+
+
+def over_rows(function: Callable[[Tensor], Tensor], rows: Tensor, batching: Batching) -> Tensor:
+    """``function`` of every row of ``rows (k, parameters)``: ``(k, ...)``."""
+    if batching == "stacked" and len(rows) > 1:
+        stacked: Tensor = vmap(function)(rows)
+        return stacked
+    return torch.stack([function(row) for row in rows])
+
+
+@contextmanager
+def differentiable(u: Tensor) -> Iterator[Tensor]:
+    """A leaf at ``u``, in a context in which what is computed from it can be differentiated, whatever the caller's."""
+    with slow_path(), torch.inference_mode(False), torch.enable_grad():
+        yield u.detach().clone().requires_grad_()
+
+
+def gradient(value: Tensor, leaf: Tensor, create_graph: bool = False) -> Tensor:
+    """Gradient of a number; zero where it does not depend on the leaf."""
+    if not value.requires_grad:
+        return torch.zeros_like(leaf)
+    found = torch.autograd.grad(value, leaf, create_graph=create_graph, allow_unused=True)[0]
+    return torch.zeros_like(leaf) if found is None else found
+
+
+def pull(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
+    """Transposed Jacobian times k cotangents ``(k, *output)``: for every input ``(k, *input)``.
+
+    The graph is kept. All k share one backward pass where every operation can be batched.
+    """
+    count = len(cotangents[0])
+    live = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    if not live:
+        return [i.new_zeros(count, *i.shape) for i in inputs]
+    kept = [o for o, _ in live]
+
+    def backward(sides: Sequence[Tensor], batched: bool) -> list[Tensor]:
+        found = torch.autograd.grad(
+            kept, inputs, sides, retain_graph=True, allow_unused=True, is_grads_batched=batched
+        )
+        lead = (count,) if batched else ()
+        return [i.new_zeros(*lead, *i.shape) if f is None else f for f, i in zip(found, inputs, strict=True)]
+
+    try:
+        return backward([c for _, c in live], True)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # an operation without a batching rule
+        single = [backward([c[k] for _, c in live], False) for k in range(count)]
+        return [torch.stack(parts) for parts in zip(*single, strict=True)]
+
+
+def push(outputs: Sequence[Tensor], leaf: Tensor, directions: Tensor) -> list[Tensor]:
+    """Jacobian times k directions ``(k, parameters)``: for every output ``(k, *output)``.
+
+    The product with the transposed Jacobian is linear in the cotangent, so that its own transpose is the Jacobian:
+    reverse mode is all it takes, for every operation that can be differentiated twice.
+    """
+    probes = [torch.zeros_like(o, requires_grad=True) for o in outputs]
+    live = [(o, p) for o, p in zip(outputs, probes, strict=True) if o.requires_grad]
+    if not live:
+        return [o.new_zeros(len(directions), *o.shape) for o in outputs]
+    linear = torch.autograd.grad([o for o, _ in live], leaf, [p for _, p in live], create_graph=True)[0]
+    return pull([linear], probes, [directions])

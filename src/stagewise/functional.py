@@ -1,0 +1,173 @@
+"""A module as a pure function of its tensors.
+
+torch's ``functional_call`` swaps tensors by name and loses those of a layer that is reached by two paths; and it works
+on the module it is given. Here the user's module is never touched: a second set of modules shares its parameters, and
+every place that holds a tensor is known once.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
+
+from stagewise.checkpoint import lifted
+
+
+class PureModel:
+    """Stands in for the user's model wherever losses are computed.
+
+    Args:
+        model: the user's module; wrappers (``torch.compile``, data parallelism) are taken off.
+
+    Attributes:
+        module: modules of our own, which share the user's parameters and hold copies of the buffers.
+        state: parameters and buffers by name, as the user handed them in, tied ones once.
+        trainable: the parameters that require a gradient.
+        persistent: names in the model's ``state_dict``, tied ones once.
+        canonical: every name a tensor has (tied weights have several) to the one used here.
+
+    Raises:
+        ValueError: the model cannot be copied, or holds what cannot be a function of dense real tensors.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        model = unwrapped(model)
+        _refuse(model)
+        self.module = _twin(model)
+        self._places: dict[str, list[tuple[Any, Any]]] = {}
+        self.state: dict[str, Tensor] = {}
+        self.canonical: dict[str, str] = {}
+        names: dict[int, str] = {}
+        for name, tensor in [
+            *self.module.named_parameters(remove_duplicate=False),
+            *self.module.named_buffers(remove_duplicate=False),
+        ]:
+            first = names.setdefault(id(tensor), name)
+            self.canonical[name] = first
+            self.state.setdefault(first, tensor)
+        for holder, key, tensor in _holders(self.module):
+            if id(tensor) in names:
+                self._places.setdefault(names[id(tensor)], []).append((holder, key))
+        self.trainable = {name: t for name, t in self.module.named_parameters() if t.requires_grad}
+        kept = self.module.state_dict(keep_vars=True)
+        self.persistent = {self.canonical[name] for name in kept if name in self.canonical}
+
+    @contextmanager
+    def holding(self, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+        """The module with ``tensors`` in the place of its own, whatever happens inside."""
+        before = [(holder, key, holder[key]) for name in tensors for holder, key in self._places[name]]
+        try:
+            for name, tensor in tensors.items():
+                for holder, key in self._places[name]:
+                    holder[key] = tensor
+            yield self.module
+        finally:
+            for holder, key, tensor in before:
+                holder[key] = tensor
+
+    def reference(self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> nn.Module:
+        """An ordinary module with copies of ``tensors`` as its parameters and buffers: training as PyTorch does it.
+
+        Args:
+            tensors: by name; those left out are the model's own.
+            dtype: of all floating-point tensors; default their own.
+        """
+        twin = _twin(self.module, shared=False)
+        parameters = dict(twin.named_parameters()) | dict(twin.named_buffers())
+        for name, tensor in (self.state | dict(tensors)).items():
+            value = lifted(tensor)
+            if dtype is not None and value.is_floating_point():
+                value = value.to(dtype)
+            parameters[name].data = value
+        return twin
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The bare module inside of ``torch.compile`` and data-parallel wrappers."""
+    while True:
+        if isinstance(model, DataParallel | DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def _refuse(model: nn.Module) -> None:
+    """Refuse modules whose losses are no function of dense real tensors."""
+    for name, module in model.named_modules():
+        where = f"{type(module).__name__} ({name or 'the model itself'})"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{where} is TorchScript, whose parameters cannot be exchanged; build the Task with the Python module "
+                "that was scripted or traced, and its state_dict"
+            )
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+            raise ValueError(
+                f"{where} has max_norm, so that evaluating the loss changes the weights; set max_norm=None and "
+                "normalise the rows in forward() if training needs it"
+            )
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise ValueError(f"{name!r} of a lazy layer has no shape yet; run one batch through the model first")
+        if isinstance(tensor, nn.Parameter) and not tensor.is_floating_point():
+            raise ValueError(
+                f"parameter {name!r} is {tensor.dtype}; only real floating-point parameters can move. Hold a complex "
+                "one as two real ones (torch.view_as_complex in forward()), anything else as a buffer"
+            )
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name!r} has the layout {tensor.layout}; make it dense (tensor.to_dense())")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "no parameter of the model requires a gradient, so that none could have been trained; call "
+            "requires_grad_(True) on those that training moved"
+        )
+
+
+def _twin(model: nn.Module, shared: bool = True) -> nn.Module:
+    """A copy of the modules. Parameters are shared (or copied too), buffers are copied."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            # What an earlier forward pass left behind is in the way of copying, and means nothing.
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    if shared:
+        memo |= {id(parameter): parameter for parameter in model.parameters()}
+    try:
+        twin = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ValueError(
+            f"the model cannot be copied ({type(error).__name__}: {error}), and the one that was handed in is never "
+            "touched; keep files, locks and generators out of it, or give it a __deepcopy__"
+        ) from error
+    for module in twin.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            module.sparse = False  # the same gradient, dense
+    return twin
+
+
+def _holders(model: nn.Module) -> Iterator[tuple[Any, Any, Tensor]]:
+    """Every place in which a module keeps a tensor: registered, or in a list or dict of its own (as LSTM does)."""
+    for module in model.modules():
+        for registered in (module._parameters, module._buffers):
+            for key, tensor in registered.items():
+                if tensor is not None:
+                    yield registered, key, tensor
+        for name, value in vars(module).items():
+            if name in ("_parameters", "_buffers", "_modules"):
+                continue
+            if isinstance(value, Tensor):
+                yield vars(module), name, value
+            elif isinstance(value, list | dict):
+                entries: Any = value.items() if isinstance(value, dict) else enumerate(value)
+                for key, tensor in list(entries):
+                    if isinstance(tensor, Tensor):
+                        yield value, key, tensor

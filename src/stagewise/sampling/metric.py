@@ -1,0 +1,122 @@
+"""The metric of a window: how far along each parameter the optimiser goes for a unit of gradient.
+
+    P = rate_k / rate                                   SGD; rate_k the parameter's own learning rate
+    P = rate_k / rate / (sqrt(v) + eps)                 Adam, v its second moment
+
+Adam's P is that of its memory at the checkpoint, but no larger than it will be at the window's end if gradients stay as
+they are: a direction whose memory has faded answers the first new gradient by a step of normal length, and not by one
+that is divided by what has faded. Directions in which no training sample has a gradient do not move at all: P = 0.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from stagewise.checkpoint import Checkpoint, Optimizer
+from stagewise.evaluate import Point, chunks, differentiable, gradient, mean_gradient, sample_weights, spread_rows
+from stagewise.vector import ParameterVector
+
+_PROBES = 4
+# A larger training set is represented by this many samples; then nothing is known of what the others touch.
+_MOST_SAMPLES = 8192
+
+
+def relative_rates(vector: ParameterVector, optimizer: Optimizer) -> Tensor | None:
+    """Each parameter's learning rate over that of the window ``(parameters,)``; None where all share one."""
+    if not any(group.learning_rate != optimizer.learning_rate for group in optimizer.groups):
+        return None
+    rates = {name: group.learning_rate for group in optimizer.groups for name in group.names}
+    pieces = [
+        torch.full(shape, rates[name] / optimizer.learning_rate).reshape(-1)
+        for name, shape in zip(vector.names, vector.shapes, strict=True)
+    ]
+    return torch.cat(pieces)
+
+
+def adam_metric(point: Point, checkpoint: Checkpoint, window: int | None) -> Tensor:
+    """Adam's metric at a checkpoint ``(parameters,)``; 0 along parameters that training does not move.
+
+    Args:
+        point: the task there, u being the parameters themselves.
+        checkpoint: with the second moments.
+        window: number of updates; None: the metric of the moment, without a look ahead.
+
+    Raises:
+        ValueError: the checkpoint has no second moments.
+    """
+    optimizer, vector = _adam(checkpoint), point.vector
+    known = checkpoint.second_moment
+    anchor = vector.flatten(point.state)
+    zeros = {n: torch.zeros(s) for n, s in zip(vector.names, vector.shapes, strict=True)}
+    moment = vector.flatten(zeros | {n: known[n] for n in vector.names if n in known}).to(anchor)
+    counts = torch.cat([torch.full((zeros[n].numel(),), float(_count(checkpoint, n))) for n in vector.names]).to(anchor)
+    beta = optimizer.betas[1]
+    now = moment / (1 - beta**counts).clamp(min=1e-30)
+    if window is None:
+        moves = moment > 0
+        second = now
+    else:
+        squared, touched = squared_gradient(point, anchor, optimizer)
+        ahead = (beta**window * moment + (1 - beta**window) * squared) / (1 - beta ** (counts + window))
+        second = torch.maximum(now, ahead)
+        moves = touched & (second > 0)
+    return torch.where(moves, 1 / (second.sqrt() + optimizer.eps), 0.0)
+
+
+def squared_gradient(point: Point, at: Tensor, optimizer: Optimizer) -> tuple[Tensor, Tensor]:
+    """Mean square of the gradient of one update, and where any sample has a gradient; ``(parameters,)`` each.
+
+    With batches of m of n samples it is  g^2 + (1/m - 1/n) (mean of g_i^2 - g^2).  The mean of squares comes from sums
+    with random signs: exact where one sample has a gradient, right on average elsewhere.
+    """
+    task = point.task
+    n, rows = len(task.train), spread_rows(_MOST_SAMPLES, len(task.train))
+    mean_weight = float(sample_weights(point).mean())
+    full = mean_gradient(point, at, task.train, rows)
+    signed = torch.zeros(_PROBES, len(at)).to(at)
+    generator = torch.Generator().manual_seed(0)
+    for batch in chunks(task, task.train, rows):
+        with differentiable(at) as leaf:
+            losses, weights = point.sample_losses(leaf, batch)
+            for probe in range(_PROBES):
+                signs = torch.randint(0, 2, losses.shape, generator=generator).to(losses) * 2 - 1
+                value = (signs * weights * losses).sum() / mean_weight
+                signed[probe] += gradient(value, leaf, create_graph=probe + 1 < _PROBES).detach()
+    squares = signed.square().mean(0) / len(rows)
+    size = min(optimizer.batch_size or n, n)
+    squared = full.square() + (1 / size - 1 / n) * (squares - full.square()).clamp(min=0)
+    if optimizer.clip_norm is not None:
+        squared = squared * min(1.0, optimizer.clip_norm**2 / max(float(squared.sum()), 1e-30))
+    touched = (signed != 0).any(0) | (full != 0)
+    return squared, touched if len(rows) == n else torch.ones_like(touched)
+
+
+def clip_factor(point: Point, at: Tensor, optimizer: Optimizer) -> float:
+    """By how much clipping shortens a typical gradient: the effect of any change of the data is as much smaller."""
+    if optimizer.clip_norm is None:
+        return 1.0
+    squared, _ = squared_gradient(point, at, Optimizer("sgd", 0.0, batch_size=optimizer.batch_size))
+    return min(1.0, optimizer.clip_norm / max(math.sqrt(float(squared.sum())), 1e-30))
+
+
+def _adam(checkpoint: Checkpoint) -> Optimizer:
+    optimizer = checkpoint.optimizer
+    if optimizer is None or optimizer.name != "adam":
+        raise ValueError(
+            f"the checkpoint at step {checkpoint.step} has no record of Adam, whose second moments metric='adam' "
+            "needs; record checkpoints with stagewise.Recorder, or use metric='euclidean'"
+        )
+    if checkpoint.step > 0 and not checkpoint.second_moment:
+        raise ValueError(
+            f"the checkpoint at step {checkpoint.step} has no second moments of Adam, which metric='adam' needs; "
+            "record checkpoints with stagewise.Recorder, or use metric='euclidean'"
+        )
+    return optimizer
+
+
+def _count(checkpoint: Checkpoint, name: str) -> int:
+    """Updates that a parameter's moments have seen."""
+    return checkpoint.update_counts.get(name, checkpoint.step if name in checkpoint.second_moment else 0)
