@@ -234,9 +234,7 @@ def pull(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequen
     kept = [o for o, _ in live]
 
     def backward(sides: Sequence[Tensor], batched: bool) -> list[Tensor]:
-        found = torch.autograd.grad(
-            kept, inputs, sides, retain_graph=True, allow_unused=True, is_grads_batched=batched
-        )
+        found = torch.autograd.grad(kept, inputs, sides, retain_graph=True, allow_unused=True, is_grads_batched=batched)
         lead = (count,) if batched else ()
         return [i.new_zeros(*lead, *i.shape) if f is None else f for f, i in zip(found, inputs, strict=True)]
 

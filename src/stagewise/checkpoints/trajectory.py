@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,26 +51,18 @@ def _read(files: Mapping[int, Path], step: int) -> Checkpoint:
     return read_checkpoint(files[step], step)
 
 
+def as_trajectory(run: Trajectory | str | Path) -> Trajectory:
+    """The trajectory, or that of a folder of checkpoints."""
+    return run if isinstance(run, Trajectory) else Trajectory.from_directory(run)
+
+
 def check_fits(task: Task, checkpoint: Checkpoint, source: str | Path = "") -> None:
     """Refuse a checkpoint that is not of the task's model.
 
     Raises:
-        CheckpointError: parameters are missing or have another shape.
+        CheckpointError: parameters or buffers are missing, unknown, or have another shape.
     """
-    where = f"checkpoint at step {checkpoint.step}" + (f" ({source})" if source else "")
-    model = task.state()
-    trainable = dict(task.model.named_parameters())
-    if missing := [name for name in trainable if name not in checkpoint.params]:
-        raise CheckpointError(f"{where} lacks parameter {_some(missing)}; is it of another model?")
-    for name, tensor in checkpoint.params.items():
-        if name not in model:
-            raise CheckpointError(f"{where} has {name!r}, which the model does not; is it of another model?")
-        if tensor.shape != model[name].shape:
-            raise CheckpointError(
-                f"{where}: {name!r} has shape {tuple(tensor.shape)}, the model expects {tuple(model[name].shape)}"
-            )
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+    try:
+        task.fitted(checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} ({source})" if source else str(error)) from None

@@ -77,13 +77,18 @@ class LocalPosterior:
         by_default = self.window is not None and optimizer is not None and optimizer.name == "adam"
         return self.metric or ("adam" if by_default else "euclidean")
 
-    def at(self, task: Task, checkpoint: Checkpoint) -> LocalDensity:
+    def at(self, task: Task, checkpoint: Checkpoint, *, curvature: bool = True) -> LocalDensity:
         """The posterior's numbers at one checkpoint.
+
+        Args:
+            task: the task.
+            checkpoint: as it was recorded.
+            curvature: check second derivatives too; only gradient products do without.
 
         Raises:
             ValueError: the checkpoint lacks what the window (optimiser) or the metric (second moments) needs.
         """
-        point, checkpoint = at(task, checkpoint, self.parameters, curvature=True)
+        point, checkpoint = at(task, checkpoint, self.parameters, curvature=curvature)
         anchor = point.vector.flatten(point.state)
         n_beta = self.n_beta or DEFAULT_N_BETA_PER_SAMPLE * len(task.train)
         optimizer = checkpoint.optimizer
