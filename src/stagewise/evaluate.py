@@ -21,6 +21,7 @@ from stagewise.check import check
 from stagewise.checkpoint import Checkpoint
 from stagewise.data import Batch, Samples
 from stagewise.groups import Groups
+from stagewise.memory import out_of_memory
 from stagewise.task import Losses, Task
 from stagewise.vector import ParameterVector
 
@@ -59,8 +60,8 @@ class Point:
         return {**self.state, **self.vector.unflatten(moved)}
 
     def losses(self, u: Tensor, batch: Batch, query: str | None = None) -> Losses:
-        """Losses of a batch at one place, in nats."""
-        return self.task.losses(self.params(u), batch, query)
+        """Losses of a batch at one place, in nats, and their weights."""
+        return self.task.weighted_losses(self.params(u), batch, query)
 
     def sample_losses(self, u: Tensor, batch: Batch, query: str | None = None) -> tuple[Tensor, Tensor]:
         """Loss and weight of every sample of a batch at one place, ``(batch,)`` each."""
@@ -126,7 +127,7 @@ def _uniform_weights(point: Point) -> Tensor | None:
     """Weights of 1, where one sample is enough to know that all have it."""
     task = point.task
     with torch.no_grad():
-        values, weights = task.losses(point.state, task.train.batch(slice(0, 1), task.device))
+        values, weights = task.weighted_losses(point.state, task.train.batch(slice(0, 1), task.device))
     known = weights is None and (values.ndim == 1 or task.objective == "samples")
     return torch.ones(len(task.train), dtype=torch.float64) if known else None
 
@@ -240,9 +241,9 @@ def pull(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequen
 
     try:
         return backward([c for _, c in live], True)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:  # an operation without a batching rule
+    except RuntimeError as error:  # an operation without a batching rule
+        if out_of_memory(error):
+            raise
         single = [backward([c[k] for _, c in live], False) for k in range(count)]
         return [torch.stack(parts) for parts in zip(*single, strict=True)]
 

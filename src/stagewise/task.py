@@ -79,7 +79,7 @@ class Task:
         ...     train=(torch.randn(8, 4), torch.arange(8) % 3),
         ...     queries={"val": (torch.randn(5, 4), torch.arange(5) % 3)},
         ... )
-        >>> len(task.train), task.losses({}, task.train.batch(slice(0, 2))).values.shape
+        >>> len(task.train), task.losses({}, task.train.batch(slice(0, 2))).shape
         (8, torch.Size([2]))
     """
 
@@ -161,21 +161,28 @@ class Task:
         """Parameters and buffers of the model as it was handed in, by name."""
         return {name: tensor.detach() for name, tensor in self.pure.state.items()}
 
-    def losses(self, params: Params, batch: Batch, query: str | None = None) -> Losses:
-        """Losses at ``params``: a pure function, safe under ``torch.func``.
+    def losses(self, params: Params, batch: Batch, query: str | None = None) -> Tensor:
+        """Losses at ``params``: a pure function.
 
         Args:
             params: parameters and buffers by name; those left out keep the model's own value.
             batch: as given by ``Samples.batch``.
             query: measure what is measured on this query set; default the training loss.
+
+        Returns:
+            ``(batch,)`` or ``(batch, tokens)``, in nats.
         """
+        return self.weighted_losses(params, batch, query).values
+
+    def weighted_losses(self, params: Params, batch: Batch, query: str | None = None) -> Losses:
+        """The same with the weights that the loss gives them."""
         loss = self.loss if query is None else self.query_losses.get(query, self.loss)
         with self.pure.holding(params) as model:
             return checked_losses(loss(model, batch))
 
     def sample_losses(self, params: Params, batch: Batch, query: str | None = None) -> tuple[Tensor, Tensor]:
         """The loss l_i of every sample and its weight a_i in the objective, ``(batch,)`` each."""
-        return self.by_sample(self.losses(params, batch, query))
+        return self.by_sample(self.weighted_losses(params, batch, query))
 
     def by_sample(self, losses: Losses) -> tuple[Tensor, Tensor]:
         """From losses of samples or tokens to the loss l_i and the weight a_i of every sample ``(..., batch)``."""
