@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from stagewise.attention import plain_attention
 from stagewise.checkpoint import Checkpoint
 from stagewise.data import Samples
+from stagewise.memory import out_of_memory
 from stagewise.task import Batch, Losses, Task, checked_losses
 
 _FEW = 4
@@ -40,6 +41,8 @@ def check(task: Task, checkpoint: Checkpoint, *, curvature: bool = False) -> Non
             the loss cannot be evaluated; the loss depends on parameters that are not the model's, or on another
             model than the one it is given; gradients or curvature are not those of training.
     """
+    if not task.checked:
+        task.pure.refuse()
     moved = _moved(task, checkpoint.params)
     if "model" not in task.checked:
         for data in (task.train, *task.queries.values()):
@@ -67,7 +70,7 @@ def check_finite(task: Task, params: Mapping[str, Tensor], data: Samples, query:
     done = 0
     for batch in data.batches(task.forward_batch, task.device):
         with torch.no_grad():
-            values = task.losses(params, batch, query).values
+            values = task.losses(params, batch, query)
         bad = (~torch.isfinite(values)).reshape(len(values), -1).any(1)
         if bad.any():
             raise ValueError(
@@ -147,8 +150,10 @@ def _check_agreement(task: Task, data: Samples, query: str | None, batch: Batch,
     plain = _plain(task, task.pure.reference(params), data, query, batch).values
     try:
         with torch.no_grad():
-            pure = task.losses(params, batch, query).values
+            pure = task.losses(params, batch, query)
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise ValueError(f"{data.name}: {_cannot(error, 'with exchanged parameters')}") from error
     if not _close(pure, plain, _LOSSES):
         raise ValueError(
@@ -178,7 +183,7 @@ def _check_gradients(task: Task, params: Mapping[str, Tensor]) -> None:
     plain = torch.autograd.grad(objective, [own[name] for name in task.trainable], allow_unused=True)
     leaves = {name: params[name].detach().requires_grad_() for name in task.trainable}
     with torch.enable_grad():
-        value = _objective(task, task.losses({**params, **leaves}, batch))
+        value = _objective(task, task.weighted_losses({**params, **leaves}, batch))
     pure = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
     for name, ours, theirs in zip(task.trainable, pure, plain, strict=True):
         expected = torch.zeros_like(leaves[name]) if theirs is None else theirs.to_dense()
@@ -199,6 +204,8 @@ def _check_curvature(task: Task, params: Mapping[str, Tensor]) -> None:
         try:
             faults = [_disagreement(task, params, step, tolerance, double) for step in steps]
         except (RuntimeError, TypeError, ValueError) as error:
+            if out_of_memory(error):
+                raise
             if double:
                 continue  # the model or its data do not know float64
             raise ValueError(f"train: {_cannot(error, 'twice differentiated')}") from error
@@ -237,7 +244,7 @@ def _disagreement(task: Task, params: Mapping[str, Tensor], step: float, toleran
     (up, gradient_up), (down, gradient_down) = there(1.0), there(-1.0)
     leaves = [params[n].detach().clone().requires_grad_() for n in names]
     with torch.enable_grad(), plain_attention():
-        value = _objective(task, task.losses({**params, **dict(zip(names, leaves, strict=True))}, batch))
+        value = _objective(task, task.weighted_losses({**params, **dict(zip(names, leaves, strict=True))}, batch))
         gradient = torch.autograd.grad(value, leaves, create_graph=True, materialize_grads=True, allow_unused=True)
         along = torch.stack([(g * d).sum() for g, d in zip(gradient, direction, strict=True)]).sum()
         image = _second(along, leaves)
@@ -267,13 +274,11 @@ def _plain(task: Task, model: nn.Module, data: Samples, query: str | None, batch
         with torch.inference_mode(False), torch.set_grad_enabled(grad):
             return checked_losses(loss(model, batch))
     except Exception as error:
+        if out_of_memory(error):
+            raise
         if isinstance(error, ValueError) and str(error).startswith("the loss returned"):
             raise ValueError(f"{data.name}: {error}") from None
-        raise (
-            type(error)(f"{data.name}: {_cannot(error, '')}")
-            if isinstance(error, MemoryError)
-            else ValueError(f"{data.name}: {_cannot(error, '')}")
-        ) from error
+        raise ValueError(f"{data.name}: {_cannot(error, '')}") from error
 
 
 def _cannot(error: Exception, how: str) -> str:

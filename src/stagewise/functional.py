@@ -34,12 +34,12 @@ class PureModel:
         canonical: every name a tensor has (tied weights have several) to the one used here.
 
     Raises:
-        ValueError: the model cannot be copied, or holds what cannot be a function of dense real tensors.
+        ValueError: the model is TorchScript, has lazy parameters, or cannot be copied.
     """
 
     def __init__(self, model: nn.Module) -> None:
         model = unwrapped(model)
-        _refuse(model)
+        _refuse_unready(model)
         self.module = _twin(model)
         self._places: dict[str, list[tuple[Any, Any]]] = {}
         self.state: dict[str, Tensor] = {}
@@ -72,6 +72,32 @@ class PureModel:
             for holder, key, tensor in before:
                 holder[key] = tensor
 
+    def refuse(self) -> None:
+        """Refuse a model whose losses are no function of dense real tensors.
+
+        Raises:
+            ValueError: with the layer or parameter, and what to do.
+        """
+        for name, module in self.module.named_modules():
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+                raise ValueError(
+                    f"{_kind(module, name)} has max_norm, so that evaluating the loss changes {name + '.weight'!r}; set "
+                    "max_norm=None, and normalise the rows in forward() if training needs it"
+                )
+        for name, tensor in self.state.items():
+            if isinstance(tensor, nn.Parameter) and not tensor.is_floating_point():
+                raise ValueError(
+                    f"parameter {name!r} is {tensor.dtype}; only real floating-point parameters can move. Hold a "
+                    "complex one as two real ones (torch.view_as_complex in forward()), anything else as a buffer"
+                )
+            if tensor.layout != torch.strided:
+                raise ValueError(f"{name!r} has the layout {tensor.layout}; make it dense (tensor.to_dense())")
+        if not self.trainable:
+            raise ValueError(
+                "no parameter of the model requires a gradient, so that none could have been trained; call "
+                "requires_grad_(True) on those that training moved"
+            )
+
     def reference(self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> nn.Module:
         """An ordinary module with copies of ``tensors`` as its parameters and buffers: training as PyTorch does it.
 
@@ -100,35 +126,21 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _refuse(model: nn.Module) -> None:
-    """Refuse modules whose losses are no function of dense real tensors."""
+def _refuse_unready(model: nn.Module) -> None:
+    """Refuse modules of which there cannot be a second set."""
     for name, module in model.named_modules():
-        where = f"{type(module).__name__} ({name or 'the model itself'})"
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
-                f"{where} is TorchScript, whose parameters cannot be exchanged; build the Task with the Python module "
-                "that was scripted or traced, and its state_dict"
-            )
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
-            raise ValueError(
-                f"{where} has max_norm, so that evaluating the loss changes the weights; set max_norm=None and "
-                "normalise the rows in forward() if training needs it"
+                f"{_kind(module, name)} is TorchScript, whose parameters cannot be exchanged; build the Task with the "
+                "Python module that was scripted or traced, and its state_dict"
             )
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
             raise ValueError(f"{name!r} of a lazy layer has no shape yet; run one batch through the model first")
-        if isinstance(tensor, nn.Parameter) and not tensor.is_floating_point():
-            raise ValueError(
-                f"parameter {name!r} is {tensor.dtype}; only real floating-point parameters can move. Hold a complex "
-                "one as two real ones (torch.view_as_complex in forward()), anything else as a buffer"
-            )
-        if tensor.layout != torch.strided:
-            raise ValueError(f"{name!r} has the layout {tensor.layout}; make it dense (tensor.to_dense())")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(
-            "no parameter of the model requires a gradient, so that none could have been trained; call "
-            "requires_grad_(True) on those that training moved"
-        )
+
+
+def _kind(module: nn.Module, name: str) -> str:
+    return f"{type(module).__name__} ({name or 'the model itself'})"
 
 
 def _twin(model: nn.Module, shared: bool = True) -> nn.Module:
