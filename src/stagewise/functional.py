@@ -81,8 +81,8 @@ class PureModel:
         for name, module in self.module.named_modules():
             if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
                 raise ValueError(
-                    f"{_kind(module, name)} has max_norm, so that evaluating the loss changes {name + '.weight'!r}; set "
-                    "max_norm=None, and normalise the rows in forward() if training needs it"
+                    f"{_kind(module, name)} has max_norm, so that evaluating the loss changes {name + '.weight'!r}; "
+                    "set max_norm=None, and normalise the rows in forward() if training needs it"
                 )
         for name, tensor in self.state.items():
             if isinstance(tensor, nn.Parameter) and not tensor.is_floating_point():

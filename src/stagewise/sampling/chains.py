@@ -145,10 +145,11 @@ def sample_block(
         on_step: called after every sampler step.
 
     Returns:
-        Groups ``train`` (the candidates, by their number in the training set) and ``queries/<name>`` with ``loss (chain, draw, sample[, token])`` in nats,
-        the same at the reflected points (``loss_reflected``) and at the checkpoint (``loss_anchor``), the ``share`` of
-        every loss in the mean over its data set (in the training objective), and attribute ``is_training_set``, true
-        of a query set whose samples are the candidates; group ``chains`` with
+        Groups ``train`` (the candidates, by their number in the training set) and ``queries/<name>`` with
+        ``loss (chain, draw, sample[, token])`` in nats, the same at the reflected points (``loss_reflected``) and at
+        the checkpoint (``loss_anchor``), the ``share`` of every loss in the mean over its data set (in the training
+        objective), and attribute ``is_training_set``, true of a query set whose samples are the candidates; group
+        ``chains`` with
         the ``status`` of every chain; attributes with every number that was chosen. A chain that left the
         posterior is ``"diverged"``, and its later draws are the losses at the checkpoint. Where the posterior
         does not exist nothing is drawn and every chain's status is ``"not_localised"``.
