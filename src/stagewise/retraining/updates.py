@@ -163,7 +163,8 @@ def update(
 def clipped(gradient: Tensor, norm: float) -> Tensor:
     """The gradients ``(replays, parameters)``, each no longer than ``norm``, as ``clip_grad_norm_`` scales them."""
     length = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
-    return gradient * (norm / (length + 1e-6)).clamp(max=1.0)
+    scaled: Tensor = gradient * (norm / (length + 1e-6)).clamp(max=1.0)
+    return scaled
 
 
 def _where_used(vector: ParameterVector, used: Tensor, after: TrainingState, before: TrainingState) -> TrainingState:
