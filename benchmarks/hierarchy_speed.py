@@ -73,7 +73,7 @@ def per_chain(task: Task, checkpoint: Checkpoint, posterior: LocalPosterior, pla
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         lab = Lab(Path(folder))
-        run, posterior, size = lab.single, lab.window_posterior, lab.size
+        run, posterior, size = lab.aligned_float32, lab.window_posterior, lab.settings
         plan = Chains(chains=size.chains, draws=size.draws, batching="stacked")
         chosen = lab.steps[:: len(lab.steps) // CHECKPOINTS][:CHECKPOINTS]
         spent = [per_chain(run.task, run.trajectory.load(step), posterior, plan) for step in chosen]

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from stagewise.studies.hierarchy import adam as module
-from stagewise.studies.hierarchy.adam import Score, adam
+from stagewise.studies.hierarchy.experiments.adam import Score, adam
 from stagewise.studies.hierarchy.lab import Lab, Size
 
 

@@ -4,9 +4,10 @@ import xarray as xr
 
 from stagewise.studies.hierarchy import attribution as module
 from stagewise.studies.hierarchy import persistence
-from stagewise.studies.hierarchy.attribution import attribution, score, truth
 from stagewise.studies.hierarchy.estimators import endpoint, labelled
-from stagewise.studies.hierarchy.lab import RATE, Lab, Size
+from stagewise.studies.hierarchy.experiments.attribution import attribution, score, truth
+from stagewise.studies.hierarchy.lab import Lab, Size
+from stagewise.studies.hierarchy.settings import RATE
 
 
 @pytest.fixture(scope="module")

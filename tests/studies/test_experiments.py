@@ -11,13 +11,15 @@ from stagewise.report.tables import Table
 from stagewise.studies.hierarchy import leaving_out as leaving_out_module
 from stagewise.studies.hierarchy import localisation as localisation_module
 from stagewise.studies.hierarchy import windows as windows_module
-from stagewise.studies.hierarchy.lab import EVERY_TIME, KINDS, RATE, WINDOW, Lab, Size, correlation, slope
-from stagewise.studies.hierarchy.learning import learning
-from stagewise.studies.hierarchy.leaving_out import leaving_out
-from stagewise.studies.hierarchy.localisation import localisation
-from stagewise.studies.hierarchy.stages import stages
-from stagewise.studies.hierarchy.symmetry import symmetry
-from stagewise.studies.hierarchy.windows import gradient_products, windows
+from stagewise.studies.hierarchy.experiments.learning import learning
+from stagewise.studies.hierarchy.experiments.leaving_out import leaving_out
+from stagewise.studies.hierarchy.experiments.localisation import localisation
+from stagewise.studies.hierarchy.experiments.symmetry import symmetry
+from stagewise.studies.hierarchy.experiments.transitions import stages
+from stagewise.studies.hierarchy.experiments.windows import gradient_products, windows
+from stagewise.studies.hierarchy.lab import Lab, Size, correlation, slope
+from stagewise.studies.hierarchy.settings import EVERY_TIME, RATE, WINDOW
+from stagewise.studies.hierarchy.theory.tree import KINDS
 
 FLIPS = {"cross": 1.28, "cousin": 1.56, "sibling": 2.41}
 """When the residuals of two items part, by the closed form from a0 = 1e-4."""
@@ -118,11 +120,11 @@ def test_correlation_and_slope_keep_order_and_size_apart_over_all_entries():
 
 
 def test_matrices_have_the_order_of_the_items_and_of_train_and_query_whatever_the_datasets_order(lab):
-    shuffled = lab.windows.sortby("train", ascending=False).sortby("query").transpose("query", "train", "step")
+    shuffled = lab.measured_windows.sortby("train", ascending=False).sortby("query").transpose("query", "train", "step")
     got = lab.matrix(shuffled)
     dog, rose = (lab.items.names.index(name) for name in ("dog", "rose"))
-    np.testing.assert_array_equal(got[:, dog, rose], lab.windows["value"].sel(train="dog", query="rose"))
-    np.testing.assert_array_equal(got[:, rose, dog], lab.windows["value"].sel(train="rose", query="dog"))
+    np.testing.assert_array_equal(got[:, dog, rose], lab.measured_windows["value"].sel(train="dog", query="rose"))
+    np.testing.assert_array_equal(got[:, rose, dog], lab.measured_windows["value"].sel(train="rose", query="dog"))
     assert (got[:, dog, rose] != got[:, rose, dog]).any()
 
 
@@ -191,7 +193,7 @@ def test_measured_windows_have_the_size_of_rate_times_window_times_gradient_prod
     kernel = windows_module._kernel(lab, RATE * np.array(centres))
     off = lab.off_diagonal
     assert slope(kernel[:, off], products[:, off]) == pytest.approx(1, abs=0.03)
-    assert slope(products[:, off], lab.matrix(lab.windows)[:, off]) == pytest.approx(1, abs=0.2)
+    assert slope(products[:, off], lab.matrix(lab.measured_windows)[:, off]) == pytest.approx(1, abs=0.2)
 
 
 def test_extrema_of_the_sweep_of_windows_lie_where_those_of_the_gradient_kernel_do(in_windows):

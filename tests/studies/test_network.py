@@ -11,8 +11,8 @@ from stagewise.retraining.schedule import Schedule
 from stagewise.run.engine import sample
 from stagewise.sampling.posterior import LocalPosterior
 from stagewise.studies.hierarchy.network import FIRST, SECOND, correlations, optimizer, record, task
-from stagewise.studies.hierarchy.theory import Modes
-from stagewise.studies.hierarchy.tree import KINGDOMS, LOPSIDED, Concept, Items
+from stagewise.studies.hierarchy.theory.modes import Modes
+from stagewise.studies.hierarchy.theory.tree import KINGDOMS, LOPSIDED, Concept, Items
 
 RATE = 0.01
 ITEMS = Items.of(KINGDOMS)

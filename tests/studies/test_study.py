@@ -13,8 +13,10 @@ from stagewise.report.tables import Table
 from stagewise.run import engine
 from stagewise.studies.hierarchy import lab as lab_module
 from stagewise.studies.hierarchy import study as study_module
-from stagewise.studies.hierarchy.lab import INSTANT_GAMMA, LAST, Check, Claim, Experiment, Size
-from stagewise.studies.hierarchy.learning import learning
+from stagewise.studies.hierarchy.experiment import Check, Claim, Experiment
+from stagewise.studies.hierarchy.experiments.learning import learning
+from stagewise.studies.hierarchy.lab import INSTANT_GAMMA, Size
+from stagewise.studies.hierarchy.settings import LAST
 from stagewise.studies.hierarchy.study import checks_table, claims_table, study
 from stagewise.traces.store import RunMismatchError
 

@@ -9,8 +9,8 @@ from stagewise.retraining.training import train
 from stagewise.retraining.updates import TrainingState
 from stagewise.studies.hierarchy import kernels, response, theory
 from stagewise.studies.hierarchy.network import FIRST, SECOND, optimizer, task
-from stagewise.studies.hierarchy.theory import Modes
-from stagewise.studies.hierarchy.tree import KINGDOMS, LOPSIDED, Concept, Items
+from stagewise.studies.hierarchy.theory.modes import Modes
+from stagewise.studies.hierarchy.theory.tree import KINGDOMS, LOPSIDED, Concept, Items
 from stagewise.vector import ParameterVector
 
 RATE, STEPS = 0.01, 700
@@ -64,7 +64,7 @@ def test_mode_strengths_follow_training_whether_it_starts_aligned_or_not(runs):
     first, second, _, _ = runs
     modes = Modes.of(ITEMS.targets.T)
     measured = np.stack([np.diagonal(modes.u.T @ s @ f @ modes.v) for f, s in zip(first, second, strict=True)])
-    predicted = theory.mode_matrix(modes.s, modes.initial(first[0], second[0]), TIMES)
+    predicted = theory.mixed_strengths(modes.s, modes.initial(first[0], second[0]), TIMES)
     for mode in range(8):
         assert correlation(measured[:, mode], predicted[:, mode, mode]) > 0.9995
 
@@ -95,22 +95,22 @@ def test_any_removed_subset_is_exact_too():
 
 def test_mode_matrix_is_the_logistic_curve_for_aligned_modes_and_solves_its_equation_for_mixed_ones():
     s, a0, t = np.array([3.0, 1.0, 1.0, 0.0]), np.array([1e-3, 2e-3, 1e-4, 1e-2]), np.linspace(0, 5, 11)
-    strengths = theory.mode_strengths(s, a0, t)
-    np.testing.assert_allclose(theory.mode_matrix(s, np.diag(a0), t), strengths[:, :, None] * np.eye(4), atol=1e-14)
+    strengths = theory.aligned_strengths(s, a0, t)
+    np.testing.assert_allclose(theory.mixed_strengths(s, np.diag(a0), t), strengths[:, :, None] * np.eye(4), atol=1e-14)
     np.testing.assert_allclose(strengths[:, 0], 3 / (1 + (3 / 1e-3 - 1) * np.exp(-6 * t)))
     np.testing.assert_allclose(strengths[:, 3], 1e-2 / (1 + 2e-2 * t))  # a mode without strength fades
     mixed = np.diag(a0) + 5e-5
     h = 1e-5
-    before, a, after = theory.mode_matrix(s, mixed, np.array([1 - h, 1.0, 1 + h]))
+    before, a, after = theory.mixed_strengths(s, mixed, np.array([1 - h, 1.0, 1 + h]))
     slope = np.diag(s) @ a + a @ np.diag(s) - 2 * a @ a
     np.testing.assert_allclose((after - before) / (2 * h), slope, rtol=1e-6, atol=1e-9)
-    np.testing.assert_allclose(theory.mode_matrix(s, mixed, np.zeros(1))[0], mixed)
+    np.testing.assert_allclose(theory.mixed_strengths(s, mixed, np.zeros(1))[0], mixed)
 
 
 def test_half_rise_is_where_the_curve_is_at_half_and_never_for_an_empty_mode():
     s, a0 = np.array([2.0, 0.0]), np.array([1e-3, 1e-3])
     times = theory.half_rise(s, a0)
-    np.testing.assert_allclose(theory.mode_strengths(s, a0, times[:1])[0, 0], 1.0)
+    np.testing.assert_allclose(theory.aligned_strengths(s, a0, times[:1])[0, 0], 1.0)
     assert np.isinf(times[1])
 
 
@@ -130,7 +130,7 @@ def test_whitened_response_is_the_derivative_of_the_closed_form(degenerate):
 
     def outputs(changed):
         moved = Modes.of(changed)
-        return moved.u @ theory.mode_matrix(moved.s, moved.initial(first, second), t) @ moved.v.T
+        return moved.u @ theory.mixed_strengths(moved.s, moved.initial(first, second), t) @ moved.v.T
 
     measured = []
     for p in range(targets.shape[1]):
@@ -156,7 +156,7 @@ def test_gradient_kernel_is_the_product_of_the_networks_gradients(runs):
             for p in range(8)
         ]
     )
-    a = theory.mode_matrix(modes.s, modes.initial(first[0], second[0]), TIMES[step : step + 1])
+    a = theory.mixed_strengths(modes.s, modes.initial(first[0], second[0]), TIMES[step : step + 1])
     predicted = kernels.gradient_kernel(modes, a)[0]
     np.testing.assert_allclose(predicted, gradients @ gradients.T, atol=0.06 * predicted.max())
     np.testing.assert_allclose(kernels.hidden_kernel(modes, a)[0], w1.T @ w1, atol=0.03)
@@ -164,7 +164,7 @@ def test_gradient_kernel_is_the_product_of_the_networks_gradients(runs):
 
 def test_kernels_of_aligned_modes_do_not_depend_on_the_form_of_their_strengths():
     modes = Modes.of(ITEMS.targets.T)
-    a = theory.mode_strengths(modes.s, np.full(8, 1e-4), TIMES)
+    a = theory.aligned_strengths(modes.s, np.full(8, 1e-4), TIMES)
     full = a[:, :, None] * np.eye(8)
     for function in (kernels.gradient_kernel, kernels.representation_distances, theory.item_losses):
         np.testing.assert_allclose(function(modes, a), function(modes, full), atol=1e-12)
@@ -172,7 +172,7 @@ def test_kernels_of_aligned_modes_do_not_depend_on_the_form_of_their_strengths()
 
 def test_flips_of_the_eight_leaf_tree_come_coarse_to_fine_at_the_known_times():
     modes, t = Modes.of(ITEMS.targets.T), np.linspace(0, 8, 8001)
-    kernel = kernels.residual_kernel(modes, theory.mode_strengths(modes.s, np.full(8, 1e-4), t))
+    kernel = kernels.residual_kernel(modes, theory.aligned_strengths(modes.s, np.full(8, 1e-4), t))
     for query, time in ((6, 1.28), (2, 1.56), (1, 2.41)):  # lily, sparrow, cat, of dog
         flips = t[1:][(kernel[1:, 0, query] < 0) & (kernel[:-1, 0, query] >= 0)]
         assert flips.round(2).tolist() == [time]
@@ -203,7 +203,7 @@ def test_more_items_than_features_an_empty_mode_and_a_single_item_have_right_ans
     assert (modes.s[3:] == 0).all()
     np.testing.assert_allclose((modes.u * modes.s) @ modes.v.T, targets, atol=1e-12)
     first, second = rng.standard_normal((20, 7)) * 1e-2, rng.standard_normal((3, 20)) * 1e-2
-    a = theory.mode_matrix(modes.s, modes.initial(first, second), np.array([30.0]))
+    a = theory.mixed_strengths(modes.s, modes.initial(first, second), np.array([30.0]))
     assert theory.item_losses(modes, a).max() < 1e-3
     assert np.isfinite(theory.leave_one_out(targets, first, second, TIMES)).all()
     alone = Items.of(Concept("only"))

@@ -3,9 +3,7 @@ import pytest
 
 from stagewise.influence.phases import phase_decomposition
 from stagewise.influence.trusted import TracesInMemory
-from stagewise.studies.hierarchy.double_well import LABELS, LOSSES, draw, exact, losses, traces_of
-from stagewise.studies.hierarchy.lab import Lab, Size
-from stagewise.studies.hierarchy.two_phases import (
+from stagewise.studies.hierarchy.experiments.two_phases import (
     FLIPS,
     HARMFUL,
     HELPFUL,
@@ -15,6 +13,8 @@ from stagewise.studies.hierarchy.two_phases import (
     plateau,
     two_phases,
 )
+from stagewise.studies.hierarchy.lab import Lab, Size
+from stagewise.studies.hierarchy.theory.double_well import LABELS, LOSSES, draw, exact, losses, traces_of
 
 
 def pair_of(dataset, pair):
