@@ -64,8 +64,6 @@ def attribution(lab: Lab) -> Experiment:
 
     starts = resemblance.over_starts(lab, times)
     here = resemblance.exact_influence(lab, 0, times)
-    lower, upper = resemblance.over_items(here, lab.settings.resamples)
-    likeness = f"Spearman of exact influence with that at t = {times[-1]:g}, off-diagonal"
     when = "t = " + ", ".join(f"{time:g}" for time in times)
     checks = [
         Check.at_least("losses of subsets, closed form vs retraining, random start: least r", agreement, 0.99, ".5f"),
@@ -73,14 +71,7 @@ def attribution(lab: Lab) -> Experiment:
             Check.reported(f"LDS {_KINDS[kind]}, {name}, at {when}", result["lds"], ".2f")
             for (kind, name), result in scores.items()
         ),
-        Check.reported(f"{likeness}, at {when}", resemblance.resemblance(here), ".2f", lower=lower, upper=upper),
-        Check.reported(
-            f"{likeness}, median [range] of {len(starts)} starts, at {when}",
-            np.median(starts, 0),
-            ".2f",
-            lower=starts.min(0),
-            upper=starts.max(0),
-        ),
+        *_resemblance_checks(lab, here, starts, f"with that at t = {times[-1]:g}, off-diagonal", when),
     ]
     exact, derivative = (float(scores["whole run", name]["lds"][-1]) for name in ("leave-one-out", "first order"))
     findings = [
@@ -107,6 +98,18 @@ def attribution(lab: Lab) -> Experiment:
         f"{words.score(starts[:, 0].min())} to {words.score(starts[:, 0].max())}.",
     )
     return Experiment(section, findings, checks, [claim])
+
+
+def _resemblance_checks(lab: Lab, here: Floats, starts: Floats, what: str, when: str) -> list[Check]:
+    """Of one start, with intervals over items; and of all starts, with their range."""
+    likeness, one = f"Spearman of exact influence {what}", resemblance.resemblance(here)
+    lower, upper = resemblance.over_items(here, lab.settings.resamples)
+    middle, least, most = np.median(starts, 0), starts.min(0), starts.max(0)
+    every = f"{likeness}, median [range] of {len(starts)} starts, at {when}"
+    return [
+        Check.reported(f"{likeness}, at {when}", one, ".2f", lower=lower, upper=upper),
+        Check.reported(every, middle, ".2f", lower=least, upper=most),
+    ]
 
 
 def _stage_against_end(scores: Scores, times: Floats) -> str:

@@ -33,7 +33,7 @@ def leaving_out(lab: Lab) -> Experiment:
     runs = {"aligned start": lab.aligned, "random start": lab.random}
     off = lab.off_diagonal
     closed = {name: _closed(lab, run) for name, run in runs.items()}
-    measured = {name: _measured(lab, run, WEIGHTS) for name, run in runs.items()}
+    measured = {name: retrained(lab, run, WEIGHTS) for name, run in runs.items()}
     response = {name: _response(lab, run) for name, run in runs.items()}
     wide = _untrained(lab, width=256)
 
@@ -45,7 +45,7 @@ def leaving_out(lab: Lab) -> Experiment:
         for name, bound in (("aligned start", 0.999), ("random start", 0.99))
     ]
     what = "leave-one-out, closed form vs retraining, random start, width 256"
-    checks.append(least(what, _closed(lab, wide), _measured(lab, wide, [0.0])[0], 0.998))
+    checks.append(least(what, _closed(lab, wide), retrained(lab, wide, [0.0])[0], 0.998))
     checks.append(_subsets(lab))
     for (name, run), bound in zip(runs.items(), (0.999, 0.99), strict=True):
         slope = _slope(measured[name])
@@ -84,7 +84,7 @@ def _untrained(lab: Lab, **settings: Any) -> Run:
     return record(task(lab.items, start="random", **settings), rule, 0, [0])
 
 
-def _measured(lab: Lab, run: Run, weights: Sequence[float]) -> Floats:
+def retrained(lab: Lab, run: Run, weights: Sequence[float]) -> Floats:
     """Influence (l' - l) / (weight - 1) of every item at each weight, retrained: ``(weight, step, train, query)``."""
     items, steps = range(len(lab.items.names)), lab.settings.whole_run_steps
     schedules = [Schedule.whole_run([item], weight) for weight in weights for item in items]

@@ -30,7 +30,7 @@ def windows(lab: Lab) -> Experiment:
     """What a window measures, and which estimators predict it."""
     off, run = lab.off_diagonal, lab.aligned
     measured = lab.matrix(lab.measured_windows)
-    centre = _kernel(lab, lab.times + RATE * WINDOW / 2)
+    centre = window_kernel(lab, lab.times + RATE * WINDOW / 2)
     solved = lab.matrix(damped_influence(run.task, run.trajectory, lab.window_posterior, curvature="exact"))
     answered = [lab.steps.index(step) for step in lab.sampled_windows["step"].values.tolist()]
     sampled, seen = lab.matrix(lab.sampled_windows), measured[answered]
@@ -38,7 +38,7 @@ def windows(lab: Lab) -> Experiment:
     products = -gradient_products(run, lab.steps)
     checks = [
         Check.at_least("gradient kernel, closed form vs the network's own gradients: r",
-                       correlation(_kernel(lab, lab.times)[:, off], products[:, off]), 0.999),
+                       correlation(window_kernel(lab, lab.times)[:, off], products[:, off]), 0.999),
         Check.at_least("window ablation (length 0.1) vs gradient kernel at its centre: r",
                        correlation(centre[:, off], measured[:, off]), 0.99),
         Check.at_least("window ablation vs sampled BIF of that window: r", r, 0.95),
@@ -102,7 +102,7 @@ def _peaks(lab: Lab) -> dict[str, tuple[float, float]]:
     """When the mean pair of each kind is most harmful: at a moment, and left out of the whole run."""
     first, second = lab.aligned.layers([0])
     whole = leave_one_out(lab.items.targets.T, first[0], second[0], EVERY_TIME)
-    moment = _kernel(lab, EVERY_TIME)
+    moment = window_kernel(lab, EVERY_TIME)
 
     def peak(influence: Floats, level: int) -> float:
         return float(EVERY_TIME[(influence * lab.of_kind(level)).sum((1, 2)).argmax()])
@@ -137,7 +137,7 @@ def gradient_products(run: Run, steps: list[int]) -> Floats:
     return products
 
 
-def _kernel(lab: Lab, times: Floats) -> Floats:
+def window_kernel(lab: Lab, times: Floats) -> Floats:
     """Influence of a window by the closed form of the gradients: ``(time, train, query)``."""
     modes, strengths = lab.predicted_strengths(lab.aligned, times)
     return -gradient_kernel(modes, strengths) * RATE * WINDOW
@@ -180,7 +180,7 @@ def _nearest_peaks(lab: Lab, swept: Floats, level: int) -> float:
     """Largest distance in time between an extremum of the sweep and that of the gradient kernel."""
     measured = (swept * lab.of_kind(level)).sum((1, 2))
     centres = _centres(lab)
-    predicted = (_kernel(lab, EVERY_TIME) * lab.of_kind(level)).sum((1, 2))
+    predicted = (window_kernel(lab, EVERY_TIME) * lab.of_kind(level)).sum((1, 2))
     pairs = ((measured.argmin(), predicted.argmin()), (measured.argmax(), predicted.argmax()))
     return max(float(abs(centres[a] - EVERY_TIME[b])) for a, b in pairs)
 
@@ -237,7 +237,7 @@ def _draw_measures(lab: Lab, products: Floats) -> Figure:
 def _draw_sweep(lab: Lab, swept: Floats, later: Floats) -> Figure:
     figure = style.canvas(3.2)
     left, right = figure.subplots(1, 2)
-    centres, kernel = _centres(lab), _kernel(lab, EVERY_TIME)
+    centres, kernel = _centres(lab), window_kernel(lab, EVERY_TIME)
     past = slice(_past(lab))
     for level in KINDS:
         colour, kind = drawing.LEVEL_COLOURS[level], lab.of_kind(level)
