@@ -95,6 +95,7 @@ REDUCED = Settings(
     workers=1,
     whole_run_steps=range(0, 1001, 20),
     window_starts=range(50, 1300, 75),
+    symmetry_steps=range(0, 1200, 30),
     attribution_times=(0.8, 1.3, 2.3),
     sweep_gammas=(20.0, 1e3),
     sweep_step_sizes=(0.2, 8.0),
@@ -103,5 +104,6 @@ REDUCED = Settings(
     adam_checkpoints=16,
     adam_starts=2,
     adam_sampled_every=4,
+    phase_checkpoints=11,
 )
 """As little as shows what the study shows: a minute."""

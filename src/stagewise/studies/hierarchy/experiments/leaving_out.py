@@ -117,13 +117,13 @@ def _beyond_first_order(lab: Lab, left_out: Floats, response: Floats) -> list[Ch
     times = EVERY_TIME[lab.settings.whole_run_steps]
     modes, start = lab.predicted_strengths(lab.aligned, times[:1])
     whitened = whitened_response(modes, float(start[0, 0, 0]), times)
-    orders = {"first-order response": response, "first-order response for fixed inputs": whitened}
+    predictions = {"first-order response": response, "first-order response for fixed inputs": whitened}
     off = lab.off_diagonal
     return [
         Check.reported(
-            f"leave-one-out vs {what}, aligned start: r", correlation(order[:, off], left_out[:, off]), ".3f"
+            f"leave-one-out vs {what}, aligned start: r", correlation(predicted[:, off], left_out[:, off]), ".3f"
         )
-        for what, order in orders.items()
+        for what, predicted in predictions.items()
     ]
 
 
