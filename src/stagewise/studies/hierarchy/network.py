@@ -15,7 +15,7 @@ from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.retraining.schedule import BatchOrder, Schedule
 from stagewise.retraining.training import train
 from stagewise.retraining.updates import TrainingState
-from stagewise.studies.hierarchy.tree import Floats, Items
+from stagewise.studies.hierarchy.theory.tree import Floats, Items
 from stagewise.task import Task
 from stagewise.vector import ParameterVector
 
@@ -70,7 +70,7 @@ def network(items: Items, width: int, start: Start, a0: float, seed: int) -> nn.
     outputs, inputs = items.targets.T.shape
     generator = np.random.default_rng(seed)
     if start == "aligned":
-        first, second = _aligned(correlations(items), width, a0, generator)
+        first, second = _aligned(input_output_correlation(items), width, a0, generator)
     else:
         first = generator.standard_normal((width, inputs)) * np.sqrt(2 * a0 / width)
         second = generator.standard_normal((outputs, width)) * np.sqrt(2 * a0 / width)
@@ -81,7 +81,7 @@ def network(items: Items, width: int, start: Start, a0: float, seed: int) -> nn.
     return model.eval()
 
 
-def correlations(items: Items) -> Floats:
+def input_output_correlation(items: Items) -> Floats:
     """Sum over training samples of target x input^T: ``(feature, item)``."""
     total = np.zeros(items.targets.T.shape)
     np.add.at(total.T, items.shown, items.shown_targets)

@@ -1,6 +1,6 @@
 """What the items of a deep linear network share at a moment of its training: gradients, residuals, representations.
 
-Notation and time as in :mod:`stagewise.studies.hierarchy.theory`; strengths ``a`` are ``(time, mode, mode)``, or
+Notation and time as in :mod:`stagewise.studies.hierarchy.theory.modes`; strengths ``a`` are ``(time, mode, mode)``, or
 ``(time, mode)`` of aligned modes.
 """
 
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from stagewise.studies.hierarchy.theory import Modes, residuals
-from stagewise.studies.hierarchy.tree import Floats
+from stagewise.studies.hierarchy.theory.modes import Modes, residuals
+from stagewise.studies.hierarchy.theory.tree import Floats
 
 
 def residual_kernel(modes: Modes, a: Floats) -> Floats:

@@ -22,35 +22,27 @@ from stagewise.report.page import Plate, Section
 from stagewise.report.tables import Table
 from stagewise.studies.hierarchy import drawing
 from stagewise.studies.hierarchy.embedding import embedding
-from stagewise.studies.hierarchy.kernels import gradient_kernel, representation_distances
-from stagewise.studies.hierarchy.lab import (
-    EVERY_TIME,
-    KINDS,
-    LAST,
-    RATE,
-    Check,
-    Claim,
-    Experiment,
-    Lab,
-    correlation,
-)
-from stagewise.studies.hierarchy.timing import Timing, kind_curves, kind_means, timings
-from stagewise.studies.hierarchy.tree import Floats
+from stagewise.studies.hierarchy.experiment import Check, Claim, Experiment
+from stagewise.studies.hierarchy.lab import Lab, correlation
+from stagewise.studies.hierarchy.settings import EVERY_TIME, LAST, RATE
+from stagewise.studies.hierarchy.theory.kernels import gradient_kernel, representation_distances
+from stagewise.studies.hierarchy.theory.tree import KINDS, Floats
+from stagewise.studies.hierarchy.turns import Turns, kind_curves, kind_means, turns_of_kinds
 
 FLIP_TOLERANCE = 0.1
 FRACTIONS = (0.05, 0.1, 0.2)
 """Of a branch's final separation, at which its onset may be said to be."""
 
 
-def stages(lab: Lab) -> Experiment:
+def transitions(lab: Lab) -> Experiment:
     """Order and times of flips, harmful peaks against branch onsets, and other marks of the stages."""
     branches = branch_curves(lab)
     onsets = [rise(branches.sel(level=k), kind) for k, kind in enumerate(KINDS.values())]
     # The odd part under reflection: the even part is helpful everywhere and would flip curves back at the end.
     instant, window = (bif(traces, part="odd") for traces in (lab.instant_traces, lab.window_traces))
-    at_instants = timings(kind_curves(lab, instant), EVERY_TIME, _kernel_means(lab))
-    in_windows = timings(kind_curves(lab, window), lab.times, kind_means(lab, lab.matrix(lab.windows)))
-    peaks = [timing.harm for timing in in_windows]
+    at_instants = turns_of_kinds(kind_curves(lab, instant), EVERY_TIME, _kernel_means(lab))
+    in_windows = turns_of_kinds(kind_curves(lab, window), lab.times, kind_means(lab, lab.matrix(lab.measured_windows)))
+    peaks = [turns.peak for turns in in_windows]
     aligned = {
         fraction: alignment(
             peaks,
@@ -68,13 +60,13 @@ def stages(lab: Lab) -> Experiment:
         "Influence events and the model's own stages",
         [Plate("stages", _caption(), figure), embedding(lab, onsets, in_windows), table],
     )
+    nearness = f"harmful peaks of the three kinds, onset at {_list(FRACTIONS, '.0%')}"
     checks = [
         _distance_check(lab),
         *(_flip_check(t, kind) for t, kind in zip(at_instants, KINDS.values(), strict=True)),
-        *(_harm_check(t, onset) for t, onset in zip(in_windows, onsets, strict=True)),
-        Check(f"harmful peaks of the three kinds, onset at {_list(FRACTIONS, '.0%')}: mean distance; permutation p",
-              f"{_list((a['statistic'] * RATE for a in aligned.values()), '.2f')}; "
-              f"{_list((a['p_value'] for a in aligned.values()), '.3f')}"),
+        *(_peak_check(t, onset) for t, onset in zip(in_windows, onsets, strict=True)),
+        Check.reported(f"{nearness}: mean distance in t", [a["statistic"] * RATE for a in aligned.values()], ".2f"),
+        Check.reported(f"{nearness}: permutation p", [a["p_value"] for a in aligned.values()], ".3f"),
     ]  # fmt: skip
     findings = [_order(at_instants), _nearness(aligned), _marks(spectrum)]
     return Experiment(section, findings, checks, [_branch_claim(at_instants, onsets, branches), _llc_claim(learning)])
@@ -89,7 +81,7 @@ def branch_curves(lab: Lab) -> xr.DataArray:
 
 
 def _distance_check(lab: Lab) -> Check:
-    modes, strengths = lab.strengths(lab.aligned, lab.times)
+    modes, strengths = lab.predicted_strengths(lab.aligned, lab.times)
     closed = representation_distances(modes, strengths)
     hidden = lab.aligned.representations(lab.steps)
     measured = ((hidden[:, :, None] - hidden[:, None]) ** 2).sum(-1)
@@ -98,11 +90,11 @@ def _distance_check(lab: Lab) -> Check:
 
 
 def _kernel_means(lab: Lab) -> Floats:
-    modes, strengths = lab.strengths(lab.aligned, EVERY_TIME)
+    modes, strengths = lab.predicted_strengths(lab.aligned, EVERY_TIME)
     return kind_means(lab, -gradient_kernel(modes, strengths))
 
 
-def _order(at_instants: Sequence[Timing]) -> str:
+def _order(at_instants: Sequence[Turns]) -> str:
     sampled = [f"t = {t.flip.step * RATE:.2f} ({kind})" for t, kind in zip(at_instants, KINDS.values(), strict=True)]
     truth = [f"{t.true_flip:.2f}" for t in at_instants]
     return (
@@ -138,9 +130,9 @@ def _marks(spectrum: xr.Dataset) -> str:
     )
 
 
-def _branch_claim(at_instants: Sequence[Timing], onsets: Sequence[Transition], branches: xr.DataArray) -> Claim:
+def _branch_claim(at_instants: Sequence[Turns], onsets: Sequence[Transition], branches: xr.DataArray) -> Claim:
     pairs = enumerate(zip(at_instants, onsets, strict=True))
-    open_at_peak = [f"{_opened(branches, level, timing.true_harm, onset):.0%}" for level, (timing, onset) in pairs]
+    open_at_peak = [f"{_opened(branches, level, turns.true_peak, onset):.0%}" for level, (turns, onset) in pairs]
     return Claim(
         "Branches of the representations coincide with extrema of influence",
         f"Extrema come early in a branch: at the harmful peak of the gradient kernel it is {', '.join(open_at_peak)} "
@@ -161,32 +153,25 @@ def _opened(branches: xr.DataArray, level: int, time: float, onset: Transition) 
     return float(branches.isel(level=level).interp(step=time / RATE)) / onset.detail["final"]
 
 
-def _flip_check(timing: Timing, kind: str) -> Check:
-    flip, lower, upper = (RATE * step for step in (timing.flip.step, timing.flip.lower, timing.flip.upper))
-    near = abs(flip - timing.true_flip) <= FLIP_TOLERANCE and lower <= timing.true_flip <= upper
-    target = f"{timing.true_flip:.2f} ± {FLIP_TOLERANCE:g}, in the interval"
-    return Check(f"sign flip of {kind} pairs: t [95% interval]", f"{flip:.2f} [{lower:.2f}, {upper:.2f}]", target, near)
+def _flip_check(turns: Turns, kind: str) -> Check:
+    flip, lower, upper = (RATE * step for step in (turns.flip.step, turns.flip.lower, turns.flip.upper))
+    what = f"sign flip of {kind} pairs: t [95% interval]"
+    return Check.near(what, flip, turns.true_flip, FLIP_TOLERANCE, ".2f", (lower, upper))
 
 
-def _harm_check(timing: Timing, onset: Transition) -> Check:
-    lower, upper = RATE * onset.lower, RATE * onset.upper
-    harm = RATE * timing.harm.step
-    return Check(
-        f"harmful peak of a window (sampled) of {onset.name} pairs: t, in the 5–20% onset band",
-        f"{harm:.2f}",
-        f"{lower:.2f} to {upper:.2f}",
-        lower <= harm <= upper,
-    )
+def _peak_check(turns: Turns, onset: Transition) -> Check:
+    what = f"harmful peak of a window (sampled) of {onset.name} pairs: t, in the 5–20% onset band"
+    return Check.between(what, RATE * turns.peak.step, RATE * onset.lower, RATE * onset.upper, ".2f")
 
 
 def _table(
-    at_instants: Sequence[Timing], in_windows: Sequence[Timing], onsets: Sequence[Transition], branches: xr.DataArray
+    at_instants: Sequence[Turns], in_windows: Sequence[Turns], onsets: Sequence[Transition], branches: xr.DataArray
 ) -> Table:
     rows = []
     for k, onset in enumerate(onsets):
-        for name, timing in (("at an instant", at_instants[k]), ("of a window", in_windows[k])):
-            opened = _opened(branches, k, timing.true_harm, onset)
-            cells = [_when(timing.flip), f"{timing.true_flip:.2f}", _when(timing.harm), f"{timing.true_harm:.2f}"]
+        for name, turns in (("at an instant", at_instants[k]), ("of a window", in_windows[k])):
+            opened = _opened(branches, k, turns.true_peak, onset)
+            cells = [_when(turns.flip), f"{turns.true_flip:.2f}", _when(turns.peak), f"{turns.true_peak:.2f}"]
             band = f"{RATE * onset.lower:.2f}, {RATE * onset.step:.2f}, {RATE * onset.upper:.2f}"
             rows.append([onset.name, name, *cells, band, f"{opened:.0%}"])
     columns = [

@@ -1,6 +1,6 @@
 """First-order response of the deep linear network's losses to the weight of an item: the exact influence function.
 
-Notation, time and units as in :mod:`stagewise.studies.hierarchy.theory`.
+Notation, time and units as in :mod:`stagewise.studies.hierarchy.theory.modes`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from stagewise.studies.hierarchy.theory import SAME, Modes, mode_strengths, residuals
-from stagewise.studies.hierarchy.tree import Floats
+from stagewise.studies.hierarchy.theory.modes import SAME, Modes, aligned_strengths, residuals
+from stagewise.studies.hierarchy.theory.tree import Floats
 
 # Spacing times the largest s at which the integration errs by a few parts in a thousand.
 _LONGEST = 0.8
@@ -90,7 +90,7 @@ def whitened_response(modes: Modes, a0: float, t: Floats) -> Floats:
         t: times ``(time,)``.
     """
     s, t = modes.s, np.asarray(t, dtype=float)
-    g = mode_strengths(s, np.full(len(s), a0), t)
+    g = aligned_strengths(s, np.full(len(s), a0), t)
     apart, together = s[None, :] - s[:, None], s[None, :] + s[:, None]
     equal = np.abs(apart) <= SAME * max(s.max(), 1e-300)
     slope = _strength_slope(s, a0, t)
@@ -107,7 +107,7 @@ def whitened_response(modes: Modes, a0: float, t: Floats) -> Floats:
 def _strength_slope(s: Floats, a0: float, t: Floats) -> Floats:
     """dG/ds of the strength G(s) = 1 / (e^(-2 s t)/a0 + (1 - e^(-2 s t))/s): ``(time, mode)``."""
     t = t[:, None]
-    g, decay, safe = mode_strengths(s, np.full(len(s), a0), t[:, 0]), np.exp(-2 * s * t), np.where(s > 0, s, 1.0)
+    g, decay, safe = aligned_strengths(s, np.full(len(s), a0), t[:, 0]), np.exp(-2 * s * t), np.where(s > 0, s, 1.0)
     saturation_slope = np.where(s > 0, 2 * t * decay / safe + np.expm1(-2 * s * t) / safe**2, -2 * t**2)
     slope: Floats = -(g**2) * (-2 * t * decay / a0 + saturation_slope)
     return slope

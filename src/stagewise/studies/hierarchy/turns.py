@@ -8,24 +8,24 @@ import numpy as np
 import xarray as xr
 
 from stagewise.dynamics.events import Event, events
-from stagewise.studies.hierarchy.lab import KINDS, Lab
-from stagewise.studies.hierarchy.tree import Floats
+from stagewise.studies.hierarchy.lab import Lab
+from stagewise.studies.hierarchy.theory.tree import KINDS, Floats
 
 
-class Timing(NamedTuple):
+class Turns(NamedTuple):
     """Two events of the mean influence between the pairs of one kind.
 
     Attributes:
         flip: from helpful to harmful, sampled.
-        harm: the harmful peak, sampled.
+        peak: the harmful peak, sampled.
         true_flip: time of the flip in truth.
-        true_harm: time of the harmful peak in truth.
+        true_peak: time of the harmful peak in truth.
     """
 
     flip: Event
-    harm: Event
+    peak: Event
     true_flip: float
-    true_harm: float
+    true_peak: float
 
 
 def kind_curves(lab: Lab, influence: xr.Dataset) -> xr.Dataset:
@@ -49,7 +49,7 @@ def kind_means(lab: Lab, matrices: Floats) -> Floats:
     return np.stack([np.tensordot(matrices, lab.of_kind(level), 2) for level in KINDS], -1)
 
 
-def timings(curves: xr.Dataset, times: Floats, truth: Floats) -> list[Timing]:
+def turns_of_kinds(curves: xr.Dataset, times: Floats, truth: Floats) -> list[Turns]:
     """Sampled events of every kind beside those of the true curves.
 
     Args:
@@ -61,15 +61,15 @@ def timings(curves: xr.Dataset, times: Floats, truth: Floats) -> list[Timing]:
         ValueError: the sampled curve of a kind has no flip to harmful, or no harmful peak, beyond its noise.
     """
     found = events(curves)
-    return [_timing([e for e in found if e.train == kind], times, truth[:, k]) for k, kind in enumerate(KINDS.values())]
+    return [_turns([e for e in found if e.train == kind], times, truth[:, k]) for k, kind in enumerate(KINDS.values())]
 
 
-def _timing(found: list[Event], times: Floats, truth: Floats) -> Timing:
+def _turns(found: list[Event], times: Floats, truth: Floats) -> Turns:
     flips = [event for event in found if event.kind == "flip" and event.detail["sign"] > 0]
     peaks = [event for event in found if event.kind == "harmful peak"]
     if not flips or not peaks:
         raise ValueError("the sampled curve does not turn harmful beyond its noise; take more chains or draws")
-    return Timing(flips[0], peaks[0], _turns_positive(times, truth), float(times[truth.argmax()]))
+    return Turns(flips[0], peaks[0], _turns_positive(times, truth), float(times[truth.argmax()]))
 
 
 def _turns_positive(times: Floats, values: Floats) -> float:

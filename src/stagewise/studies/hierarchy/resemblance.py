@@ -8,13 +8,11 @@ from scipy.stats import rankdata
 
 from stagewise.studies.hierarchy.lab import Lab
 from stagewise.studies.hierarchy.network import FIRST, SECOND, task
-from stagewise.studies.hierarchy.theory import leave_one_out
-from stagewise.studies.hierarchy.tree import Floats
-
-RESAMPLES, STARTS = 400, 20
+from stagewise.studies.hierarchy.theory.removal import leave_one_out
+from stagewise.studies.hierarchy.theory.tree import Floats
 
 
-def exact(lab: Lab, seed: int, times: Floats) -> Floats:
+def exact_influence(lab: Lab, seed: int, times: Floats) -> Floats:
     """Leave-one-out from a random start, in closed form: ``(time, left out, query)``."""
     weights = task(lab.items, seed=seed).state()
     return leave_one_out(lab.items.targets.T, weights[FIRST].numpy(), weights[SECOND].numpy(), times)
@@ -36,10 +34,10 @@ def resemblance(influence: Floats, items: NDArray[np.intp] | None = None) -> Flo
     return correlations
 
 
-def over_items(influence: Floats, seed: int = 0) -> Floats:
+def over_items(influence: Floats, resamples: int, seed: int = 0) -> Floats:
     """95% interval of the resemblance by a bootstrap over items: ``(2, time)``."""
     count = influence.shape[1]
-    drawn = np.random.default_rng(seed).integers(count, size=(RESAMPLES, count))
+    drawn = np.random.default_rng(seed).integers(count, size=(resamples, count))
     draws = [resemblance(influence, items) for items in drawn]
     interval: Floats = np.quantile(draws, [0.025, 0.975], axis=0)
     return interval
@@ -47,4 +45,4 @@ def over_items(influence: Floats, seed: int = 0) -> Floats:
 
 def over_starts(lab: Lab, times: Floats) -> Floats:
     """The resemblance from many random starts, ``(start, time)``."""
-    return np.stack([resemblance(exact(lab, seed, times)) for seed in range(STARTS)])
+    return np.stack([resemblance(exact_influence(lab, seed, times)) for seed in range(lab.settings.starts)])

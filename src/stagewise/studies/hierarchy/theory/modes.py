@@ -1,4 +1,4 @@
-"""What the deep linear network learns, with all items or without some, in closed form. One function per equation.
+"""What the deep linear network learns, and when, in closed form. One function per equation.
 
 A network y = W2 W1 x on one-hot items learns the singular modes of the targets Y = U S V^T one after the other, the
 strongest first (Saxe, McClelland & Ganguli, PNAS 2019). Time is t = step x learning rate per sample, losses are
@@ -9,13 +9,12 @@ Arrays: items n, features O, modes n (modes without strength are kept, so that V
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from stagewise.retraining.source import saturation
-from stagewise.studies.hierarchy.tree import Floats
+from stagewise.studies.hierarchy.theory.tree import Floats
 
 # Singular values closer than this, relative to the largest, are one.
 SAME = 1e-9
@@ -60,7 +59,7 @@ class Modes:
         return strengths
 
 
-def mode_strengths(s: Floats, a0: Floats, t: Floats) -> Floats:
+def aligned_strengths(s: Floats, a0: Floats, t: Floats) -> Floats:
     """Strength of modes that start aligned: ``(time, mode)``  (Saxe et al. 2019).
 
         da/dt = 2 a (s - a),        a(t) = s / (1 + (s/a0 - 1) e^(-2 s t));    a0 / (1 + 2 a0 t) at s = 0
@@ -75,14 +74,14 @@ def mode_strengths(s: Floats, a0: Floats, t: Floats) -> Floats:
     return strengths
 
 
-def mode_matrix(s: Floats, a0: Floats, t: Floats) -> Floats:
+def mixed_strengths(s: Floats, a0: Floats, t: Floats) -> Floats:
     """Strength of modes that start mixed, W2 W1 = U A(t) V^T: ``(time, mode, mode)``.
 
         A(t) = [ e^(-S t) A0^-1 e^(-S t) + S^-1 (1 - e^(-2 S t)) ]^-1
 
     the solution of dA/dt = S A + A S - 2 A^2, which is gradient descent from balanced weights. For a diagonal A0 it is
-    :func:`mode_strengths`; in general modes of equal strength turn into the ones that A0 prefers, and strong modes pull
-    weaker ones along.
+    :func:`aligned_strengths`; in general modes of equal strength turn into the ones that A0 prefers, and strong modes
+    pull weaker ones along.
 
     Args:
         s: singular values ``(mode,)``.
@@ -134,40 +133,3 @@ def residuals(modes: Modes, a: Floats) -> Floats:
         return (modes.s - a)[:, None, :] * modes.v
     missing: Floats = np.einsum("tjk,pk->tpj", np.diag(modes.s) - a, modes.v)
     return missing
-
-
-def subset_losses(targets: Floats, first: Floats, second: Floats, kept: Sequence[int], t: Floats) -> Floats:
-    """Losses of all items when training sees only some of them, exactly: ``(time, item)``.
-
-    Without an item its column of Y is gone and its column of W1 gets no gradient; what is left is again a deep linear
-    network with one-hot inputs, and has its own modes. An item that is left out is never learnt: its loss stays
-    1/2 |y|^2, but for terms of the order of the initial weights.
-
-    Args:
-        targets: Y ``(feature, item)``.
-        first: initial W1 ``(hidden, item)``.
-        second: initial W2 ``(feature, hidden)``.
-        kept: the items in the training set, at least one.
-        t: times ``(time,)``.
-    """
-    if not len(kept) or len(set(kept)) < len(kept):
-        raise ValueError(f"kept must name at least one item, and each once (white inputs), got {list(kept)}")
-    chosen = np.asarray(kept)
-    modes = Modes.of(targets[:, chosen])
-    losses = np.tile((targets**2).sum(0) / 2, (len(t), 1))
-    losses[:, chosen] = item_losses(modes, mode_matrix(modes.s, modes.initial(first[:, chosen], second), t))
-    return losses
-
-
-def leave_one_out(targets: Floats, first: Floats, second: Floats, t: Floats) -> Floats:
-    """Influence of every item by leaving it out of the whole run, exactly: ``(time, left out, query)``.
-
-    LOO_pq(t) = l_q(t) - l_q(t) without p; negative = helpful. Arguments as for :func:`subset_losses`.
-    """
-    items = range(targets.shape[1])
-    whole = subset_losses(targets, first, second, items, t)
-    untrained = np.tile((targets**2).sum(0) / 2, (len(t), 1))  # what is left without the only item there is
-    others = [[q for q in items if q != p] for p in items]
-    without = [subset_losses(targets, first, second, kept, t) if kept else untrained for kept in others]
-    influence: Floats = whole[:, None, :] - np.stack(without, 1)
-    return influence

@@ -209,6 +209,9 @@ KINGDOMS = Concept.of(
 )
 """Eight items that part on three levels: 15 features."""
 
+KINDS = {1: "cross", 2: "cousin", 3: "sibling"}
+"""What pairs are called that part on a level of a tree of depth three."""
+
 LOPSIDED = Concept.of(
     "thing",
     {

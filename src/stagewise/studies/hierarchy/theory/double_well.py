@@ -5,21 +5,19 @@ The data raise or lower the second well by log-odds,
     n_beta L(w) = BARRIER (w^2 - 1)^2 - odds S(w),        S(w) = 1/2 (1 + tanh(w / WIDTH)),
 
 so that the second phase, w > 0, has the weight pi = 1 / (1 + e^-odds) but for the rare draws on the barrier. What a
-sample's loss does in each well is chosen by hand. Draws are exact, from the inverse of the distribution on a grid.
+sample's loss does in each well is chosen by hand.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import xarray as xr
+from scipy.optimize import minimize_scalar
 
-from stagewise.studies.hierarchy.tree import Floats
+from stagewise.studies.hierarchy.theory.tree import Floats
 
 BARRIER, WIDTH = 24.0, 0.2
 PHASES = ("first", "second")
-_SAMPLES = 100  # in the training set; n_beta is the same, so that kappa = 1
 _GRID: Floats = np.linspace(-2, 2, 8001)
 
 LOSSES = {
@@ -33,9 +31,13 @@ LOSSES = {
 }
 """Samples: the slope of the loss in the first well, that in the second, and how much higher the loss is there."""
 
-
-LABELS: dict[str, Any] = {"train": list(LOSSES), "queries": {"samples": list(LOSSES)}}
-"""Every sample by its name, as traces carry labels."""
+Pair = tuple[str, str]
+"""Of a training sample and a query."""
+FLIPS: Pair = ("steady", "turned")
+HELPFUL: Pair = ("learnt", "also learnt")
+HARMFUL: Pair = ("learnt", "forgotten")
+LATE: Pair = ("steeper", "also steeper")
+_FARTHEST = 4.0  # log-odds between which extrema are searched
 
 
 def losses(w: Floats) -> Floats:
@@ -57,31 +59,11 @@ def potential(odds: float) -> tuple[Floats, Floats]:
     return _GRID, BARRIER * (_GRID**2 - 1) ** 2 - odds * _second(_GRID)
 
 
-def _probability(odds: float) -> Floats:
-    """Of every point of the grid ``(point,)``."""
+def probability(odds: float) -> Floats:
+    """Of every point of the grid of ``potential``: ``(point,)``."""
     p = np.exp(-potential(odds)[1])
     probability: Floats = p / p.sum()
     return probability
-
-
-def draw(odds: float, chains: int, draws: int, seed: int) -> Floats:
-    """Independent draws of w, ``(chain, draw)``."""
-    uniform = np.random.default_rng(seed).random((chains, draws))
-    p = _probability(odds)
-    # Half of the mass of a grid point lies to its left.
-    return np.interp(uniform, np.cumsum(p) - p / 2, _GRID)
-
-
-def traces_of(walk: Floats) -> xr.DataTree:
-    """Draws of w ``(chain, draw)`` as the loss traces that sampling would leave."""
-    chains = {"chain": np.arange(len(walk))}
-    seen = {"loss": (("chain", "draw", "sample"), losses(walk)), "loss_anchor": ("sample", losses(np.array(-1.0)))}
-    side = xr.Dataset(seen, chains)
-    status = xr.Dataset({"status": ("chain", np.full(len(walk), "ok"))}, chains)
-    queries = side.assign_attrs(is_training_set=True)
-    tree = xr.DataTree.from_dict({"train": side, "queries/samples": queries, "chains": status})
-    tree.attrs = {"n_beta": float(_SAMPLES), "kappa": 1.0, "localised": True, "metric": "euclidean"}
-    return tree
 
 
 def exact(odds: float) -> xr.Dataset:
@@ -91,7 +73,7 @@ def exact(odds: float) -> xr.Dataset:
         ``weight`` (phase), ``within`` (phase, train, query), ``between`` and ``total`` (train, query) in nats per unit
         weight, and ``correlation`` (train, query), minus that of the losses. Negative is helpful.
     """
-    p, values, second = _probability(odds), losses(_GRID), _GRID > 0
+    p, values, second = probability(odds), losses(_GRID), _GRID > 0
 
     def covariance(p: Floats) -> Floats:
         centred = values - p @ values
@@ -112,3 +94,35 @@ def exact(odds: float) -> xr.Dataset:
         "correlation": (pairs, -whole / np.outer(spread, spread)),
     }
     return xr.Dataset(variables, {"phase": list(PHASES), "train": list(LOSSES), "query": list(LOSSES)})
+
+
+def exact_along(odds: Floats) -> xr.Dataset:
+    """The truth at many log-odds, along ``step``."""
+    return xr.concat([exact(value) for value in odds], xr.Variable("step", np.arange(len(odds))))
+
+
+def formula_peak(pair: Pair) -> float:
+    """Weight of the second phase at the extremum of the total, 1/2 + (Cov_second - Cov_first) / (2 Delta_i Delta_j)."""
+    at = exact(0.0).sel(train=pair[0], query=pair[1])
+    first, second = (-at["within"] / at["weight"]).values
+    shifts = -at["between"] / at["weight"].prod()
+    return float(0.5 + (second - first) / (2 * shifts))
+
+
+def integrated_peak(pair: Pair) -> float:
+    """The same by a search through the quadrature."""
+
+    def chosen(odds: float) -> xr.Dataset:
+        return exact(odds).sel(train=pair[0], query=pair[1])
+
+    sign, bounds = np.sign(chosen(0.0)["between"].item()), (-_FARTHEST, _FARTHEST)
+    found = minimize_scalar(lambda odds: -sign * chosen(odds)["total"].item(), bounds=bounds, method="bounded")
+    return float(chosen(found.x)["weight"][1])
+
+
+def plateau(pair: Pair) -> float:
+    """How much wider the spike is as a correlation than as a covariance, at half its height in log-odds, exactly."""
+    at = exact_along(np.linspace(-8, 8, 321)).sel(train=pair[0], query=pair[1])
+    sign = np.sign(at["between"][160].item())
+    widths = [(sign * at[name] > (sign * at[name]).max() / 2).sum().item() for name in ("correlation", "total")]
+    return float(widths[0] / widths[1])

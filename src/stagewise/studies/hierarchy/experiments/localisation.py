@@ -19,19 +19,15 @@ from stagewise.report.page import Plate, Section
 from stagewise.sampling.chains import Chains, sample_block
 from stagewise.sampling.posterior import LocalPosterior
 from stagewise.studies.hierarchy import drawing
-from stagewise.studies.hierarchy.kernels import curvature_floor, gradient_kernel
-from stagewise.studies.hierarchy.lab import INSTANT_GAMMA, KINDS, RATE, Check, Experiment, Lab, correlation
-from stagewise.studies.hierarchy.timing import kind_curves
-from stagewise.studies.hierarchy.tree import Floats
+from stagewise.studies.hierarchy.experiment import Check, Experiment
+from stagewise.studies.hierarchy.lab import INSTANT_GAMMA, LOOSE_GAMMA, Lab, correlation
+from stagewise.studies.hierarchy.settings import RATE
+from stagewise.studies.hierarchy.theory.kernels import curvature_floor, gradient_kernel
+from stagewise.studies.hierarchy.theory.tree import KINDS, Floats
+from stagewise.studies.hierarchy.turns import kind_curves
 from stagewise.traces.store import TraceStore
 
-LOOSE = 20.0
-"""gamma of a posterior that reaches far beyond first order."""
 PARTS: tuple[Part, Part] = ("full", "odd")
-
-GAMMAS, STEP_SIZES, KAPPAS = (20.0, 100.0, 1e3, 1e4), (0.02, 0.2, 2.0), (0.1, 1.0, 10.0)
-"""The sweep. Step sizes are in units of 1/gamma: SGLD contracts by a factor 1 - step_size gamma / 2."""
-SWEPT_CHECKPOINTS = 4
 
 
 class Sampled(NamedTuple):
@@ -44,24 +40,25 @@ class Sampled(NamedTuple):
 def localisation(lab: Lab) -> Experiment:
     """Sampled influence at large and at small gamma against the gradient kernel; a sweep of the settings."""
     off = lab.off_diagonal
-    modes, strengths = lab.strengths(lab.aligned, lab.times)
+    modes, strengths = lab.predicted_strengths(lab.aligned, lab.times)
     kernel = -gradient_kernel(modes, strengths)
-    floor = -curvature_floor(modes, strengths, lab.items.targets.shape[1]) / (2 * LOOSE)
+    floor = -curvature_floor(modes, strengths, lab.items.targets.shape[1]) / (2 * LOOSE_GAMMA)
     tight = _sampled(lab, lab.instant_traces, INSTANT_GAMMA)
-    loose_traces = lab.sample(lab.single, lab.posterior(LOOSE), f"gamma {LOOSE:g}")
-    loose = _sampled(lab, loose_traces, LOOSE)
+    loose = _sampled(lab, lab.loose_traces, LOOSE_GAMMA)
 
     def agreement(part: Floats) -> float:
         return correlation(part[:, off], kernel[:, off])
 
     sweep = _sweep(lab)
-    turning = {part: _turning(lab, loose_traces, part) for part in PARTS}
+    turning = {part: _turning(lab, lab.loose_traces, part) for part in PARTS}
+    what = "sampled BIF vs gradient kernel, gamma ="
     checks = [
-        Check.at_least(f"sampled BIF vs gradient kernel, gamma = {INSTANT_GAMMA:g}: r", agreement(tight.full), 0.985),
-        Check(f"the same, gamma = {LOOSE:g}: r", f"{agreement(loose.full):.3f}"),
-        Check.at_least(f"the same, gamma = {LOOSE:g}, odd part: r", agreement(loose.odd), 0.85),
-        Check("the even part at gamma = 20 vs the curvature floor: r",
-              f"{correlation((loose.full - loose.odd)[:, off], floor[:, off]):.3f}"),
+        Check.at_least(f"{what} {INSTANT_GAMMA:g}: r", agreement(tight.full), 0.985),
+        Check.reported(f"{what} {LOOSE_GAMMA:g}: r", agreement(loose.full), ".3f"),
+        Check.at_least(f"{what} {LOOSE_GAMMA:g}, odd part: r", agreement(loose.odd), 0.85),
+        Check.reported(f"the even part at gamma = {LOOSE_GAMMA:g} vs the curvature floor: r",
+                       correlation((loose.full - loose.odd)[:, off], floor[:, off]), ".3f"),
+        _sweep_check(sweep),
     ]  # fmt: skip
     section = Section(
         "How tightly the posterior holds",
@@ -76,21 +73,27 @@ def localisation(lab: Lab) -> Experiment:
 
 def _hidden(turning: dict[Part, set[str]], full: float, odd: float) -> str:
     return (
-        f"Far from the checkpoint the losses bend, and that always looks helpful: at gamma = {LOOSE:g} the mean pair "
-        f"turns harmful beyond noise in {len(turning['full'])} of {len(KINDS)} kinds (r with the gradient kernel "
+        f"Far from the checkpoint the losses bend, and that always looks helpful: at gamma = {LOOSE_GAMMA:g} the mean "
+        f"pair turns harmful beyond noise in {len(turning['full'])} of {len(KINDS)} kinds (r with the gradient kernel "
         f"{full:.2f}). Draws reflected about the checkpoint remove it: by their odd part in {len(turning['odd'])} of "
         f"{len(KINDS)}, r = {odd:.2f}."
     )
 
 
+def _sweep_check(sweep: xr.DataArray) -> Check:
+    tight = sweep.isel(gamma=-1)
+    what = f"sweep of settings of SGLD vs gradient kernel, gamma = {tight['gamma'].item():g}: least and largest r"
+    return Check.reported(what, [tight.min(), tight.max()], ".2f")
+
+
 def _large_enough(sweep: xr.DataArray) -> str:
-    tight = sweep.sel(gamma=GAMMAS[-1])
+    tight, kappas = sweep.isel(gamma=-1), sweep["kappa"].values
     least, most = (words.score(float(r)) for r in (tight.min(), tight.max()))
     change = float((tight.max("kappa") - tight.min("kappa")).max())
     return (
-        f"How large a gamma is large enough: by SGLD at gamma = {GAMMAS[-1]:g}, r with the kernel is between {least}, "
-        f"where steps are too short to forget, and {most}; n_beta {KAPPAS[-1] / KAPPAS[0]:g} "
-        f"times as large changes it by at most {change:.2f}."
+        f"How large a gamma is large enough: by SGLD at gamma = {tight['gamma'].item():g}, r with the kernel is "
+        f"between {least}, where steps are too short to forget, and {most}; n_beta {kappas[-1] / kappas[0]:g} times as "
+        f"large changes it by at most {change:.2f}."
     )
 
 
@@ -107,25 +110,26 @@ def _turning(lab: Lab, traces: TraceStore, part: Part) -> set[str]:
 
 def _sweep(lab: Lab) -> xr.DataArray:
     """R with the gradient kernel of SGLD at every setting, pooled over a few checkpoints."""
+    size = lab.settings
     steps = [step for step, t in zip(lab.steps, lab.times, strict=True) if 1 <= t <= 4]
-    steps = [steps[k] for k in np.linspace(0, len(steps) - 1, SWEPT_CHECKPOINTS).round().astype(int)]
-    modes, strengths = lab.strengths(lab.aligned, RATE * np.array(steps))
+    steps = [steps[k] for k in np.linspace(0, len(steps) - 1, size.sweep_checkpoints).round().astype(int)]
+    modes, strengths = lab.predicted_strengths(lab.aligned, RATE * np.array(steps))
     kernel = -gradient_kernel(modes, strengths)
-    settings = list(product(GAMMAS, STEP_SIZES, KAPPAS))
-    run, scores = lab.single, []
+    grid = {"gamma": size.sweep_gammas, "step_size": size.sweep_step_sizes, "kappa": size.sweep_kappas}
+    combinations = list(product(*grid.values()))
+    run, scores = lab.aligned_float32, []
     labels = {"train": run.task.train_groups, "queries": run.task.query_groups}
-    for done, (gamma, step_size, kappa) in enumerate(settings, start=1):
+    for done, (gamma, step_size, kappa) in enumerate(combinations, start=1):
         posterior = LocalPosterior(gamma=gamma, n_beta=kappa * len(lab.items.targets), require_localised=False)
-        plan = Chains(
-            "sgld", lab.size.chains, draws=lab.size.draws // 6, step_size=step_size / gamma, burn_in=60, thinning=3,
+        sampling = Chains(
+            "sgld", size.chains, draws=size.draws // 6, step_size=step_size / gamma, burn_in=60, thinning=3,
             reflect=False, batching="stacked",
         )  # fmt: skip
-        trees = {step: sample_block(run.task, run.trajectory.load(step), posterior, plan) for step in steps}
+        trees = {step: sample_block(run.task, run.trajectory.load(step), posterior, sampling) for step in steps}
         scores.append(_score(lab, TracesInMemory(trees, labels), kernel))
-        lab.progress("sweep of settings", done, len(settings))
-    shape = (len(GAMMAS), len(STEP_SIZES), len(KAPPAS))
-    coords = {"gamma": list(GAMMAS), "step_size": list(STEP_SIZES), "kappa": list(KAPPAS)}
-    return xr.DataArray(np.reshape(scores, shape), coords, ("gamma", "step_size", "kappa"), "r")
+        lab.progress("sweep of settings", done, len(combinations))
+    shape = [len(values) for values in grid.values()]
+    return xr.DataArray(np.reshape(scores, shape), {name: list(values) for name, values in grid.items()}, tuple(grid))
 
 
 def _score(lab: Lab, traces: TracesInMemory, kernel: Floats) -> float:
@@ -150,11 +154,12 @@ def _floor_caption() -> str:
 
 
 def _sweep_caption(lab: Lab) -> str:
+    size = lab.settings
     return (
-        f"Correlation of sampled influence with the gradient kernel over off-diagonal pairs and {SWEPT_CHECKPOINTS} "
-        f"checkpoints, by gamma (rows), step size of SGLD (columns) and n_beta (panels); {lab.size.chains} chains, 3 "
-        "steps per draw. The kernel is the limit of large gamma: the question is how large is enough. Grey: chains "
-        "left the posterior."
+        f"Correlation of sampled influence with the gradient kernel over off-diagonal pairs and "
+        f"{size.sweep_checkpoints} checkpoints, by gamma (rows), step size of SGLD (columns) and n_beta (panels); "
+        f"{size.chains} chains, 3 steps per draw. The kernel is the limit of large gamma: the question is how large is "
+        "enough. Grey: chains left the posterior."
     )
 
 
@@ -162,7 +167,7 @@ def _sweep_caption(lab: Lab) -> str:
 def _draw_floor(lab: Lab, kernel: Floats, floor: Floats, tight: Sampled, loose: Sampled) -> Figure:
     figure = style.canvas(4.6)
     axes = figure.subplots(2, len(KINDS), sharex=True)
-    for row, (gamma, sampled) in zip(axes, ((INSTANT_GAMMA, tight), (LOOSE, loose)), strict=True):
+    for row, (gamma, sampled) in zip(axes, ((INSTANT_GAMMA, tight), (LOOSE_GAMMA, loose)), strict=True):
         for ax, level in zip(row, KINDS, strict=True):
             colour, kind = drawing.LEVEL_COLOURS[level], lab.of_kind(level)
             curve = partial(np.tensordot, b=kind, axes=2)
@@ -170,7 +175,7 @@ def _draw_floor(lab: Lab, kernel: Floats, floor: Floats, tight: Sampled, loose: 
             ax.plot(lab.times, curve(sampled.full), color=colour, linewidth=0.9)
             ax.plot(lab.times, curve(sampled.odd), color=colour, linewidth=2, alpha=0.7)
             ax.plot(lab.times, curve(kernel), "--", color=style.INK, linewidth=0.9)
-            if gamma == LOOSE:
+            if gamma == LOOSE_GAMMA:
                 ax.plot(lab.times, curve(floor), ":", color=style.MUTED)
             ax.set_title(f"{KINDS[level]} pairs, γ = {gamma:g}")
     style.name_axes(figure, drawing.TIME, "influence × γ (negative = helpful)")
@@ -186,8 +191,8 @@ def _draw_sweep(sweep: xr.DataArray) -> Figure:
         image = ax.imshow(panel, cmap="viridis", vmin=0, vmax=1, aspect="auto", origin="lower")
         for (i, j), r in np.ndenumerate(panel):
             ax.text(j, i, words.score(r), ha="center", va="center", fontsize=8, color="white" if r < 0.7 else "black")
-        ax.set_xticks(range(len(STEP_SIZES)), [f"{size:g}" for size in STEP_SIZES])
-        ax.set_yticks(range(len(GAMMAS)), [f"{gamma:g}" for gamma in GAMMAS])
+        ax.set_xticks(range(sweep.sizes["step_size"]), [f"{size:g}" for size in sweep["step_size"].values])
+        ax.set_yticks(range(sweep.sizes["gamma"]), [f"{gamma:g}" for gamma in sweep["gamma"].values])
         ax.set_title(f"n_beta = {kappa:g} n")
         ax.spines[:].set_visible(False)
         ax.set_facecolor(style.FAINT)
