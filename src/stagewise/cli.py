@@ -139,7 +139,7 @@ def config(
 
 def _run(settings: RunConfig, dry_run: bool) -> None:
     """Predict the cost of a configuration or carry it out, and say what was found."""
-    from stagewise.report.findings import findings
+    from stagewise.reporting.findings import findings
     from stagewise.run.cost import estimate
     from stagewise.run.engine import quiet_vmap
     from stagewise.run.pipeline import run as carry_out

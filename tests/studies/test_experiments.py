@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from stagewise.report.page import Plate
-from stagewise.report.tables import Table
+from stagewise.reporting.page import Plate
+from stagewise.reporting.tables import Table
 from stagewise.studies.hierarchy import leaving_out as leaving_out_module
 from stagewise.studies.hierarchy import localisation as localisation_module
 from stagewise.studies.hierarchy import windows as windows_module

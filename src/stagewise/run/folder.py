@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from stagewise.report.results import Exemplar
+from stagewise.results import Exemplar
 
 _PACKAGES = ("stagewise", "torch", "numpy", "scipy", "xarray", "zarr", "arviz-stats")
 

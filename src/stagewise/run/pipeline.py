@@ -15,8 +15,8 @@ import yaml
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.dynamics.events import events
 from stagewise.influence.bif import NoTrustedCheckpointError, bif
-from stagewise.report.contents import write_report
-from stagewise.report.results import Results
+from stagewise.reporting.contents import write_report
+from stagewise.results import Results
 from stagewise.run import analysis
 from stagewise.run.config import RunConfig, load_task, save_config
 from stagewise.run.engine import default_steps, sample

@@ -13,7 +13,7 @@ import torch
 import xarray as xr
 
 from stagewise.influence.bif import bif
-from stagewise.report.page import Section
+from stagewise.reporting.page import Section
 from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.scores import measured_influence
 from stagewise.run.engine import sample

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from stagewise.report.page import Page, Section, write_page
-from stagewise.report.tables import Table
+from stagewise.reporting.page import Page, Section, write_page
+from stagewise.reporting.tables import Table
 from stagewise.run.folder import provenance
 from stagewise.run.progress import Progress, silent
 from stagewise.studies.hierarchy.adam import adam

@@ -13,8 +13,8 @@ from scipy.special import logit
 from stagewise.influence.bif import bif
 from stagewise.influence.phases import phase_decomposition
 from stagewise.influence.trusted import TracesInMemory
-from stagewise.report import style
-from stagewise.report.page import Plate, Section
+from stagewise.reporting import style
+from stagewise.reporting.page import Plate, Section
 from stagewise.studies.hierarchy.double_well import LABELS, PHASES, draw, exact, potential, traces_of
 from stagewise.studies.hierarchy.lab import Check, Claim, Experiment, Lab
 from stagewise.studies.hierarchy.tree import Floats
