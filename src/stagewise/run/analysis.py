@@ -75,7 +75,7 @@ def measure(
         window=window,
         weight=settings.weight,
         steps=steps,
-        orders=settings.orders,
+        orders=settings.repeats,
         order=order,
         progress=lambda done, total: progress("retraining windows", done, total),
     )

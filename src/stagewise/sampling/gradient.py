@@ -12,6 +12,7 @@ from torch.func import grad, vmap
 from torch.utils._pytree import tree_map
 
 from stagewise.attention import slow_path
+from stagewise.memory import is_out_of_memory
 from stagewise.sampling.base import Gradient, GradientFunction
 from stagewise.sampling.curvature import training_batches
 from stagewise.sampling.posterior import LocalDensity
@@ -159,8 +160,8 @@ def choose_batching(density: LocalDensity, chains: int, batch_size: int | None) 
         gradient = potential_gradient(density, chains, batch_size, True, batching, Generator().manual_seed(0))
         try:
             gradient(u)
-        except RuntimeError:
-            if batching == "loop":
+        except RuntimeError as error:
+            if batching == "loop" or is_out_of_memory(error):
                 raise
             continue  # an operation without a batching rule
         start = time.perf_counter()
