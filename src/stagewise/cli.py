@@ -183,11 +183,11 @@ def _readable_errors() -> Iterator[None]:
 
 def _explained(error: Exception) -> str | None:
     """What a person can do something about, in a line; None if it is a bug of stagewise."""
-    from stagewise.memory import is_out_of_memory
+    from stagewise.memory import out_of_memory
     from stagewise.run.task_file import in_one_line, place_in_task_file
     from stagewise.traces.lock import RunLockedError
 
-    if is_out_of_memory(error):
+    if out_of_memory(error):
         return f"memory ran out ({in_one_line(error)}). {_LESS_MEMORY}"
     if isinstance(error, BrokenProcessPool):
         return f"a worker process was killed, most likely because memory ran out. {_LESS_MEMORY}"

@@ -10,7 +10,7 @@ import torch
 _PHRASES = ("out of memory", "can't allocate memory", "not enough memory", "_alloc_failed")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory did not suffice; PyTorch often says it by a plain RuntimeError."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True

@@ -11,7 +11,7 @@ import torch
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.run.analysis import spread
 from stagewise.run.config import RunConfig
-from stagewise.run.engine import chosen_steps, default_workers
+from stagewise.run.engine import default_workers, steps_to_sample
 from stagewise.run.task_file import load_task
 from stagewise.sampling.chains import Chains, tune
 from stagewise.sampling.gradient import choose_batching, potential_gradient
@@ -63,7 +63,7 @@ def estimate(config: RunConfig) -> Cost:
         ValueError: the configuration, task or checkpoints cannot be used.
     """
     task, trajectory = load_task(config.task, config.task_args), Trajectory.from_directory(config.checkpoints)
-    steps = chosen_steps(trajectory, config.posterior, config.steps)
+    steps = steps_to_sample(trajectory, config.posterior, config.steps)
     workers = config.workers or default_workers(task)
     return sampling_cost(task, trajectory, config.posterior, config.sampling, steps, workers)
 

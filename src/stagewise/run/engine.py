@@ -85,7 +85,7 @@ def sample(
         ValueError: the task, a checkpoint or a setting cannot be used.
     """
     chains = Chains(**plan)
-    chosen = chosen_steps(trajectory, posterior, steps)
+    chosen = steps_to_sample(trajectory, posterior, steps)
     out = Path(out)
     chains = replace(chains, batching=_batching(task, trajectory, posterior, chains, out, chosen))
     store = TraceStore.open(out, identity(task, posterior, chains))
@@ -106,7 +106,7 @@ def sample(
     return store
 
 
-def chosen_steps(trajectory: Trajectory, posterior: LocalPosterior, steps: Sequence[int] | None = None) -> list[int]:
+def steps_to_sample(trajectory: Trajectory, posterior: LocalPosterior, steps: Sequence[int] | None = None) -> list[int]:
     """The steps that are asked for; by default all recorded ones, but for step 0 in Adam's metric.
 
     Before its first update Adam has no second moments.

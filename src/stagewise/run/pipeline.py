@@ -17,7 +17,7 @@ from stagewise.reporting.contents import write_report
 from stagewise.results import Results
 from stagewise.run import analysis, yaml12
 from stagewise.run.config import RunConfig, save_config
-from stagewise.run.engine import chosen_steps, default_workers, sample
+from stagewise.run.engine import default_workers, sample, steps_to_sample
 from stagewise.run.folder import load_results, provenance, save_results
 from stagewise.run.progress import Progress, silent
 from stagewise.run.task_file import load_task
@@ -36,7 +36,7 @@ def run(config: RunConfig, progress: Progress = silent) -> Results:
     """
     make_task = partial(load_task, config.task, config.task_args)
     task, trajectory = make_task(), Trajectory.from_directory(config.checkpoints)
-    steps = chosen_steps(trajectory, config.posterior, config.steps)
+    steps = steps_to_sample(trajectory, config.posterior, config.steps)
     plan = {field.name: getattr(config.sampling, field.name) for field in fields(config.sampling)}
     store = sample(
         task,

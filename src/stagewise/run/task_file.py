@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from stagewise.memory import is_out_of_memory
+from stagewise.memory import out_of_memory
 from stagewise.run.config import ConfigError, nearest
 from stagewise.run.places import is_module
 from stagewise.task import Task
@@ -50,7 +50,7 @@ def load_task(reference: str, arguments: Mapping[str, Any]) -> Task:
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:
-        if is_out_of_memory(error):
+        if out_of_memory(error):
             raise
         place = next(iter(_own_places(error)), reference)
         raise ConfigError(f"task: {place}: {in_one_line(error)}") from error

@@ -12,7 +12,7 @@ from torch.func import grad, vmap
 from torch.utils._pytree import tree_map
 
 from stagewise.attention import slow_path
-from stagewise.memory import is_out_of_memory
+from stagewise.memory import out_of_memory
 from stagewise.sampling.base import Gradient, GradientFunction
 from stagewise.sampling.curvature import training_batches
 from stagewise.sampling.posterior import LocalDensity
@@ -161,7 +161,7 @@ def choose_batching(density: LocalDensity, chains: int, batch_size: int | None) 
         try:
             gradient(u)
         except RuntimeError as error:
-            if batching == "loop" or is_out_of_memory(error):
+            if batching == "loop" or out_of_memory(error):
                 raise
             continue  # an operation without a batching rule
         start = time.perf_counter()
