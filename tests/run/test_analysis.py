@@ -195,7 +195,7 @@ def test_samples_are_ranked_by_how_certain_they_are_and_not_by_size(monkeypatch,
         {"value": (dims, value[None, :, None]), "stderr": (dims, stderr[None, :, None])},
         {"step": [0], "query": ["far"]},
     )
-    monkeypatch.setattr(analysis, "bif", lambda traces: made)
+    monkeypatch.setattr(analysis, "bif", lambda _: made)
     (exemplar,) = analysis.exemplars(springs.task(), sampled, FLAT, 2, steps=1, queries=1)
     assert list(exemplar.samples) == [1, 0, 2, 5]
 

@@ -157,7 +157,8 @@ def describe() -> str:
 
 def _documented(docstring: str) -> dict[str, str]:
     """The meanings in the Attributes section of a docstring."""
-    attributes = inspect.cleandoc(docstring).partition("Attributes:")[2]  # Python 3.13 has dedented it already
+    text = inspect.cleandoc(docstring)  # Python 3.13 has dedented it already
+    attributes = re.split(r"\n(?=\S)", text.partition("Attributes:")[2])[0]
     entries = re.split(r"\n {4}(?=\w+: )", attributes)
     pairs = (" ".join(entry.split()).split(": ", 1) for entry in entries if ": " in entry)
     return {name: meaning.rstrip(".") for name, meaning in pairs}
