@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from stagewise.report.page import Plate
-from stagewise.report.tables import Table
+from stagewise.reporting.page import Plate
+from stagewise.reporting.tables import Table
 from stagewise.studies.hierarchy.experiments.learning import learning
 from stagewise.studies.hierarchy.experiments.leaving_out import leaving_out, retrained
 from stagewise.studies.hierarchy.experiments.localisation import localisation

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 import stagewise.studies.hierarchy as hierarchy
 from stagewise.cli import app
 from stagewise.influence.bif import bif
-from stagewise.report.page import Section
-from stagewise.report.tables import Table
+from stagewise.reporting.page import Section
+from stagewise.reporting.tables import Table
 from stagewise.run import engine
 from stagewise.studies.hierarchy import cost as cost_module
 from stagewise.studies.hierarchy import study as study_module

@@ -15,7 +15,7 @@ from stagewise.groups import query_groups
 from stagewise.influence.bif import bif
 from stagewise.influence.damped import damped_influence
 from stagewise.influence.gradients import gradient_product
-from stagewise.report.results import Exemplar
+from stagewise.reporting.results import Exemplar
 from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.schedule import BatchOrder
 from stagewise.run.config import RunConfig
@@ -75,7 +75,7 @@ def measure(
         window=window,
         weight=settings.weight,
         steps=steps,
-        repeats=settings.orders,
+        repeats=settings.repeats,
         order=order,
         progress=lambda done, total: progress("retraining windows", done, total),
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +85,7 @@ def sample(
         ValueError: the task, a checkpoint or a setting cannot be used.
     """
     chains = Chains(**plan)
-    chosen = default_steps(trajectory, posterior) if steps is None else list(steps)
-    if missing := sorted(set(chosen) - set(trajectory.steps)):
-        raise ValueError(f"steps {missing} have no checkpoint; there are {list(trajectory.steps)}")
+    chosen = steps_to_sample(trajectory, posterior, steps)
     out = Path(out)
     chains = replace(chains, batching=_batching(task, trajectory, posterior, chains, out, chosen))
     store = TraceStore.open(out, identity(task, posterior, chains))
@@ -107,10 +106,28 @@ def sample(
     return store
 
 
-def default_steps(trajectory: Trajectory, posterior: LocalPosterior) -> list[int]:
-    """All recorded steps, but for step 0 in Adam's metric: before its first update Adam has no second moments."""
+def steps_to_sample(trajectory: Trajectory, posterior: LocalPosterior, steps: Sequence[int] | None = None) -> list[int]:
+    """The steps that are asked for; by default all recorded ones, but for step 0 in Adam's metric.
+
+    Before its first update Adam has no second moments.
+
+    Raises:
+        ValueError: a step has no checkpoint, or no step is asked for.
+    """
+    if steps is not None:
+        missing = sorted(set(steps) - set(trajectory.steps))
+        if missing or not steps:
+            raise ValueError(f"steps {missing} have no checkpoint; there are {list(trajectory.steps)}")
+        return list(steps)
     metric = posterior.metric_for(trajectory.load(trajectory.steps[0]).optimizer)
     return [step for step in trajectory.steps if step > 0 or metric != "adam"]
+
+
+def default_workers(task: Task) -> int:
+    """One process per core that this one may use; a single one where the model lives on a GPU: all would share it."""
+    if task.device.type != "cpu":
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def identity(task: Task, posterior: LocalPosterior, plan: Chains) -> dict[str, str]:
@@ -148,21 +165,26 @@ def _compute(work: Work, cell: Cell, task: Task) -> None:
     work.store.write(cell, sample_block(task, checkpoint, work.posterior, work.plan, cell.block))
 
 
-_worker: tuple[Work, Task] | None = None  # what this worker process computes with; set once when it starts
+_worker: Work | None = None  # what this worker process computes with; set once when it starts
 
 
 def _start_worker(work: Work) -> None:
     global _worker
     torch.set_num_threads(work.threads)
     quiet_vmap()
-    _worker = (work, work.make_task())
+    _worker = work
 
 
 def _work_on(cell: Cell) -> None:
     if _worker is None:
         raise RuntimeError("a worker was given a cell before it was started")
-    work, task = _worker
-    _compute(work, cell, task)
+    _compute(_worker, cell, _task_from(_worker.make_task))
+
+
+@cache
+def _task_from(make_task: Callable[[], Task]) -> Task:
+    """A worker's task, made with its first cell and not at its start, where an error would not reach the parent."""
+    return make_task()
 
 
 def quiet_vmap() -> None:

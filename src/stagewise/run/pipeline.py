@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import xarray as xr
-import yaml
 
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.dynamics.events import events
 from stagewise.influence.bif import NoTrustedCheckpointError, bif
-from stagewise.report.contents import write_report
-from stagewise.report.results import Results
-from stagewise.run import analysis
-from stagewise.run.config import RunConfig, load_task, save_config
-from stagewise.run.engine import default_steps, sample
+from stagewise.reporting.contents import write_report
+from stagewise.results import Results
+from stagewise.run import analysis, yaml12
+from stagewise.run.config import RunConfig, save_config
+from stagewise.run.engine import default_workers, sample, steps_to_sample
 from stagewise.run.folder import load_results, provenance, save_results
 from stagewise.run.progress import Progress, silent
+from stagewise.run.task_file import load_task
 from stagewise.traces.diagnostics import diagnose_run
 from stagewise.traces.store import TraceStore
 
@@ -37,7 +36,7 @@ def run(config: RunConfig, progress: Progress = silent) -> Results:
     """
     make_task = partial(load_task, config.task, config.task_args)
     task, trajectory = make_task(), Trajectory.from_directory(config.checkpoints)
-    steps = list(config.steps or default_steps(trajectory, config.posterior))
+    steps = steps_to_sample(trajectory, config.posterior, config.steps)
     plan = {field.name: getattr(config.sampling, field.name) for field in fields(config.sampling)}
     store = sample(
         task,
@@ -45,7 +44,7 @@ def run(config: RunConfig, progress: Progress = silent) -> Results:
         posterior=config.posterior,
         out=config.out,
         steps=steps,
-        workers=config.workers or os.cpu_count() or 1,
+        workers=config.workers or default_workers(task),
         progress=progress,
         make_task=make_task,
         **plan,
@@ -75,7 +74,7 @@ def report(folder: str | Path) -> Results:
     folder = Path(folder)
     store = TraceStore.read_only(folder)
     datasets, found = load_results(folder)
-    settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    settings = yaml12.load((folder / "config.yaml").read_text(encoding="utf-8"))
     influence = _influence(store)
     results = Results(
         title=settings["title"],

@@ -6,6 +6,7 @@ mean training loss and the mean loss of each query set, over the chains that end
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import arviz_stats
@@ -69,14 +70,15 @@ def diagnose(tree: xr.DataTree) -> xr.Dataset:
     return result
 
 
-def diagnose_run(store: TraceStore) -> xr.Dataset:
-    """:func:`diagnose` for every step of a run, stacked along ``step``.
+def diagnose_run(store: TraceStore | str | Path) -> xr.Dataset:
+    """:func:`diagnose` for every step of a run, given by its store or its folder, stacked along ``step``.
 
     A number that some steps have and others lack is NaN where it lacks; the verdict of that step says why.
 
     Raises:
-        ValueError: the store holds no complete cell yet.
+        ValueError: the store holds no complete cell yet, or the folder is no run folder.
     """
+    store = TraceStore.read_only(store) if isinstance(store, str | Path) else store
     if not store.steps:
         raise ValueError(f"{store.root} holds no complete cell yet; run the sampling first")
     results = [diagnose(store.load(step)) for step in store.steps]

@@ -60,6 +60,8 @@ def explain_read(root: Path, what: str) -> Iterator[None]:
     """Turn whatever goes wrong while reading cells into an error that says what to do."""
     try:
         yield
+    except MemoryError:  # the cell is as it should be
+        raise
     except Exception as error:
         raise RunFolderError(
             f"{root}: {what} cannot be read ({error}); delete it and run again to compute it anew"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
-from stagewise.report import style
+from stagewise.reporting import style
 from stagewise.studies.hierarchy.theory.tree import Floats
 
 TIME = "training time t = step × learning rate"

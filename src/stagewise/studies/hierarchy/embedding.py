@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 
 from stagewise.dynamics.stages import Transition
-from stagewise.report import style
-from stagewise.report.page import Plate
+from stagewise.reporting import style
+from stagewise.reporting.page import Plate
 from stagewise.studies.hierarchy import drawing
 from stagewise.studies.hierarchy.lab import Lab
 from stagewise.studies.hierarchy.settings import EVERY_TIME, LAST, RATE

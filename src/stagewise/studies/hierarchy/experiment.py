@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from stagewise.report.page import Section
+from stagewise.reporting.page import Section
 
 Comparison = Literal["at least", "at most", "near", "between"]
 Numbers = tuple[float, ...]

@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from stagewise.report.page import Page, Section, write_page
-from stagewise.report.tables import Table
+from stagewise.reporting.page import Page, Section, write_page
+from stagewise.reporting.tables import Table
 from stagewise.run.folder import provenance
 from stagewise.run.progress import Progress, silent
 from stagewise.studies.hierarchy.experiment import Experiment

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from stagewise.influence.bif import bif
 from stagewise.influence.gradients import gradient_product
-from stagewise.report import style
-from stagewise.report.page import Plate, Section
+from stagewise.reporting import style
+from stagewise.reporting.page import Plate, Section
 from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.scores import measured_influence
 from stagewise.sampling.posterior import LocalPosterior, Metric

@@ -14,9 +14,9 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from stagewise.report import style, words
-from stagewise.report.page import Plate, Section
-from stagewise.report.tables import Table
+from stagewise.reporting import style, words
+from stagewise.reporting.page import Plate, Section
+from stagewise.reporting.tables import Table
 from stagewise.retraining.lds import lds
 from stagewise.retraining.leave_out import retrain
 from stagewise.retraining.schedule import Schedule

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from stagewise.report import style
-from stagewise.report.page import Plate, Section
+from stagewise.reporting import style
+from stagewise.reporting.page import Plate, Section
 from stagewise.studies.hierarchy import drawing
 from stagewise.studies.hierarchy.experiment import Check, Experiment
 from stagewise.studies.hierarchy.lab import Lab, correlation

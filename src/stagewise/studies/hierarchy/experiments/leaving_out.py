@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from stagewise.report import style
-from stagewise.report.page import Plate, Section
+from stagewise.reporting import style
+from stagewise.reporting.page import Plate, Section
 from stagewise.retraining.leave_out import retrain
 from stagewise.retraining.schedule import Schedule
 from stagewise.retraining.unrolling import unrolled_influence

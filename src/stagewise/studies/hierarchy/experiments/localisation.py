@@ -14,8 +14,8 @@ from stagewise.dynamics.events import events
 from stagewise.influence.bif import NoTrustedCheckpointError, bif
 from stagewise.influence.pairs import Part
 from stagewise.influence.trusted import TracesInMemory
-from stagewise.report import style, words
-from stagewise.report.page import Plate, Section
+from stagewise.reporting import style, words
+from stagewise.reporting.page import Plate, Section
 from stagewise.sampling.chains import Chains, sample_block
 from stagewise.sampling.posterior import LocalPosterior
 from stagewise.studies.hierarchy import drawing

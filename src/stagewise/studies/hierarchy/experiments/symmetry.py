@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from stagewise.report import style
-from stagewise.report.page import Plate, Section
+from stagewise.reporting import style
+from stagewise.reporting.page import Plate, Section
 from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.scores import measured_influence
 from stagewise.studies.hierarchy import drawing

@@ -17,9 +17,9 @@ from stagewise.dynamics.spectrum import top_eigenvalue_share
 from stagewise.dynamics.stages import Transition, extrema, rise
 from stagewise.influence.bif import bif
 from stagewise.influence.llc import llc
-from stagewise.report import style, words
-from stagewise.report.page import Plate, Section
-from stagewise.report.tables import Table
+from stagewise.reporting import style, words
+from stagewise.reporting.page import Plate, Section
+from stagewise.reporting.tables import Table
 from stagewise.studies.hierarchy import drawing
 from stagewise.studies.hierarchy.embedding import embedding
 from stagewise.studies.hierarchy.experiment import Check, Claim, Experiment

@@ -14,8 +14,8 @@ from scipy.special import logit
 from stagewise.influence.bif import bif
 from stagewise.influence.phases import phase_decomposition
 from stagewise.influence.trusted import TracesInMemory
-from stagewise.report import style
-from stagewise.report.page import Plate, Section
+from stagewise.reporting import style
+from stagewise.reporting.page import Plate, Section
 from stagewise.studies.hierarchy.experiment import Check, Claim, Experiment
 from stagewise.studies.hierarchy.lab import Lab
 from stagewise.studies.hierarchy.theory.double_well import (

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 
 from stagewise.dynamics.curves import curves
 from stagewise.influence.damped import damped_influence
-from stagewise.report import style
-from stagewise.report.page import Plate, Section
+from stagewise.reporting import style
+from stagewise.reporting.page import Plate, Section
 from stagewise.retraining.leave_out import retrain
 from stagewise.retraining.schedule import Schedule
 from stagewise.studies.hierarchy import drawing

@@ -8,7 +8,7 @@ import pytest
 import xarray as xr
 
 from stagewise.dynamics import events
-from stagewise.report.results import Exemplar, Results
+from stagewise.results import Exemplar, Results
 
 STEPS = [0, 5, 10, 20, 30, 45, 65, 90, 130, 190, 280, 400, 600, 900]
 LABELS = list("0123456789")

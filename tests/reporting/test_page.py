@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from stagewise.report import write_report
+from stagewise.reporting import write_report
 
 EVIL = '<script>alert(1)</script>"onload="x'
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import xarray as xr
 
-from stagewise.report import check_figures, figures, tables
-from stagewise.report.exemplar_figure import PER_SIDE, exemplar_grid
-from stagewise.report.findings import clearest_flips, findings
-from stagewise.report.page import Page, Plate, Section, write_page
-from stagewise.report.results import Exemplar, Results, others
-from stagewise.report.tables import Table
-from stagewise.report.words import count, label_text, number, quoted
+from stagewise.reporting import check_figures, figures, tables
+from stagewise.reporting.exemplar_figure import PER_SIDE, exemplar_grid
+from stagewise.reporting.findings import clearest_flips, findings
+from stagewise.reporting.page import Page, Plate, Section, write_page
+from stagewise.reporting.tables import Table
+from stagewise.reporting.words import count, label_text, number, quoted
+from stagewise.results import Exemplar, Results, others
 
 _SHOWN_FLIPS = 15
 
@@ -162,7 +162,7 @@ def _chains(results: Results) -> Iterator[Plate | Table]:
 
 
 def write_report(results: Results, folder: Path | str) -> Path:
-    """Write the report of a run into the folder; see :func:`stagewise.report.page.write_page`."""
+    """Write the report of a run into the folder; see :func:`stagewise.reporting.page.write_page`."""
     window = None if results.influence is None else results.influence.attrs.get("window")
     page = Page(
         results.title,

@@ -9,8 +9,7 @@ import xarray as xr
 
 from stagewise.dynamics.curves import critical, degrees
 from stagewise.dynamics.events import Event
-from stagewise.report.results import Results, headline, others
-from stagewise.report.words import (
+from stagewise.reporting.words import (
     count,
     enumeration,
     interval,
@@ -20,6 +19,7 @@ from stagewise.report.words import (
     step_number,
     steps,
 )
+from stagewise.results import Results, headline, others
 
 LEVEL = 0.95
 _CASES = 3

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from stagewise.report import check_figures, figures, style
-from stagewise.report.exemplar_figure import exemplar_grid, extremes
+from stagewise.reporting import check_figures, figures, style
+from stagewise.reporting.exemplar_figure import exemplar_grid, extremes
 from stagewise.traces import verdicts
 
 

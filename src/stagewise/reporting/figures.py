@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from stagewise.dynamics.curves import curves
 from stagewise.dynamics.events import Event
-from stagewise.report import style, words
-from stagewise.report.results import others
+from stagewise.reporting import style, words
+from stagewise.results import others
 
 MAX_QUERIES = 12
 MAX_CURVES = 4

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from stagewise.report.results import headline, others
+from stagewise.results import headline, others
 
 
 def test_omitted_checkpoints_are_those_of_the_estimator_and_those_without_influence(results):

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from stagewise.report import style, words
-from stagewise.report.results import Exemplar
+from stagewise.reporting import style, words
+from stagewise.results import Exemplar
 
 PER_SIDE = 5
 _GAP, _CAPTION, _MIDDLE, _HEAD, _NAME = 0.35, 0.62, 0.6, 0.7, 1.5

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import xarray as xr
 
 from stagewise.dynamics.events import Event
-from stagewise.report import words
-from stagewise.report.exemplar_figure import extremes
-from stagewise.report.results import Exemplar, headline
-from stagewise.report.words import label_text, number, plus_minus, step_number
+from stagewise.reporting import words
+from stagewise.reporting.exemplar_figure import extremes
+from stagewise.reporting.words import label_text, number, plus_minus, step_number
+from stagewise.results import Exemplar, headline
 
 _OPEN_ROWS = 25
 

@@ -17,7 +17,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
-from stagewise.report import words
+from stagewise.reporting import words
 
 WIDTH = 9.6
 """Inches; a page shows 100 pixels per inch."""

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from stagewise.report import words
+from stagewise.reporting import words
 
 
 @pytest.mark.parametrize(

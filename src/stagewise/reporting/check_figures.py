@@ -9,9 +9,9 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from stagewise.report import style, words
-from stagewise.report.figures import grid
-from stagewise.report.results import headline, others
+from stagewise.reporting import style, words
+from stagewise.reporting.figures import grid
+from stagewise.results import headline, others
 from stagewise.traces import verdicts
 
 MAX_SCATTERS = 6

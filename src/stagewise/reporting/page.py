@@ -12,8 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from stagewise.report.files import inline_svg, write_figure
-from stagewise.report.tables import Table
+from stagewise.reporting.files import inline_svg, write_figure
+from stagewise.reporting.tables import Table
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def write_page(page: Page, folder: Path | str) -> Path:
 def _render(page: Page, svgs: Mapping[str, Markup]) -> str:
     # Autoescape always: by default jinja2 decides by the name of the template.
     environment = Environment(
-        loader=PackageLoader("stagewise.report"),
+        loader=PackageLoader("stagewise.reporting"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

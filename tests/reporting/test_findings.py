@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from stagewise.dynamics import events
-from stagewise.report.findings import findings
+from stagewise.reporting.findings import findings
 
 
 def text(results):
