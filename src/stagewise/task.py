@@ -21,6 +21,7 @@ from torch.utils._pytree import MappingKey, tree_flatten, tree_flatten_with_path
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from stagewise.checkpoint import tensor_bytes
+from stagewise.layers import MODE_DEPENDENT
 
 Batch = Any
 """What the loss receives beside the model: a pytree of tensors whose first axis is the sample."""
@@ -29,13 +30,6 @@ Loss = Callable[[Any, Batch], Tensor]
 """``loss(model, batch) -> (batch,)`` or ``(batch, tokens)``, in nats, one value per sample or token."""
 
 Params = Mapping[str, Tensor]
-
-# Layers that behave differently, or keep state, in train mode.
-_MODE_DEPENDENT = (
-    nn.modules.dropout._DropoutNd,
-    nn.modules.batchnorm._NormBase,
-    nn.RReLU,
-)
 
 
 class Samples:
@@ -268,7 +262,7 @@ def _named_state(model: nn.Module) -> dict[str, Tensor]:
 
 def _refuse_train_mode(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if module.training and isinstance(module, _MODE_DEPENDENT):
+        if module.training and isinstance(module, MODE_DEPENDENT):
             raise ValueError(
                 f"the model is in train mode and contains {type(module).__name__} ({name or 'the model itself'}); "
                 "its losses would be random. Call model.eval() before building the Task"
