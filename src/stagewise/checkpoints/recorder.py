@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stagewise.checkpoint import Checkpoint, Optimizer
+from stagewise.checkpoint import Checkpoint
 from stagewise.checkpoints import optimizers
 from stagewise.checkpoints.directory import make_folder, write_checkpoint
 from stagewise.checkpoints.models import names_of, state_of, unwrapped
@@ -149,7 +149,6 @@ class Recorder:
         self._made = 0  # updates seen until then
         self._first: int | None = None  # step of the first call
         self._saved: int | None = None  # step of the last checkpoint written
-        self._rule: Optimizer | None = None  # its update rule
         self._warned: set[str] = set()
         self._is_recordable(names_of(self._model))
 
@@ -175,10 +174,9 @@ class Recorder:
         if repeated:
             self._warn("repeated", f"step {step} was recorded already; what was saved first stays")
             return
-        checkpoint = self._checkpoint(step)
-        write_checkpoint(self._directory, checkpoint)
+        write_checkpoint(self._directory, self._checkpoint(step))
         self._updates.restart(self._optimizer)
-        self._saved, self._rule = step, checkpoint.optimizer
+        self._saved = step
 
     def _look_at_counts(self, step: int) -> None:
         """Warn where steps and updates do not go together."""
@@ -188,7 +186,7 @@ class Recorder:
                 self._warn("count", f"step {step} came after {seen} updates; step is the number of updates made so far")
         elif expected < 0:
             self._updates.restart(self._optimizer)
-            self._saved = self._rule = None
+            self._saved = None
             self._warn("back", f"step {step} comes after step {self._step}: files of the same steps are replaced")
         elif seen != expected and self._updates.watching:
             self._warn(
@@ -217,11 +215,12 @@ class Recorder:
         first = optimizers.moments(optimizer, names, "momentum_buffer", "exp_avg")
         second = optimizers.moments(optimizer, names, "exp_avg_sq")
         counts = optimizers.update_counts(optimizer, names)
-        if step == self._first and step > 0 and not first and (rule.name == "adam" or rule.momentum):
-            # Not to be mistaken for moments that were not recorded: this optimiser begins here.
+        in_use = step == self._first or self._updates.made > 0
+        if step > 0 and not first and in_use and (rule.name == "adam" or rule.momentum):
+            # Not to be mistaken for moments that were not recorded: this optimiser has made none yet.
             first = optimizers.zero_moments(optimizer, names)
             second = dict(first) if rule.name == "adam" else {}
-        self._look_at_rule(step, rule, max(counts.values(), default=None))
+        self._look_at_rule(step, max(counts.values(), default=None))
         since = () if self._saved is None else (step - self._saved, optimizers.group_sizes(optimizer, names))
         return replace(
             checkpoint,
@@ -237,7 +236,7 @@ class Recorder:
         now, last = numbers(rates_of(self._optimizer)), numbers(self._updates.last)
         return now if any(now) or len(last) != len(now) else last
 
-    def _look_at_rule(self, step: int, rule: Optimizer, counted: int | None) -> None:
+    def _look_at_rule(self, step: int, counted: int | None) -> None:
         """Warn where a checkpoint is true and yet does not say all."""
         if counted is not None and abs(counted - step) == 1:
             self._warn(
@@ -252,14 +251,12 @@ class Recorder:
                 "recorded with a checkpoint is not that of its next update; call scheduler.step() before the recorder. "
                 "The rates that updates really had are recorded with the checkpoint after them",
             )
-        for key in ("momentum", "betas", "eps", "weight_decay"):
-            if self._rule and getattr(rule, key) != getattr(self._rule, key):
-                self._warn(
-                    key,
-                    f"{key} changed from {getattr(self._rule, key)} to {getattr(rule, key)} between steps "
-                    f"{self._saved} and {step}: a checkpoint has that of its next update, and what repeats "
-                    "training from it keeps it, which this run did not",
-                )
+        for key in sorted(self._updates.varied):
+            self._warn(
+                key,
+                f"{key} changes during this run: a checkpoint has that of its next update, and what repeats training "
+                "from there keeps it, which this run did not",
+            )
 
     def _is_recordable(self, names: dict[Tensor, str]) -> bool:
         """Whether the optimiser can be recorded; a warning says why not, or what is missing."""

@@ -18,6 +18,10 @@ Rates = tuple[float | Tensor, ...]
 """The learning rate of every parameter group."""
 
 
+# What an update depends on besides the learning rate, and a checkpoint has but one value of.
+_SETTINGS = ("momentum", "betas", "eps", "weight_decay")
+
+
 class Updates:
     """Counts updates and keeps their learning rates, by a hook in front of ``optimizer.step()``.
 
@@ -30,6 +34,7 @@ class Updates:
         rates: of the updates since :meth:`restart`, the last one made last.
         last: the rates of the last update; empty before the first.
         train_mode: kinds of layers that acted in train mode at the first update since :meth:`restart`.
+        varied: names of other settings that have changed from one update to another, e.g. by a cycle of the momentum.
     """
 
     def __init__(self, optimizer: Any, model: nn.Module) -> None:
@@ -38,6 +43,8 @@ class Updates:
         self.rates: list[Rates] = []
         self.last: Rates = ()
         self.train_mode: tuple[str, ...] = ()
+        self.varied: set[str] = set()
+        self._settings: list[tuple[Any, ...]] = []
         self._expected: Rates = ()
         self._model = model
         if isinstance(optimizer, torch.optim.Optimizer):
@@ -59,10 +66,16 @@ class Updates:
         self.rates.append(self.last)
         if len(self.rates) == 1:
             self.train_mode = acting_in_train_mode(self._model)
+        settings = [tuple(group.get(key) for key in _SETTINGS) for group in optimizer.param_groups]
+        for before, now in zip(self._settings, settings, strict=False):
+            self.varied |= {key for key, old, new in zip(_SETTINGS, before, now, strict=True) if old != new}
+        self._settings = settings
 
     def moved(self) -> bool:
         """Whether learning rates were changed between a :meth:`restart` and the update after it."""
-        return bool(self._expected and self.rates) and numbers(self._expected) != numbers(self.rates[0])
+        if not self.rates or len(self.rates[0]) != len(self._expected):  # groups were added
+            return False
+        return numbers(self.rates[0]) != numbers(self._expected)
 
     def learning_rates(self, count: int, sizes: Sequence[int]) -> tuple[float, ...]:
         """The learning rates of the last ``count`` updates, that of most parameters where groups differ.
