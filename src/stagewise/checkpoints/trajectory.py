@@ -29,8 +29,19 @@ class Trajectory:
 
     @classmethod
     def from_checkpoints(cls, checkpoints: Iterable[Checkpoint]) -> Trajectory:
-        """Checkpoints held in memory, e.g. from a short training run in a notebook."""
-        by_step = {checkpoint.step: checkpoint for checkpoint in checkpoints}
+        """Checkpoints held in memory, e.g. from a short training run in a notebook.
+
+        Raises:
+            ValueError: two of the same step differ.
+        """
+        by_step: dict[int, Checkpoint] = {}
+        for checkpoint in checkpoints:
+            first = by_step.setdefault(checkpoint.step, checkpoint)
+            if first is not checkpoint and first.digest != checkpoint.digest:
+                raise ValueError(
+                    f"two different checkpoints are of step {checkpoint.step}; one run has one at a step: keep one of "
+                    "them, or make a trajectory of each run"
+                )
         return cls(tuple(sorted(by_step)), by_step.__getitem__)
 
     @classmethod
@@ -40,6 +51,24 @@ class Trajectory:
 
         files = scan(Path(path))
         return cls(tuple(files), partial(_read, files))
+
+
+def as_trajectory(source: Trajectory | str | Path) -> Trajectory:
+    """A trajectory as it is, or that of a folder of checkpoints.
+
+    Raises:
+        TypeError: it is neither.
+        FileNotFoundError: the folder is missing, or holds no checkpoint.
+        CheckpointError: the folder cannot be understood.
+    """
+    if isinstance(source, Trajectory):
+        return source
+    if isinstance(source, str | Path):
+        return Trajectory.from_directory(source)
+    raise TypeError(
+        f"expected a Trajectory or the path of a folder of checkpoints, got {type(source).__name__}; for checkpoints "
+        "in memory use Trajectory.from_checkpoints([...])"
+    )
 
 
 def _read(files: Mapping[int, Path], step: int) -> Checkpoint:
