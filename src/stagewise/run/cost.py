@@ -12,7 +12,7 @@ import torch
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.run.analysis import spread
 from stagewise.run.config import RunConfig, load_task
-from stagewise.run.engine import default_steps
+from stagewise.run.engine import steps_to_sample
 from stagewise.sampling.chains import Chains, tune
 from stagewise.sampling.gradient import choose_batching, potential_gradient
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior
@@ -63,7 +63,7 @@ def estimate(config: RunConfig) -> Cost:
         ValueError: the configuration, task or checkpoints cannot be used.
     """
     task, trajectory = load_task(config.task, config.task_args), Trajectory.from_directory(config.checkpoints)
-    steps = list(config.steps or default_steps(trajectory, config.posterior))
+    steps = steps_to_sample(trajectory, config.steps)
     return sampling_cost(
         task, trajectory, config.posterior, config.sampling, steps, config.workers or os.cpu_count() or 1
     )

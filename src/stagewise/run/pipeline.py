@@ -19,7 +19,7 @@ from stagewise.report.contents import write_report
 from stagewise.report.results import Results
 from stagewise.run import analysis
 from stagewise.run.config import RunConfig, load_task, save_config
-from stagewise.run.engine import default_steps, sample
+from stagewise.run.engine import sample, steps_to_sample
 from stagewise.run.folder import load_results, provenance, save_results
 from stagewise.run.progress import Progress, silent
 from stagewise.traces.diagnostics import diagnose_run
@@ -37,7 +37,7 @@ def run(config: RunConfig, progress: Progress = silent) -> Results:
     """
     make_task = partial(load_task, config.task, config.task_args)
     task, trajectory = make_task(), Trajectory.from_directory(config.checkpoints)
-    steps = list(config.steps or default_steps(trajectory, config.posterior))
+    steps = steps_to_sample(trajectory, config.steps)
     plan = {field.name: getattr(config.sampling, field.name) for field in fields(config.sampling)}
     store = sample(
         task,

@@ -147,8 +147,9 @@ def sample_block(
     Returns:
         Groups ``train`` (the candidates) and ``queries/<name>`` with ``loss (chain, draw, sample[, token])`` in nats,
         the same at the reflected points (``loss_reflected``) and at the checkpoint (``loss_anchor``), the ``share`` of
-        every loss in the mean over its data set (in the training objective), and attribute ``is_training_set``, true
-        of a query set whose samples are the candidates; group ``chains`` with
+        every loss in the mean over its data set (in the training objective), and the attributes ``is_training_set``,
+        true of a query set whose samples are the candidates, and ``own_loss``, true of one on which something else than
+        the training loss is measured; group ``chains`` with
         the ``status`` of every chain; attributes with every number that was chosen. A chain that left the
         posterior is ``"diverged"``, and its later draws are the losses at the checkpoint. Where the posterior
         does not exist nothing is drawn and every chain's status is ``"not_localised"``.
@@ -170,6 +171,8 @@ def sample_block(
     same = {name for name, data in task.queries.items() if data.digest == task.candidate_samples.digest}
     for name in same:
         tree[f"queries/{name}"].attrs["is_training_set"] = True
+    for name in task.query_losses:
+        tree[f"queries/{name}"].attrs["own_loss"] = True
     return tree
 
 
