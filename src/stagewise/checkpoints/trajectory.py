@@ -80,11 +80,6 @@ def _read(files: Mapping[int, Path], step: int) -> Checkpoint:
     return read_checkpoint(files[step], step)
 
 
-def as_trajectory(run: Trajectory | str | Path) -> Trajectory:
-    """The trajectory, or that of a folder of checkpoints."""
-    return run if isinstance(run, Trajectory) else Trajectory.from_directory(run)
-
-
 def check_fits(task: Task, checkpoint: Checkpoint, source: str | Path = "") -> None:
     """Refuse a checkpoint that is not of the task's model.
 

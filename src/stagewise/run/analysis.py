@@ -15,7 +15,7 @@ from stagewise.groups import query_groups
 from stagewise.influence.bif import bif
 from stagewise.influence.damped import damped_influence
 from stagewise.influence.gradients import gradient_product
-from stagewise.reporting.results import Exemplar
+from stagewise.results import Exemplar
 from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.schedule import BatchOrder
 from stagewise.run.config import RunConfig

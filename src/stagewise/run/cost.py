@@ -63,7 +63,7 @@ def estimate(config: RunConfig) -> Cost:
         ValueError: the configuration, task or checkpoints cannot be used.
     """
     task, trajectory = load_task(config.task, config.task_args), Trajectory.from_directory(config.checkpoints)
-    steps = steps_to_sample(trajectory, config.posterior, config.steps)
+    steps = steps_to_sample(trajectory, config.steps)
     workers = config.workers or default_workers(task)
     return sampling_cost(task, trajectory, config.posterior, config.sampling, steps, workers)
 

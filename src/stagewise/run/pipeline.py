@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -36,8 +36,7 @@ def run(config: RunConfig, progress: Progress = silent) -> Results:
     """
     make_task = partial(load_task, config.task, config.task_args)
     task, trajectory = make_task(), Trajectory.from_directory(config.checkpoints)
-    steps = steps_to_sample(trajectory, config.posterior, config.steps)
-    plan = {field.name: getattr(config.sampling, field.name) for field in fields(config.sampling)}
+    steps = steps_to_sample(trajectory, config.steps)
     store = sample(
         task,
         trajectory,
@@ -47,7 +46,7 @@ def run(config: RunConfig, progress: Progress = silent) -> Results:
         workers=config.workers or default_workers(task),
         progress=progress,
         make_task=make_task,
-        **plan,
+        sampling=config.sampling,
     )
     save_config(config, config.out / "config.yaml")
     (config.out / "provenance.json").write_text(json.dumps(provenance(), indent=1), encoding="utf-8")
