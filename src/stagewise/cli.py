@@ -114,6 +114,8 @@ def doctor(folder: RunFolder) -> None:
         console.print(table)
         for line in verdicts.advice:
             console.print(line, highlight=False, markup=False)
+        if verdicts.replay:
+            console.print(f"retraining: {verdicts.replay}", highlight=False, markup=False)
 
 
 @app.command()

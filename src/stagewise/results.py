@@ -59,6 +59,8 @@ class Results:
         baselines: other estimators by name, as ``influence``, with stderr 0 where they have no noise.
         measured: ``effect`` and perhaps ``effect_stderr`` (step, train, query) in nats, from retraining with each train
             group at the weight ``attrs["weight"]`` during ``attrs["window"]`` steps.
+        replay: how well unchanged retraining repeats the run, see :func:`stagewise.retraining.replay.replay`.
+        notes: sentences on what had to be left out.
         exemplars: single training samples that matter most.
         config: the configuration of the run, of plain values.
         provenance: where the numbers come from (versions, hashes, times), of plain values.
@@ -75,6 +77,8 @@ class Results:
     events: Sequence[Event] = ()
     baselines: Mapping[str, xr.Dataset] = field(default_factory=dict)
     measured: xr.Dataset | None = None
+    replay: xr.Dataset | None = None
+    notes: Sequence[str] = ()
     exemplars: Sequence[Exemplar] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)

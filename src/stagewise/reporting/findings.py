@@ -33,7 +33,14 @@ def findings(results: Results) -> list[str]:
     "±" is one standard error. Nothing is said that noise could have made: effects and flips hold for all
     pairs and steps together with probability 95%. Where there is nothing to report, that is said.
     """
-    return [*_effects(results), *_flips(results), *_agreement(results), *_trust(results)]
+    return [
+        *_effects(results),
+        *_flips(results),
+        *_agreement(results),
+        *_repeated(results),
+        *_trust(results),
+        *results.notes,
+    ]
 
 
 def clearest_flips(influence: xr.Dataset, events: Sequence[Event]) -> list[Event]:
@@ -146,6 +153,16 @@ def _agreement(results: Results) -> Iterator[str]:
     if rest:
         numbers = [f"{_median(results.agreements[name], 'correlation')} ({name})" for name in rest]
         yield f"For comparison, the median correlation of other estimators: {enumeration(numbers)}."
+
+
+def _repeated(results: Results) -> Iterator[str]:
+    """Whether it is this run that the retraining repeats."""
+    if results.measured is not None and results.replay is not None:
+        yield f"Is it this run that was retrained? {_sentence(str(results.replay.attrs['verdict']))}"
+
+
+def _sentence(words: str) -> str:
+    return f"{words[:1].upper()}{words[1:]}."
 
 
 def _median(scores: xr.Dataset, name: str) -> str:

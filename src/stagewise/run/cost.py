@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.run.analysis import spread
+from stagewise.run.before import look
 from stagewise.run.config import RunConfig
 from stagewise.run.engine import default_workers, steps_to_sample
+from stagewise.run.preflight import preflight
 from stagewise.run.task_file import load_task
 from stagewise.sampling.chains import Chains, tune
 from stagewise.sampling.gradient import choose_batching, potential_gradient
@@ -35,6 +37,7 @@ class Cost:
         disk: bytes of all traces.
         workers: processes.
         steps: sampler steps over all cells.
+        notes: what was understood of the data, and what will be left out.
     """
 
     cells: int
@@ -43,6 +46,7 @@ class Cost:
     disk: float
     workers: int
     steps: int
+    notes: tuple[str, ...] = ()
 
     def text(self) -> str:
         """For a person."""
@@ -52,20 +56,26 @@ class Cost:
             f"{self.cells} cells (checkpoint x chain block), {self.steps:,} sampler steps in all\n"
             f"time    about {duration} of sampling on {self.workers} worker(s), plus analysis and retraining\n"
             f"memory  about {self.memory / 2**20:,.0f} MiB for each worker, beside the libraries\n"
-            f"disk    about {self.disk / 2**20:,.0f} MiB of traces"
+            f"disk    about {self.disk / 2**20:,.0f} MiB of traces" + "".join(f"\n{note}" for note in self.notes)
         )
 
 
 def estimate(config: RunConfig) -> Cost:
-    """Cost of a configuration's sampling.
+    """Cost of a configuration's sampling, after trying on a few samples all that the run will need.
 
     Raises:
         ValueError: the configuration, task or checkpoints cannot be used.
     """
     task, trajectory = load_task(config.task, config.task_args), Trajectory.from_directory(config.checkpoints)
     steps = steps_to_sample(trajectory, config.steps)
+    usable, unusable = look(task, trajectory, config.posterior, steps)
+    missing = preflight(task, trajectory, config, list(usable))
     workers = config.workers or default_workers(task)
-    return sampling_cost(task, trajectory, config.posterior, config.sampling, steps, workers)
+    cost = sampling_cost(task, trajectory, config.posterior, config.sampling, list(usable), workers)
+    notes = [repr(task)]
+    notes += [f"step {step} cannot be used: {reason}" for step, reason in unusable.items()]
+    notes += [f"without {name}: {reason}" for name, reason in missing.items()]
+    return replace(cost, notes=tuple(notes))
 
 
 def sampling_cost(
@@ -85,10 +95,11 @@ def sampling_cost(
     cells = len(steps) * sampling.blocks
     per_cell = sum(seconds for seconds, _ in probes) / len(probes)
     per_cell_steps = sum(count for _, count in probes) / len(probes)
-    samples = len(task.train) + sum(len(data) for data in task.queries.values())
+    samples = len(task.candidates) + sum(len(data) for data in task.queries.values())
     traces = 4.0 * sampling.chains * sampling.draws * samples * _tokens(task) * (2 if sampling.reflect else 1)
     parameters = sum(p.numel() for p in task.model.parameters())
-    memory = traces + 4.0 * parameters * sampling.chains * 8
+    # Traces are kept as float32 changes, and put together as float64 at the end.
+    memory = 4 * traces + 4.0 * parameters * sampling.chains * 8
     return Cost(
         cells,
         per_cell * cells / min(workers, cells),

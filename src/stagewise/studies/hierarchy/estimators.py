@@ -12,11 +12,11 @@ import numpy as np
 import torch
 import xarray as xr
 
+from stagewise.baselines.source import source
+from stagewise.baselines.tracin import tracin
 from stagewise.influence.bif import bif
 from stagewise.influence.damped import damped_influence
 from stagewise.influence.gradients import gradient_product
-from stagewise.retraining.source import source
-from stagewise.retraining.tracin import tracin
 from stagewise.retraining.unrolling import unrolled_influence
 from stagewise.sampling.curvature import extreme_curvature
 from stagewise.sampling.posterior import LocalPosterior

@@ -127,14 +127,14 @@ def _stage_against_end(scores: Scores, times: Floats) -> str:
 def truth(
     lab: Lab, run: Run, subsets: Sequence[Sequence[int]], steps: Sequence[int]
 ) -> tuple[xr.DataArray, xr.DataArray]:
-    """Losses of all items after training on each subset (step, run, query), and what it has kept (run, train)."""
+    """Losses of all items after training on each subset (step, replay, query), and what it has kept (replay, train)."""
     first, second = run.layers([0])
     times, names = RATE * np.array(steps), lab.items.names
     losses = [subset_losses(lab.items.targets.T, first[0], second[0], subset, times) for subset in subsets]
     kept = [np.isin(range(len(names)), subset) for subset in subsets]
     return (
-        xr.DataArray(np.stack(losses, 1), {"step": list(steps), "query": names}, ("step", "run", "query")),
-        xr.DataArray(kept, {"train": names}, ("run", "train")),
+        xr.DataArray(np.stack(losses, 1), {"step": list(steps), "query": names}, ("step", "replay", "query")),
+        xr.DataArray(kept, {"train": names}, ("replay", "train")),
     )
 
 

@@ -153,12 +153,12 @@ def _sweep(lab: Lab) -> tuple[Floats, Floats, Floats, float]:
     schedules = [Schedule.window([item], start, WINDOW, 0.0) for start in starts for item in items]
     ends = [start + WINDOW for start in starts]
     losses = retrain(
-        run.task, run.start, [Schedule(), *schedules], run.order, sorted({*ends, LATER, LAST}), max_runs=512
+        run.task, run.start, [Schedule(), *schedules], run.order, sorted({*ends, LATER, LAST}), max_replays=512
     )
     change = (
-        (losses.sel(run=0) - losses.sel(run=slice(1, None)))
+        (losses.sel(replay=0) - losses.sel(replay=slice(1, None)))
         .sel(query=lab.items.names)
-        .transpose("step", "run", "query")
+        .transpose("step", "replay", "query")
     )
 
     def at(step: int, chosen: slice = slice(None)) -> Floats:
@@ -167,7 +167,7 @@ def _sweep(lab: Lab) -> tuple[Floats, Floats, Floats, float]:
         return of_starts
 
     own_end = np.concatenate([at(end, slice(k, k + 1)) for k, end in enumerate(ends)])
-    return own_end, at(LATER), at(LAST), float(losses.sel(run=0, step=LAST).mean())
+    return own_end, at(LATER), at(LAST), float(losses.sel(replay=0, step=LAST).mean())
 
 
 def _centres(lab: Lab) -> Floats:

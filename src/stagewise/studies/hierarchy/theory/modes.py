@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stagewise.retraining.source import saturation
+from stagewise.baselines.source import saturation
 from stagewise.studies.hierarchy.theory.tree import Floats
 
 # Singular values closer than this, relative to the largest, are one.
