@@ -127,7 +127,7 @@ def _past(lab: Lab) -> int:
 def gradient_products(run: Run, steps: list[int]) -> Floats:
     """Products of the items' gradients, of the network itself: ``(step, item, item)``."""
     first, second = run.layers(steps)
-    targets = run.task.queries["items"].source[1].numpy().T
+    targets = run.task.queries["items"].batch(slice(None))[1].numpy().T
     residual = targets - second @ first
     inner = (residual.swapaxes(1, 2) @ residual) * (first.swapaxes(1, 2) @ first)
     own = ((second.swapaxes(1, 2) @ residual) ** 2).sum(1)
