@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stagewise.checkpoint import Checkpoint, CheckpointError
-from stagewise.task import Task
+
+if TYPE_CHECKING:
+    from stagewise.task import Task
 
 
 @dataclass(frozen=True)
