@@ -47,8 +47,8 @@ def predicted_effect(influence: xr.Dataset, weight: float) -> xr.Dataset:
     if "stderr" in influence:
         effects["effect_stderr"] = (influence["stderr"] * abs(change)).transpose(*dims)
     meaning = "positive = helpful" if weight < 1 else "negative = helpful"
-    attrs = dict(influence.attrs) | {"sign": meaning, "unit": "nats", "weight": weight}
-    return xr.Dataset({name: effect.assign_attrs(unit="nats") for name, effect in effects.items()}, attrs=attrs)
+    attrs = dict(influence.attrs) | {"sign": meaning, "units": "nats", "weight": weight}
+    return xr.Dataset({name: effect.assign_attrs(units="nats") for name, effect in effects.items()}, attrs=attrs)
 
 
 def measured_influence(effects: xr.Dataset) -> xr.Dataset:

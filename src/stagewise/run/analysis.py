@@ -75,7 +75,7 @@ def measure(
         window=window,
         weight=settings.weight,
         steps=steps,
-        orders=settings.orders,
+        repeats=settings.orders,
         order=order,
         progress=lambda done, total: progress("retraining windows", done, total),
     )
