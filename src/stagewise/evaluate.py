@@ -20,7 +20,7 @@ from stagewise.attention import plain_attention, slow_path
 from stagewise.check import check
 from stagewise.checkpoint import Checkpoint
 from stagewise.data import Batch, Samples
-from stagewise.groups import Groups
+from stagewise.groups import TRAIN, Groups
 from stagewise.memory import out_of_memory
 from stagewise.task import Losses, Task
 from stagewise.vector import ParameterVector
@@ -156,7 +156,7 @@ def group_gradients(point: Point, u: Tensor, groups: Groups) -> Tensor:
     """
     task, rows = point.task, []
     for dataset, index in zip(groups.datasets, groups.indices, strict=True):
-        if dataset != "train":
+        if dataset != TRAIN:
             rows.append(mean_gradient(point, u, task.queries[dataset], index, dataset))
             continue
         weights = sample_weights(point)
