@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.utils._pytree import tree_map
 
 from stagewise.attention import plain_attention
@@ -25,6 +26,11 @@ _MOVED = 1e-2  # of the size of a parameter
 _LOSSES, _GRADIENTS = 1e-3, 1e-2  # relative
 # Steps of the finite differences, and the relative error up to which they agree: in float64, and in the model's type.
 _DIFFERENCES = {True: ((1e-5, 1e-6), 1e-2), False: ((1e-2, 1e-3, 1e-1), 5e-2)}
+
+_RECOMPUTED = (
+    "the model recomputes activations in backward() (torch.utils.checkpoint), when its own parameters are in their "
+    "place again; switch activation checkpointing off, which changes no number"
+)
 
 
 def check(task: Task, checkpoint: Checkpoint, *, curvature: bool = False) -> None:
@@ -167,7 +173,10 @@ def _check_gradients(task: Task, params: Mapping[str, Tensor]) -> None:
     """The gradient of the objective on a few training samples."""
     batch = task.train.batch(task.train.few(_FEW), task.device)
     model = task.pure.reference(params)
-    objective = _objective(task, _plain(task, model, task.train, None, batch, grad=True))
+    with disable_saved_tensors_hooks(_RECOMPUTED):
+        objective = _objective(task, _plain(task, model, task.train, None, batch, grad=True))
+    if any("CheckpointFunction" in node.name() for node in _graph(objective)):
+        raise ValueError(f"train: {_RECOMPUTED}")
     own = dict(model.named_parameters())
     if strangers := [leaf for leaf in _graph_leaves(objective) if not any(leaf is tensor for tensor in own.values())]:
         raise ValueError(
@@ -296,18 +305,22 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def _graph_leaves(value: Tensor) -> list[Tensor]:
-    """The tensors that a value is differentiated by: the leaves of its graph."""
-    found, seen, stack = [], set(), [value.grad_fn]
+def _graph(value: Tensor) -> Iterator[Any]:
+    """All nodes of a value's graph."""
+    seen, stack = {None}, [value.grad_fn]
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
+        if node in seen:
             continue
         seen.add(node)
-        if (leaf := getattr(node, "variable", None)) is not None:
-            found.append(leaf)
+        yield node
         stack += [parent for parent, _ in node.next_functions]
-    return found
+
+
+def _graph_leaves(value: Tensor) -> list[Tensor]:
+    """The tensors that a value is differentiated by: the leaves of its graph."""
+    leaves = (getattr(node, "variable", None) for node in _graph(value))
+    return [leaf for leaf in leaves if leaf is not None]
 
 
 def _moved(task: Task, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
