@@ -75,7 +75,7 @@ class Groups:
         means = []
         for dataset, index in zip(self.datasets, self.indices, strict=True):
             chosen = losses[dataset][..., index]
-            share = torch.ones(len(index)) if weights is None else weights[dataset][index]
+            share = torch.ones(len(index), dtype=torch.float64) if weights is None else weights[dataset][index]
             share = (share / share.sum().clamp(min=1e-30)).to(chosen)
             means.append((chosen * share).sum(-1))
         return torch.stack(means, -1)
