@@ -30,7 +30,7 @@ class _Ladder(NamedTuple):
         steps: of the differences, relative to the size of each parameter. Small ones first: they meet no kinks.
         value: relative error from which on the change of the loss is another one than the gradient says.
         gradient: the same of the change of the gradient; kinks, which differentiation does not see, add to it.
-        rounding: of a loss or a gradient, relative.
+        rounding: of a loss, relative.
     """
 
     steps: tuple[float, ...]
@@ -91,32 +91,34 @@ def _compared(task: Task, params: Mapping[str, Tensor], batch: Batch, ladder: _L
     direction = _direction(task, params)
     slope, image = _derivatives(task, params, batch, direction)
     value, gradient = _along(task, params, batch, direction, ladder)
-    # A small loss is the difference of numbers of order 1 (logits), and rounded as they are.
-    size, gradient_size = max(1.0, abs(value(0.0).item())), gradient(0.0).norm().item()
+    # A small loss is the difference of numbers of order 1 (logits), and rounded as they are; so is its gradient.
+    rounding = ladder.rounding * max(1.0, abs(value(0.0).item()))
 
-    def central(function: Callable[[float], Tensor], step: float) -> Tensor:
-        return (function(step) - function(-step)) / (2 * step)
-
-    def differ(found: Tensor, function: Callable[[float], Tensor], tolerance: float, scale: float) -> Tensor | None:
+    def differ(found: Tensor, function: Callable[[float], Tensor], tolerance: float, sharp: float) -> Tensor | None:
         """What the differences converge to, if it is something else."""
         before: list[Tensor] = []
         for step in ladder.steps:
-            now, floor = central(function, step), ladder.rounding * scale / step
-            if _near(found, now, tolerance, 0.0):
+            now = _central(function, step)
+            if _near(found, now, tolerance):
                 return None
-            if floor > tolerance * max(found.norm().item(), now.norm().item()):
-                continue  # too small to be seen at this step
-            if any(_near(now, other, tolerance / _SHARPER, 0.0) for other in before):
+            seen = max(abs(slope.item()), abs(_central(value, step).item()))
+            if rounding / step > sharp * seen:
+                continue  # too small a change of the loss to be seen at this step
+            if any(_near(now, other, tolerance / _SHARPER) for other in before):
                 return now
             before.append(now)
         return None
 
-    if (change := differ(slope, value, ladder.value, size)) is not None:
+    if (change := differ(slope, value, ladder.value, ladder.value)) is not None:
         return f"along a direction the loss changes by {change.item():.4g}, by its gradient it should by {slope:.4g}"
-    if (bend := differ(image, gradient, ladder.gradient, gradient_size)) is not None:
+    if (bend := differ(image, gradient, ladder.gradient, 0.1)) is not None:
         error = ((image - bend).norm() / torch.maximum(image.norm(), bend.norm())).item()
         return f"second derivatives miss the change of the gradient along a direction by {error:.0%}"
     return ""
+
+
+def _central(function: Callable[[float], Tensor], step: float) -> Tensor:
+    return (function(step) - function(-step)) / (2 * step)
 
 
 def _derivatives(
@@ -170,8 +172,8 @@ def _direction(task: Task, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return direction
 
 
-def _near(ours: Tensor, theirs: Tensor, tolerance: float, floor: float) -> bool:
-    return bool((ours - theirs).norm() <= tolerance * torch.maximum(ours.norm(), theirs.norm()) + floor)
+def _near(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
+    return bool((ours - theirs).norm() <= tolerance * torch.maximum(ours.norm(), theirs.norm()))
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:
