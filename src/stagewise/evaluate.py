@@ -20,7 +20,7 @@ from stagewise.attention import plain_attention, slow_path
 from stagewise.check import check
 from stagewise.checkpoint import Checkpoint
 from stagewise.data import Batch, Samples
-from stagewise.groups import Groups
+from stagewise.groups import TRAIN, Groups
 from stagewise.memory import out_of_memory
 from stagewise.task import Losses, Task
 from stagewise.vector import ParameterVector
@@ -30,6 +30,8 @@ Batching = Literal["stacked", "loop"]
 
 CURVATURE_SAMPLES = 2048
 """Enough samples to see the spectrum; a larger training set is represented by this many of them."""
+
+_GRADIENTS_AT_ONCE = 64
 
 Product = Callable[[Tensor], Tensor]
 """Vectors ``(k, parameters)`` to their images."""
@@ -156,7 +158,7 @@ def group_gradients(point: Point, u: Tensor, groups: Groups) -> Tensor:
     """
     task, rows = point.task, []
     for dataset, index in zip(groups.datasets, groups.indices, strict=True):
-        if dataset != "train":
+        if dataset != TRAIN:
             rows.append(mean_gradient(point, u, task.queries[dataset], index, dataset))
             continue
         weights = sample_weights(point)
@@ -173,8 +175,32 @@ def directional_derivatives(
     for batch in chunks(point.task, data):
         with plain_attention(), differentiable(u) as leaf:
             losses, _ = point.sample_losses(leaf, batch, query)
-            scores.append(push([losses], leaf, directions)[0])
+            scores.append(_along(losses, leaf, directions))
     return torch.cat(scores, 1)
+
+
+def _along(losses: Tensor, leaf: Tensor, directions: Tensor) -> Tensor:
+    """One product for all samples; their gradients one by one where backward() cannot itself be differentiated.
+
+    Some operations say so (``EmbeddingBag``), others give 0 (a ``Function`` that detaches what it gets in backward): so
+    a few samples are always done both ways.
+    """
+
+    def by_gradients(rows: Tensor) -> Tensor:
+        pieces = torch.split(torch.eye(len(losses)).to(losses)[rows], _GRADIENTS_AT_ONCE)
+        return torch.cat([directions @ pull([losses], [leaf], [piece])[0].mT for piece in pieces], 1)
+
+    few = torch.arange(min(2, len(losses)))
+    try:
+        along = push([losses], leaf, directions)[0]
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+    else:
+        expected = by_gradients(few)
+        if (along[:, few] - expected).norm() <= 1e-2 * expected.norm():
+            return along
+    return by_gradients(torch.arange(len(losses)))
 
 
 def hessian_product(point: Point, u: Tensor, rows: Tensor | None = None) -> Product:

@@ -97,7 +97,7 @@ def intervals(
         # With momentum b every gradient is followed for 1 + b + b^2 + ... updates.
         rates = run.vector.spread(_numbers([g.learning_rate for g in groups])).numpy() / (1 - optimizer.momentum)
         rate = float(rates.max())
-        clip = clip_factor(point, u, optimizer)
+        clip = clip_factor(point, optimizer)
         bend = None
         if curvature and stop > start:
             # Weight decay pulls on a parameter whatever the samples: a curvature without any, which is not clipped.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stagewise.checkpoints.trajectory import Trajectory, as_trajectory
 from stagewise.evaluate import directional_derivatives, group_gradients, sample_weights
-from stagewise.groups import Groups, query_groups, train_groups
+from stagewise.groups import TRAIN, Groups, query_groups, train_groups
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior
 from stagewise.task import Task
 from stagewise.usable import at_usable
@@ -122,4 +122,4 @@ def scores(density: LocalDensity, directions: Tensor, trained: Groups) -> Tensor
     weights = sample_weights(density)
     weighted = torch.zeros(len(directions), len(task.train), dtype=torch.float64)
     weighted[:, task.candidates] = along * (weights / weights.mean())[task.candidates]
-    return -trained.mean({"train": weighted}).T / len(task.train)
+    return -trained.mean({TRAIN: weighted}).T / len(task.train)
