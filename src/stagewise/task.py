@@ -243,7 +243,7 @@ class Task:
         first: dict[str, str] = {}
         for name, ours in own.items():
             other = first.setdefault(ours, name)
-            if not torch.equal(checkpoint.params[name], checkpoint.params[other]):
+            if name != other and not torch.equal(checkpoint.params[name], checkpoint.params[other]):
                 raise CheckpointError(
                     f"{where}: {other!r} and {name!r} are one tensor of the model, but differ in the checkpoint; is it "
                     "of a model whose weights are not tied?"
