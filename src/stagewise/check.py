@@ -232,7 +232,7 @@ def _check_gradients(task: Task, params: Mapping[str, Tensor]) -> None:
     if not _agree(task, both, params, batch):
         pure, plain = both(task.pure.reference(params), params, batch)
         sizes = [params[name].numel() for name in task.trainable]
-        errors = [(a - b).norm().item() for a, b in zip(pure.split(sizes), plain.split(sizes), strict=True)]
+        errors = [(a - b).norm().item() for a, b in zip(torch.split(pure, sizes), torch.split(plain, sizes), strict=True)]
         name = list(task.trainable)[errors.index(max(errors))]
         raise ValueError(
             f"train: the gradient by {name!r} is not that of loss(model, batch).backward(); the model keeps this "
