@@ -89,11 +89,11 @@ def _lifted_type(tensor: Tensor) -> torch.dtype:
 
 
 def _bare(name: str, known: Mapping[str, str]) -> str:
-    """The name without the wrappers' prefixes, wherever they stand."""
+    """The name without the wrappers' prefixes, wherever they stand, and without Lightning's in front."""
     for prefix in _WRAPPERS:
         if name not in known:
             name = name.replace(prefix, "")
-    return name
+    return name if name in known else name.removeprefix("model.")
 
 
 def _some(names: Sequence[str]) -> str:
