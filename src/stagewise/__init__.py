@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stagewise.baselines.source import source as source
+    from stagewise.baselines.tracin import tracin as tracin
     from stagewise.checkpoint import Checkpoint as Checkpoint
     from stagewise.checkpoint import Optimizer as Optimizer
     from stagewise.checkpoints.directory import write_checkpoint as write_checkpoint
@@ -38,13 +40,12 @@ if TYPE_CHECKING:
     from stagewise.retraining.lds import lds as lds
     from stagewise.retraining.leave_out import leave_out as leave_out
     from stagewise.retraining.leave_out import retrain as retrain
+    from stagewise.retraining.replay import replay as replay
     from stagewise.retraining.schedule import BatchOrder as BatchOrder
     from stagewise.retraining.schedule import Schedule as Schedule
     from stagewise.retraining.scores import agreement as agreement
     from stagewise.retraining.scores import measured_influence as measured_influence
     from stagewise.retraining.scores import predicted_effect as predicted_effect
-    from stagewise.retraining.source import source as source
-    from stagewise.retraining.tracin import tracin as tracin
     from stagewise.retraining.unrolling import unroll as unroll
     from stagewise.retraining.unrolling import unrolled_influence as unrolled_influence
     from stagewise.run.engine import sample as sample
@@ -56,6 +57,8 @@ if TYPE_CHECKING:
     from stagewise.traces.store import TraceStore as TraceStore
 
 _ROOMS = {
+    "stagewise.baselines.source": ("source",),
+    "stagewise.baselines.tracin": ("tracin",),
     "stagewise.checkpoints.directory": ("write_checkpoint",),
     "stagewise.checkpoints.huggingface": ("RecorderCallback",),
     "stagewise.checkpoints.recorder": ("Recorder", "linear", "log_spaced"),
@@ -76,10 +79,9 @@ _ROOMS = {
     "stagewise.retraining.ablation": ("window_ablation",),
     "stagewise.retraining.lds": ("lds",),
     "stagewise.retraining.leave_out": ("leave_out", "retrain"),
+    "stagewise.retraining.replay": ("replay",),
     "stagewise.retraining.schedule": ("BatchOrder", "Schedule"),
     "stagewise.retraining.scores": ("agreement", "measured_influence", "predicted_effect"),
-    "stagewise.retraining.source": ("source",),
-    "stagewise.retraining.tracin": ("tracin",),
     "stagewise.retraining.unrolling": ("unroll", "unrolled_influence"),
     "stagewise.run.engine": ("sample",),
     "stagewise.run.pipeline": ("report",),

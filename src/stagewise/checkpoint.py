@@ -82,6 +82,12 @@ class Optimizer:
         """Names of the parameters that are updated; None: all that are trainable."""
         return frozenset(name for group in self.groups for name in group.names) if self.groups else None
 
+    def group_of(self, name: str) -> ParameterGroup:
+        """Rate and decay of one parameter; both are 0 if it is not updated."""
+        if not self.groups:
+            return ParameterGroup((name,), self.learning_rate, self.weight_decay)
+        return next((group for group in self.groups if name in group.names), ParameterGroup((name,), 0.0))
+
 
 @dataclass(frozen=True)
 class Checkpoint:

@@ -20,7 +20,8 @@ from stagewise.attention import plain_attention, slow_path
 from stagewise.check import check
 from stagewise.checkpoint import Checkpoint
 from stagewise.data import Batch, Samples
-from stagewise.groups import Groups
+from stagewise.groups import TRAIN, Groups
+from stagewise.memory import out_of_memory
 from stagewise.task import Losses, Task
 from stagewise.vector import ParameterVector
 
@@ -29,6 +30,8 @@ Batching = Literal["stacked", "loop"]
 
 CURVATURE_SAMPLES = 2048
 """Enough samples to see the spectrum; a larger training set is represented by this many of them."""
+
+_GRADIENTS_AT_ONCE = 64
 
 Product = Callable[[Tensor], Tensor]
 """Vectors ``(k, parameters)`` to their images."""
@@ -59,8 +62,8 @@ class Point:
         return {**self.state, **self.vector.unflatten(moved)}
 
     def losses(self, u: Tensor, batch: Batch, query: str | None = None) -> Losses:
-        """Losses of a batch at one place, in nats."""
-        return self.task.losses(self.params(u), batch, query)
+        """Losses of a batch at one place, in nats, and their weights."""
+        return self.task.weighted_losses(self.params(u), batch, query)
 
     def sample_losses(self, u: Tensor, batch: Batch, query: str | None = None) -> tuple[Tensor, Tensor]:
         """Loss and weight of every sample of a batch at one place, ``(batch,)`` each."""
@@ -126,7 +129,7 @@ def _uniform_weights(point: Point) -> Tensor | None:
     """Weights of 1, where one sample is enough to know that all have it."""
     task = point.task
     with torch.no_grad():
-        values, weights = task.losses(point.state, task.train.batch(slice(0, 1), task.device))
+        values, weights = task.weighted_losses(point.state, task.train.batch(slice(0, 1), task.device))
     known = weights is None and (values.ndim == 1 or task.objective == "samples")
     return torch.ones(len(task.train), dtype=torch.float64) if known else None
 
@@ -155,7 +158,7 @@ def group_gradients(point: Point, u: Tensor, groups: Groups) -> Tensor:
     """
     task, rows = point.task, []
     for dataset, index in zip(groups.datasets, groups.indices, strict=True):
-        if dataset != "train":
+        if dataset != TRAIN:
             rows.append(mean_gradient(point, u, task.queries[dataset], index, dataset))
             continue
         weights = sample_weights(point)
@@ -172,8 +175,32 @@ def directional_derivatives(
     for batch in chunks(point.task, data):
         with plain_attention(), differentiable(u) as leaf:
             losses, _ = point.sample_losses(leaf, batch, query)
-            scores.append(push([losses], leaf, directions)[0])
+            scores.append(_along(losses, leaf, directions))
     return torch.cat(scores, 1)
+
+
+def _along(losses: Tensor, leaf: Tensor, directions: Tensor) -> Tensor:
+    """One product for all samples; their gradients one by one where backward() cannot itself be differentiated.
+
+    Some operations say so (``EmbeddingBag``), others give 0 (a ``Function`` that detaches what it gets in backward): so
+    a few samples are always done both ways.
+    """
+
+    def by_gradients(rows: Tensor) -> Tensor:
+        pieces = torch.split(torch.eye(len(losses)).to(losses)[rows], _GRADIENTS_AT_ONCE)
+        return torch.cat([directions @ pull([losses], [leaf], [piece])[0].mT for piece in pieces], 1)
+
+    few = torch.arange(min(2, len(losses)))
+    try:
+        along = push([losses], leaf, directions)[0]
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+    else:
+        expected = by_gradients(few)
+        if (along[:, few] - expected).norm() <= 1e-2 * expected.norm():
+            return along
+    return by_gradients(torch.arange(len(losses)))
 
 
 def hessian_product(point: Point, u: Tensor, rows: Tensor | None = None) -> Product:
@@ -234,17 +261,15 @@ def pull(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequen
     kept = [o for o, _ in live]
 
     def backward(sides: Sequence[Tensor], batched: bool) -> list[Tensor]:
-        found = torch.autograd.grad(
-            kept, inputs, sides, retain_graph=True, allow_unused=True, is_grads_batched=batched
-        )
+        found = torch.autograd.grad(kept, inputs, sides, retain_graph=True, allow_unused=True, is_grads_batched=batched)
         lead = (count,) if batched else ()
         return [i.new_zeros(*lead, *i.shape) if f is None else f for f, i in zip(found, inputs, strict=True)]
 
     try:
         return backward([c for _, c in live], True)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:  # an operation without a batching rule
+    except RuntimeError as error:  # an operation without a batching rule
+        if out_of_memory(error):
+            raise
         single = [backward([c[k] for _, c in live], False) for k in range(count)]
         return [torch.stack(parts) for parts in zip(*single, strict=True)]
 

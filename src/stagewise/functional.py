@@ -10,12 +10,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from stagewise.checkpoint import lifted
 
@@ -32,14 +35,15 @@ class PureModel:
         trainable: the parameters that require a gradient.
         persistent: names in the model's ``state_dict``, tied ones once.
         canonical: every name a tensor has (tied weights have several) to the one used here.
+        padding: rows of embeddings that have no gradient by their definition (``padding_idx``), by parameter name.
 
     Raises:
-        ValueError: the model cannot be copied, or holds what cannot be a function of dense real tensors.
+        ValueError: the model is TorchScript, has lazy parameters, or cannot be copied.
     """
 
     def __init__(self, model: nn.Module) -> None:
         model = unwrapped(model)
-        _refuse(model)
+        _refuse_unready(model)
         self.module = _twin(model)
         self._places: dict[str, list[tuple[Any, Any]]] = {}
         self.state: dict[str, Tensor] = {}
@@ -56,6 +60,11 @@ class PureModel:
             if id(tensor) in names:
                 self._places.setdefault(names[id(tensor)], []).append((holder, key))
         self.trainable = {name: t for name, t in self.module.named_parameters() if t.requires_grad}
+        self.padding = {
+            names[id(module.weight)]: module.padding_idx
+            for module in self.module.modules()
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None
+        }
         kept = self.module.state_dict(keep_vars=True)
         self.persistent = {self.canonical[name] for name in kept if name in self.canonical}
 
@@ -71,6 +80,32 @@ class PureModel:
         finally:
             for holder, key, tensor in before:
                 holder[key] = tensor
+
+    def refuse(self) -> None:
+        """Refuse a model whose losses are no function of dense real tensors.
+
+        Raises:
+            ValueError: with the layer or parameter, and what to do.
+        """
+        for name, module in self.module.named_modules():
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+                raise ValueError(
+                    f"{_kind(module, name)} has max_norm, so that evaluating the loss changes {name + '.weight'!r}; "
+                    "set max_norm=None, and normalise the rows in forward() if training needs it"
+                )
+        for name, tensor in self.state.items():
+            if isinstance(tensor, nn.Parameter) and not tensor.is_floating_point():
+                raise ValueError(
+                    f"parameter {name!r} is {tensor.dtype}; only real floating-point parameters can move. Hold a "
+                    "complex one as two real ones (torch.view_as_complex in forward()), anything else as a buffer"
+                )
+            if tensor.layout != torch.strided:
+                raise ValueError(f"{name!r} has the layout {tensor.layout}; make it dense (tensor.to_dense())")
+        if not self.trainable:
+            raise ValueError(
+                "no parameter of the model requires a gradient, so that none could have been trained; call "
+                "requires_grad_(True) on those that training moved"
+            )
 
     def reference(self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> nn.Module:
         """An ordinary module with copies of ``tensors`` as its parameters and buffers: training as PyTorch does it.
@@ -100,35 +135,21 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _refuse(model: nn.Module) -> None:
-    """Refuse modules whose losses are no function of dense real tensors."""
+def _refuse_unready(model: nn.Module) -> None:
+    """Refuse modules of which there cannot be a second set."""
     for name, module in model.named_modules():
-        where = f"{type(module).__name__} ({name or 'the model itself'})"
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
-                f"{where} is TorchScript, whose parameters cannot be exchanged; build the Task with the Python module "
-                "that was scripted or traced, and its state_dict"
-            )
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
-            raise ValueError(
-                f"{where} has max_norm, so that evaluating the loss changes the weights; set max_norm=None and "
-                "normalise the rows in forward() if training needs it"
+                f"{_kind(module, name)} is TorchScript, whose parameters cannot be exchanged; build the Task with the "
+                "Python module that was scripted or traced, and its state_dict"
             )
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
             raise ValueError(f"{name!r} of a lazy layer has no shape yet; run one batch through the model first")
-        if isinstance(tensor, nn.Parameter) and not tensor.is_floating_point():
-            raise ValueError(
-                f"parameter {name!r} is {tensor.dtype}; only real floating-point parameters can move. Hold a complex "
-                "one as two real ones (torch.view_as_complex in forward()), anything else as a buffer"
-            )
-        if tensor.layout != torch.strided:
-            raise ValueError(f"{name!r} has the layout {tensor.layout}; make it dense (tensor.to_dense())")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(
-            "no parameter of the model requires a gradient, so that none could have been trained; call "
-            "requires_grad_(True) on those that training moved"
-        )
+
+
+def _kind(module: nn.Module, name: str) -> str:
+    return f"{type(module).__name__} ({name or 'the model itself'})"
 
 
 def _twin(model: nn.Module, shared: bool = True) -> nn.Module:
@@ -151,7 +172,25 @@ def _twin(model: nn.Module, shared: bool = True) -> nn.Module:
     for module in twin.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.sparse = False  # the same gradient, dense
+        _differentiate_twice(module)
     return twin
+
+
+def _differentiate_twice(module: nn.Module) -> None:
+    """Weight norm by its definition: the second derivatives of torch's own kernel are wrong."""
+    if isinstance(module, _WeightNorm):
+        module.forward = partial(_normed, dim=module.dim)  # type: ignore[method-assign]
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm):
+            hook.compute_weight = partial(_hooked, name=hook.name, dim=hook.dim)  # type: ignore[method-assign]
+
+
+def _normed(weight_g: Tensor, weight_v: Tensor, dim: int) -> Tensor:
+    return weight_v * (weight_g / torch.norm_except_dim(weight_v, 2, dim))
+
+
+def _hooked(module: Any, name: str, dim: int) -> Tensor:
+    return _normed(getattr(module, f"{name}_g"), getattr(module, f"{name}_v"), dim)
 
 
 def _holders(model: nn.Module) -> Iterator[tuple[Any, Any, Tensor]]:

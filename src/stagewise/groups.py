@@ -21,6 +21,9 @@ from stagewise.task import Task
 Labels = Sequence[Any] | np.ndarray[Any, Any]
 """One label per sample: names, numbers, an array or a tensor."""
 
+TRAIN = "/train"
+"""The training set, as the data set of a group: a name that no query set can have, also not one called "train"."""
+
 _LARGEST_LEAVE_ONE_OUT = 64
 
 
@@ -30,7 +33,7 @@ class Groups:
 
     Attributes:
         labels: one name per group.
-        datasets: the data set of each group: ``"train"``, or the name of a query set.
+        datasets: the data set of each group: ``TRAIN``, or the name of a query set.
         indices: the samples of each group, ascending, as indices into its data set.
     """
 
@@ -72,7 +75,7 @@ class Groups:
         means = []
         for dataset, index in zip(self.datasets, self.indices, strict=True):
             chosen = losses[dataset][..., index]
-            share = torch.ones(len(index)) if weights is None else weights[dataset][index]
+            share = torch.ones(len(index), dtype=torch.float64) if weights is None else weights[dataset][index]
             share = (share / share.sum().clamp(min=1e-30)).to(chosen)
             means.append((chosen * share).sum(-1))
         return torch.stack(means, -1)
@@ -103,7 +106,7 @@ def train_groups(task: Task, labels: Labels | None = None, singles: int = _LARGE
         chosen = range(n)
     if (count := len(chosen)) != n:
         raise ValueError(f"groups: expected one label for each of {n} training samples, got {count}")
-    groups = Groups.of_labels(words(chosen)[candidates.numpy()], "train")
+    groups = Groups.of_labels(words(chosen)[candidates.numpy()], TRAIN)
     return Groups(groups.labels, groups.datasets, tuple(candidates[index] for index in groups.indices))
 
 

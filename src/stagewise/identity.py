@@ -117,7 +117,7 @@ def all_losses(task: Task, checkpoint: Checkpoint) -> dict[str, NDArray[np.float
     sets |= {f"queries/{name}": (data, name) for name, data in task.queries.items()}
     found = {}
     for path, (data, query) in sets.items():
-        parts = [task.losses(checkpoint.params, batch, query).values for batch in chunks(task, data)]
+        parts = [task.losses(checkpoint.params, batch, query) for batch in chunks(task, data)]
         width = max(part.shape[-1] if part.ndim == 2 else 0 for part in parts)
         padded = [pad(part, (0, width - part.shape[-1])) if width else part for part in parts]
         found[path] = torch.cat(padded).double().cpu().numpy()

@@ -7,15 +7,15 @@ the rest of the package ever sees a model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stagewise.checkpoint import Checkpoint, CheckpointError
+from stagewise.checkpoint import Checkpoint
 from stagewise.data import Batch, Collate, Samples
+from stagewise.fitting import fitted
 from stagewise.functional import PureModel
 from stagewise.layers import in_train_mode
 
@@ -27,8 +27,6 @@ Loss = Callable[[Any, Batch], Any]
 Params = Mapping[str, Tensor]
 
 Objective = Literal["samples", "tokens"]
-
-_WRAPPERS = ("module.", "_orig_mod.")
 
 
 class Losses(NamedTuple):
@@ -79,7 +77,7 @@ class Task:
         ...     train=(torch.randn(8, 4), torch.arange(8) % 3),
         ...     queries={"val": (torch.randn(5, 4), torch.arange(5) % 3)},
         ... )
-        >>> len(task.train), task.losses({}, task.train.batch(slice(0, 2))).values.shape
+        >>> len(task.train), task.losses({}, task.train.batch(slice(0, 2))).shape
         (8, torch.Size([2]))
     """
 
@@ -161,21 +159,28 @@ class Task:
         """Parameters and buffers of the model as it was handed in, by name."""
         return {name: tensor.detach() for name, tensor in self.pure.state.items()}
 
-    def losses(self, params: Params, batch: Batch, query: str | None = None) -> Losses:
-        """Losses at ``params``: a pure function, safe under ``torch.func``.
+    def losses(self, params: Params, batch: Batch, query: str | None = None) -> Tensor:
+        """Losses at ``params``: a pure function.
 
         Args:
             params: parameters and buffers by name; those left out keep the model's own value.
             batch: as given by ``Samples.batch``.
             query: measure what is measured on this query set; default the training loss.
+
+        Returns:
+            ``(batch,)`` or ``(batch, tokens)``, in nats.
         """
+        return self.weighted_losses(params, batch, query).values
+
+    def weighted_losses(self, params: Params, batch: Batch, query: str | None = None) -> Losses:
+        """The same with the weights that the loss gives them."""
         loss = self.loss if query is None else self.query_losses.get(query, self.loss)
         with self.pure.holding(params) as model:
             return checked_losses(loss(model, batch))
 
     def sample_losses(self, params: Params, batch: Batch, query: str | None = None) -> tuple[Tensor, Tensor]:
         """The loss l_i of every sample and its weight a_i in the objective, ``(batch,)`` each."""
-        return self.by_sample(self.losses(params, batch, query))
+        return self.by_sample(self.weighted_losses(params, batch, query))
 
     def by_sample(self, losses: Losses) -> tuple[Tensor, Tensor]:
         """From losses of samples or tokens to the loss l_i and the weight a_i of every sample ``(..., batch)``."""
@@ -199,69 +204,12 @@ class Task:
         return weights / torch.where(total > 0, total, 1.0)
 
     def fitted(self, checkpoint: Checkpoint) -> Checkpoint:
-        """The checkpoint as this model needs it: its names, its device, nothing missing.
-
-        Any name of a tied weight will do (several if they are equal), and the prefixes of ``torch.compile`` and data
-        parallelism are taken off. Persistent buffers are required, others come from the model.
+        """The checkpoint as this model needs it, see :func:`stagewise.fitting.fitted`.
 
         Raises:
             CheckpointError: parameters or buffers are missing, unknown, or of another shape or a wider type.
         """
-        where = f"checkpoint at step {checkpoint.step}"
-        own, model = self._own_names(checkpoint, where), self.pure.state
-        for name, first in own.items():
-            tensor, expected = checkpoint.params[name], model[first]
-            if tensor.shape != expected.shape:
-                raise CheckpointError(
-                    f"{where}: {name!r} has shape {tuple(tensor.shape)}, the model expects {tuple(expected.shape)}"
-                )
-            wide = torch.promote_types(expected.dtype, torch.float32) if tensor.is_floating_point() else expected.dtype
-            if torch.promote_types(tensor.dtype, wide) != wide:
-                raise CheckpointError(
-                    f"{where}: {name!r} is {tensor.dtype}, the model's is {expected.dtype}; build the Task with a "
-                    "model of the checkpoint's type (e.g. model.double())"
-                )
-        present = set(own.values())
-        lacking = [n for n in model if n not in present and (n in self.pure.persistent or _is_parameter(model[n]))]
-        if lacking:
-            kind = "parameter" if _is_parameter(model[lacking[0]]) else "buffer"
-            raise CheckpointError(
-                f"{where} lacks {kind} {_some(lacking)}; is it of another model? Save the whole model.state_dict(), "
-                "in which running statistics are too"
-            )
-        fitted = checkpoint.renamed(self._all_names(checkpoint, own))
-        state = self.state() | dict(fitted.params)
-        params = {name: self._placed(state[name], model[name]) for name in model}
-        return replace(fitted, params=params)
-
-    def _own_names(self, checkpoint: Checkpoint, where: str) -> dict[str, str]:
-        """The checkpoint's names of the model's tensors, to ours."""
-        names = {name: _bare(name, self.pure.canonical) for name in checkpoint.params}
-        if unknown := [name for name, bare in names.items() if bare not in self.pure.canonical]:
-            raise CheckpointError(f"{where} has {_some(unknown)}, which the model does not; is it of another model?")
-        own = {name: self.pure.canonical[bare] for name, bare in names.items()}
-        first: dict[str, str] = {}
-        for name, ours in own.items():
-            other = first.setdefault(ours, name)
-            if name != other and not torch.equal(checkpoint.params[name], checkpoint.params[other]):
-                raise CheckpointError(
-                    f"{where}: {other!r} and {name!r} are one tensor of the model, but differ in the checkpoint; is it "
-                    "of a model whose weights are not tied?"
-                )
-        return {name: ours for name, ours in own.items() if first[ours] == name}
-
-    def _all_names(self, checkpoint: Checkpoint, own: Mapping[str, str]) -> dict[str, str]:
-        """The same for everything the optimiser remembers, which may know a tied weight by another name."""
-        optimizer = checkpoint.optimizer
-        remembered = [*checkpoint.first_moment, *checkpoint.second_moment, *checkpoint.update_counts]
-        remembered += [name for group in optimizer.groups for name in group.names] if optimizer else []
-        bare = {name: _bare(name, self.pure.canonical) for name in remembered}
-        known = {name: self.pure.canonical[n] for name, n in bare.items() if n in self.pure.canonical}
-        return known | dict(own)
-
-    def _placed(self, tensor: Tensor, like: Tensor) -> Tensor:
-        dtype = torch.promote_types(like.dtype, torch.float32) if like.is_floating_point() else like.dtype
-        return tensor.detach().to(self.device, dtype)
+        return fitted(self.pure, checkpoint)
 
 
 def checked_losses(result: Any) -> Losses:
@@ -288,19 +236,6 @@ def checked_losses(result: Any) -> Losses:
 
 def _is_name(name: Any) -> bool:
     return isinstance(name, str) and bool(name.strip()) and "/" not in name
-
-
-def _is_parameter(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.Parameter)
-
-
-def _bare(name: str, known: Mapping[str, str]) -> str:
-    """The name without the wrappers' prefixes, wherever they stand."""
-    bare = name
-    for prefix in _WRAPPERS:
-        if bare not in known:
-            bare = bare.replace(prefix, "")
-    return bare
 
 
 def _refuse_train_mode(model: nn.Module) -> None:
@@ -340,8 +275,3 @@ def _indices(candidates: Any, n: int) -> Tensor:
     if len(set(chosen.tolist())) != len(chosen):
         raise ValueError("candidates: every training sample can be named once only")
     return chosen.long().sort().values
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -90,6 +90,11 @@ class ParameterVector:
         own = vector.dtype == self.dtype
         return {name: (t.to(d) if own else t).reshape((*lead, *s)) for name, s, d, t in named}
 
+    def spread(self, values: Tensor) -> Tensor:
+        """One value for every name ``(..., names)`` to one for every entry of the vector ``(..., parameters)``."""
+        sizes = torch.tensor([math.prod(shape) for shape in self.shapes], device=values.device)
+        return values.repeat_interleave(sizes, dim=-1)
+
     def fixed(self, params: Params) -> dict[str, Tensor]:
         """The parameters and buffers that do not move."""
         return {name: tensor for name, tensor in params.items() if name not in self.names}

@@ -63,10 +63,8 @@ class SmoothedModule(nn.Module):
         return self.inner(model(batch[0]), batch[1])
 
 
-def closure(inside, calling=False):
-    if calling:
-        return lambda model, batch: inside[0](model, batch)
-    return lambda model, batch: cross_entropy(model, batch) * inside[0]
+def closure(constant):
+    return lambda model, batch: cross_entropy(model, batch) * constant[0]
 
 
 def with_option(model, batch):
@@ -155,7 +153,7 @@ CHANGES = {
     "loss that is a module": (lambda v: task_of(SmoothedModule(v)), 0.0, 0.3),
     "closure over a tensor": (lambda v: task_of(closure(torch.tensor([v]))), 1.0, 1.01),
     "closure over a list": (lambda v: task_of(closure([v])), 1.0, 1.01),
-    "closure over an object": (lambda v: task_of(closure([Smoothed(v)], calling=True)), 0.0, 0.1),
+    "closure over an object": (lambda v: task_of(lambda m, b, s=Smoothed(v): s(m, b)), 0.0, 0.1),
     "keyword of a partial": (lambda v: task_of(functools.partial(cross_entropy, smoothing=v)), 0.0, 0.1),
     "function in a partial": (lambda v: task_of(functools.partial(with_default, inner=v)), cross_entropy, doubled),
     "default argument": (lambda v: task_of(lambda m, b, f=v: f(m, b)), cross_entropy, doubled),

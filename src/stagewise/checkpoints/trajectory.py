@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stagewise.checkpoint import Checkpoint, CheckpointError
-from stagewise.task import Task
+
+if TYPE_CHECKING:
+    from stagewise.task import Task
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,19 @@ class Trajectory:
 
     @classmethod
     def from_checkpoints(cls, checkpoints: Iterable[Checkpoint]) -> Trajectory:
-        """Checkpoints held in memory, e.g. from a short training run in a notebook."""
-        by_step = {checkpoint.step: checkpoint for checkpoint in checkpoints}
+        """Checkpoints held in memory, e.g. from a short training run in a notebook.
+
+        Raises:
+            ValueError: two of the same step differ.
+        """
+        by_step: dict[int, Checkpoint] = {}
+        for checkpoint in checkpoints:
+            first = by_step.setdefault(checkpoint.step, checkpoint)
+            if first is not checkpoint and first.digest != checkpoint.digest:
+                raise ValueError(
+                    f"two different checkpoints are of step {checkpoint.step}; one run has one at a step: keep one of "
+                    "them, or make a trajectory of each run"
+                )
         return cls(tuple(sorted(by_step)), by_step.__getitem__)
 
     @classmethod
@@ -40,6 +54,24 @@ class Trajectory:
 
         files = scan(Path(path))
         return cls(tuple(files), partial(_read, files))
+
+
+def as_trajectory(source: Trajectory | str | Path) -> Trajectory:
+    """A trajectory as it is, or that of a folder of checkpoints.
+
+    Raises:
+        TypeError: it is neither.
+        FileNotFoundError: the folder is missing, or holds no checkpoint.
+        CheckpointError: the folder cannot be understood.
+    """
+    if isinstance(source, Trajectory):
+        return source
+    if isinstance(source, str | Path):
+        return Trajectory.from_directory(source)
+    raise TypeError(
+        f"expected a Trajectory or the path of a folder of checkpoints, got {type(source).__name__}; for checkpoints "
+        "in memory use Trajectory.from_checkpoints([...])"
+    )
 
 
 def _read(files: Mapping[int, Path], step: int) -> Checkpoint:
@@ -55,22 +87,9 @@ def check_fits(task: Task, checkpoint: Checkpoint, source: str | Path = "") -> N
     """Refuse a checkpoint that is not of the task's model.
 
     Raises:
-        CheckpointError: parameters are missing or have another shape.
+        CheckpointError: parameters or buffers are missing, unknown, or have another shape.
     """
-    where = f"checkpoint at step {checkpoint.step}" + (f" ({source})" if source else "")
-    model = task.state()
-    trainable = dict(task.model.named_parameters())
-    if missing := [name for name in trainable if name not in checkpoint.params]:
-        raise CheckpointError(f"{where} lacks parameter {_some(missing)}; is it of another model?")
-    for name, tensor in checkpoint.params.items():
-        if name not in model:
-            raise CheckpointError(f"{where} has {name!r}, which the model does not; is it of another model?")
-        if tensor.shape != model[name].shape:
-            raise CheckpointError(
-                f"{where}: {name!r} has shape {tuple(tensor.shape)}, the model expects {tuple(model[name].shape)}"
-            )
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+    try:
+        task.fitted(checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} ({source})" if source else str(error)) from None

@@ -39,6 +39,7 @@ def bif(
     centring: Centring = "pooled",
     part: Part = "full",
     tokens: bool = False,
+    self_pairs: bool = True,
     trusted_only: bool = True,
 ) -> xr.Dataset:
     """Influence of training samples, tokens or groups on queries at every checkpoint.
@@ -53,14 +54,17 @@ def bif(
         kind: ``"covariance"``: -kappa Cov, nats per unit weight; ``"correlation"``: -Corr, without unit.
         centring: ``"pooled"``, ``"within"`` or ``"between"`` chains; see ``covariance_replicates``.
         part: ``"odd"`` or ``"even"`` under reflection about the checkpoint; the odd part has no curvature floor.
-        tokens: one column per token, and the weight is that of a single token; otherwise a sample's loss is the mean
-            over its tokens.
+        tokens: one column per token, and the weight is that of a single token; otherwise a sample's loss is the
+            weighted mean over its tokens.
+        self_pairs: count a sample's effect on itself in the means of groups, as retraining does; False leaves out the
+            pairs of a sample (or of two tokens of one sequence) with itself where a query set holds the candidates
+            themselves, which share context and noise, unless a mean has no others.
         trusted_only: leave out checkpoints whose chains cannot be trusted; attribute ``omitted`` says which and why.
 
     Returns:
-        Dataset with ``value`` and ``stderr`` ``(step, train, query)``, the mean over pairs where there are groups.
-        Pairs of a sample (or two tokens of one sequence) with itself are left out of such means, unless there are no
-        others. Below 2^21 numbers per checkpoint also ``replicates`` ``(step, replicate, train, query)``, over the
+        Dataset with ``value`` and ``stderr`` ``(step, train, query)``, the mean over pairs where there are groups (over
+        a group of queries with the weights that the loss gives them). Below 2^21 numbers per checkpoint also
+        ``replicates`` ``(step, replicate, train, query)``, over the
         chains that ended well at all checkpoints. Negative is helpful.
 
     Raises:
@@ -69,12 +73,12 @@ def bif(
             traces without reflected losses.
     """
     labels = carried_labels(traces, train_groups, query_groups or {}, grouped)
-    stacked = over_checkpoints(
-        traces,
-        traces.steps,
-        trusted_only,
-        lambda _step, tree: _at_checkpoint(data_sets(tree, labels, grouped, part, tokens), tree, kind, centring),
-    )
+
+    def estimate(_step: int, tree: xr.DataTree) -> xr.Dataset:
+        sides = data_sets(tree, labels, grouped, part, tokens, self_pairs)
+        return _at_checkpoint(sides, tree, kind, centring)
+
+    stacked = over_checkpoints(traces, traces.steps, trusted_only, estimate)
     units = "nats per unit weight" if kind == "covariance" else "1"
     stacked.attrs |= {
         "estimator": "bif",
@@ -82,6 +86,7 @@ def bif(
         "centring": centring,
         "part": part,
         "tokens": tokens,
+        "self_pairs": self_pairs,
         "units": units,
         "sign": "negative = helpful: more weight on the training data lowers the query loss",
     }

@@ -7,37 +7,38 @@ training data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass, replace
-from typing import Any, Literal, cast
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import xarray as xr
 from scipy.linalg import eigh
 from torch import Tensor
-from torch.func import grad, vjp, vmap
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from stagewise.attention import plain_attention
 from stagewise.checkpoints.trajectory import Trajectory
-from stagewise.influence.gradients import first_order
-from stagewise.sampling.curvature import CURVATURE_SAMPLES, hessian_product, training_batches
+from stagewise.evaluate import CURVATURE_SAMPLES, Product, dense, hessian_product, spread_rows
+from stagewise.gauss_newton import gauss_newton_product
+from stagewise.influence.gradients import Directions, first_order
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior
-from stagewise.task import Batch, Task
+from stagewise.task import Task
 
 CurvatureKind = Literal["gauss_newton", "hessian", "exact"]
 _LARGEST_EXACT = 6000
-_EXACT_CHUNK = 128
+# A subset of the training samples stands for all: its error is that of the mean of this many parts of it.
+_PARTS = 4
+_ERROR_TOLERANCE = 0.1
 
 
 def damped_influence(
     task: Task,
-    trajectory: Trajectory,
+    trajectory: Trajectory | str | Path,
     posterior: LocalPosterior,
     *,
     curvature: CurvatureKind = "gauss_newton",
     steps: Sequence[int] | None = None,
+    samples: int = CURVATURE_SAMPLES,
     tolerance: float = 1e-3,
     max_iterations: int = 200,
 ) -> xr.Dataset:
@@ -45,127 +46,59 @@ def damped_influence(
 
     Args:
         task: the task; its group labels are used where it has them.
-        trajectory: the run's checkpoints.
+        trajectory: the run's checkpoints, or their folder.
         posterior: metric and damping.
         curvature: ``"gauss_newton"``: matrix-free, positive definite everywhere, any model whose loss calls it
             once; ``"hessian"``: matrix-free, only where the posterior is localised; ``"exact"``: the dense
             Hessian of all samples, up to 6000 parameters. It raises eigenvalues below minus
             half the damping to that; at a checkpoint that is not localised the answer then exists, but is not to
-            be trusted. The matrix-free ones take at most 2048 samples, evenly spaced in the training set.
+            be trusted.
         steps: which checkpoints, default all.
+        samples: most samples that the matrix-free curvatures are taken from, evenly spaced in the training set.
         tolerance: relative residual at which conjugate gradients stop.
         max_iterations: of conjugate gradients, per checkpoint.
 
     Returns:
-        ``value`` and ``stderr`` (zero) ``(step, train, query)``, nats per unit weight. Negative is helpful.
+        ``value`` and ``stderr`` ``(step, train, query)``, nats per unit weight. Negative is helpful. The standard error
+        is that of the samples which the curvature is taken from and of the solver's tolerance: 0 for ``"exact"``.
+        Attribute ``omitted``: the checkpoints that could not be used, with reasons: negative curvature
+        (``"hessian"``), no convergence.
 
     Raises:
-        ValueError: negative curvature (``"hessian"``), too many parameters (``"exact"``), no convergence, or a
-            loss that Gauss-Newton curvature is not defined for.
+        ValueError: no checkpoint can be used, with the reasons: too many parameters (``"exact"``), a loss that
+            Gauss-Newton curvature is not defined for.
     """
-    previous: list[Tensor] = []
 
-    def solve(density: LocalDensity, gradients: Tensor) -> Tensor:
+    def solve(density: LocalDensity, gradients: Tensor) -> Directions:
         if curvature == "exact":
-            return exact_solve(density, gradients)
-        product = (gauss_newton_product if curvature == "gauss_newton" else hessian_product)(density)
-        start = previous[-1] if previous else torch.zeros_like(gradients)
-        solution = conjugate_gradients(
-            lambda v: product(v) + density.damping * v, gradients, start, tolerance, max_iterations
-        )
-        previous[:] = [solution]
-        return solution
+            return Directions(exact_solve(density, gradients))
+        kind = gauss_newton_product if curvature == "gauss_newton" else hessian_product
+        rows = spread_rows(samples, len(task.train))
+        product = kind(density, density.origin, rows)
 
-    return first_order(task, trajectory, posterior, f"damped influence ({curvature})", solve, steps)
+        def solved(targets: Tensor, precision: float) -> Tensor:
+            return conjugate_gradients(lambda v: product(v) + density.damping * v, targets, precision, max_iterations)
 
+        mean = solved(gradients, tolerance)
+        if len(rows) == len(task.train):
+            return Directions(mean, relative=tolerance)
+        # The solution answers a change of the curvature by -A^-1 (change) x, here for each part of the samples.
+        whole = product(mean)
+        parts = [kind(density, density.origin, rows[k::_PARTS])(mean) - whole for k in range(_PARTS)]
+        unseen = (1 - len(rows) / len(task.train)) / (_PARTS - 1)
+        errors = torch.stack([solved(part, _ERROR_TOLERANCE) for part in parts]) * unseen**0.5
+        return Directions(mean, errors, tolerance)
 
-def gauss_newton_product(density: LocalDensity, samples: int = CURVATURE_SAMPLES) -> Callable[[Tensor], Tensor]:
-    """The map v -> P^(1/2) J^T B J P^(1/2) v, B the Hessian of the loss in the model's outputs.
-
-    Args:
-        density: where.
-        samples: how many training samples, evenly spaced.
-
-    Returns:
-        A function of ``(k, parameters)``.
-    """
-    batches = training_batches(density, samples)
-
-    def product(vectors: Tensor) -> Tensor:
-        total = torch.zeros_like(vectors)
-        for batch, share in batches:
-            with plain_attention():
-                total = total + share * _batch_product(density, batch, vectors)
-        return total
-
-    return product
+    return first_order(task, trajectory, posterior, f"damped influence ({curvature})", solve, steps, curvature=True)
 
 
-def _batch_product(density: LocalDensity, batch: Batch, vectors: Tensor) -> Tensor:
-    """The Gauss-Newton product of one batch: one graph of the model for all vectors."""
-    rebuild: Rebuild
-
-    def outputs(u: Tensor) -> list[Tensor]:
-        nonlocal rebuild
-        moved = density.vector.unflatten(density.anchor + density.scale * u)
-        tensors, rebuild = _taken_apart(density.task.outputs(density.state | moved, batch))
-        return tensors
-
-    def loss(tensors: list[Tensor]) -> Tensor:
-        return density.task.losses_from_outputs(rebuild(tensors), batch).mean()
-
-    at, pull = cast("tuple[list[Tensor], Callable[..., Any]]", vjp(outputs, torch.zeros_like(density.anchor)))
-    # The pullback J^T is linear, so its own pullback is J: reverse mode is all it takes.
-    push = vjp(lambda y: pull(y)[0], [torch.zeros_like(tensor) for tensor in at])[1]
-    bend = vjp(grad(loss), at)[1]
-
-    def product(v: Tensor) -> Tensor:
-        curved: Tensor = pull(*bend(*push(v)))[0]
-        return curved
-
-    return vmap(product)(vectors)
-
-
-Rebuild = Callable[[list[Tensor]], Any]
-
-
-def _taken_apart(outputs: Any) -> tuple[list[Tensor], Rebuild]:
-    """The floating-point tensors in a model's outputs, and how to put others in their place.
-
-    Whatever else is there (None, caches, numbers) stays as it is.
-    """
-    leaves, structure = tree_flatten(outputs)
-    if leaves and leaves[0] is outputs and is_dataclass(outputs) and not isinstance(outputs, type):
-        tensors, inner = _taken_apart({f.name: getattr(outputs, f.name) for f in fields(outputs)})
-        return tensors, lambda new: replace(outputs, **inner(new))
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    if not places:
-        raise ValueError(
-            f"the model returned {type(outputs).__name__}, in which no tensors were found; Gauss-Newton curvature "
-            "needs a tensor, or a tuple, list, dict or dataclass of tensors. Use curvature='hessian'"
-        )
-
-    def rebuild(new: list[Tensor]) -> Any:
-        at = dict(zip(places, new, strict=True))
-        return tree_unflatten([at.get(i, leaf) for i, leaf in enumerate(leaves)], structure)
-
-    return [leaves[i] for i in places], rebuild
-
-
-def conjugate_gradients(
-    product: Callable[[Tensor], Tensor],
-    targets: Tensor,
-    start: Tensor,
-    tolerance: float,
-    max_iterations: int,
-) -> Tensor:
+def conjugate_gradients(product: Product, targets: Tensor, tolerance: float, max_iterations: int) -> Tensor:
     """Solve A x = b for every row of ``targets (k, parameters)`` at once; A positive definite.
 
     Raises:
         ValueError: a direction of negative curvature, or no convergence, with the residual reached.
     """
-    x = start
-    residual = targets - product(x)
+    x, residual = torch.zeros_like(targets), targets
     direction, squared = residual, residual.square().sum(1)
     size = targets.norm(dim=1)
     for iteration in range(max_iterations + 1):
@@ -205,11 +138,7 @@ def exact_solve(density: LocalDensity, gradients: Tensor) -> Tensor:
             f"curvature='exact' needs a dense {size} x {size} matrix, at most {_LARGEST_EXACT} parameters are "
             "allowed; use 'gauss_newton' or 'hessian'"
         )
-    product = hessian_product(density, len(density.task.train))
-    identity = torch.eye(size, dtype=density.anchor.dtype, device=density.anchor.device)
-    rows = [product(identity[i : i + _EXACT_CHUNK]) for i in range(0, size, _EXACT_CHUNK)]
-    matrix = torch.cat(rows).double()
-    matrix = (matrix + matrix.mT) / 2
+    matrix = dense(hessian_product(density, density.origin), density.origin).double()
     matrix.diagonal().add_(density.damping / 2)
     if torch.linalg.cholesky_ex(matrix).info > 0:
         values, vectors = eigh(matrix.cpu().numpy(), subset_by_value=(-np.inf, 0))

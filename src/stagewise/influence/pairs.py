@@ -32,16 +32,20 @@ class Columns:
     """The loss traces of one data set, a column per sample or token, and the rows of the result they make up.
 
     Attributes:
-        traces: ``(chain, draw, column)``, nats.
+        traces: ``(chain, draw, column)``, nats, times the column's weight: for candidates its share of the training
+            objective over the mean share, for queries its share of the row over the mean share there. 1 where all
+            count alike.
         samples: the sample that each column belongs to.
         names: one per row.
         rows: the columns that each row averages over; None where every column is a row.
+        share: mean share of a column in the mean over the whole data set.
     """
 
     traces: Array
     samples: Indices
     names: list[str]
     rows: list[Indices] | None = None
+    share: float = 1.0
 
     @property
     def sizes(self) -> Indices:
@@ -52,7 +56,7 @@ class Columns:
         """Some of the rows, with their columns only."""
         names = self.names[rows]
         if self.rows is None:
-            return Columns(self.traces[..., rows], self.samples[rows], names)
+            return Columns(self.traces[..., rows], self.samples[rows], names, share=self.share)
         columns = np.concatenate(self.rows[rows])
         cuts = np.cumsum([len(row) for row in self.rows[rows]])[:-1]
         return Columns(
@@ -60,6 +64,7 @@ class Columns:
             self.samples[columns],
             names,
             np.split(np.arange(len(columns)), cuts),
+            self.share,
         )
 
     def by_sample(self) -> dict[int, tuple[Indices, Columns]]:
@@ -103,8 +108,8 @@ def influence_matrix(train: Columns, query: Columns, estimator: Estimator, share
         train: one side.
         query: the other.
         estimator: what is estimated.
-        shared: both are the same samples. Pairs of a sample with itself (of two tokens of one sequence) share context
-            and noise and are left out of the means, unless a mean has no other pairs.
+        shared: leave out pairs of a sample with itself (of two tokens of one sequence), unless a mean has no other
+            pairs: both sides are the same samples.
 
     Returns:
         ``value`` and ``stderr`` ``(train, query)``, and ``replicates`` ``(replicate, train, query)`` unless they are
@@ -155,35 +160,73 @@ def columns(
     part: Part = "full",
     tokens: bool = False,
 ) -> Columns:
-    """The columns of one data set over the chains that are kept.
+    """The columns of one data set over the chains that are kept. Losses without weight are in no column.
 
     Args:
-        dataset: ``loss`` and perhaps ``loss_reflected`` ``(chain, draw, sample[, token])``.
+        dataset: ``loss``, ``share`` and perhaps ``loss_reflected`` ``(chain, draw, sample[, token])``; a coordinate
+            ``sample`` gives the samples' numbers.
         kept: positions of the chains.
         labels: of every sample, or of every token with ``tokens``; None: every column is a row.
-        argument: how error messages call the labels.
+        argument: how error messages call the labels; ``"train_groups"`` for candidates.
         part: which part of the losses under reflection.
-        tokens: one column per token; otherwise a sample's loss is the mean over its tokens.
+        tokens: one column per token; otherwise a sample's loss is the weighted mean over its tokens.
 
     Raises:
         ValueError: the traces have no tokens or reflected losses, or there is not one label per column.
     """
-    loss = losses_of(dataset, kept, part)
+    loss, share = losses_of(dataset, kept, part), shares(dataset)
     if tokens and loss.ndim == 3:
         raise ValueError("tokens=True needs a loss that returns (batch, tokens); these traces have one loss per sample")
-    loss = loss if tokens or loss.ndim == 3 else loss.mean(-1)
-    shape = loss.shape[2:]
-    samples = np.indices(shape)[0].reshape(-1)
-    traces = loss.reshape(*loss.shape[:2], -1)
+    if loss.ndim == 4 and not tokens:
+        whole = share.sum(-1)
+        loss = np.einsum("cdst,st->cds", loss, share / np.where(whole > 0, whole, 1.0)[:, None])
+        share = whole
+    counted = share > 0
+    numbers = dataset["sample"].values
+    samples, share, traces = np.indices(counted.shape)[0][counted], share[counted], loss[..., counted]
     if labels is None:
-        return Columns(traces, samples, ["/".join(map(str, index)) for index in np.ndindex(*shape)])
+        places = np.stack(np.nonzero(counted), 1).tolist()
+        names = ["/".join(map(str, (int(numbers[place[0]]), *place[1:]))) for place in places]
+        rows = None
+    else:
+        groups = Groups.of_labels(_of_columns(labels, counted.shape, numbers, argument)[counted], argument)
+        names, rows = list(groups.labels), [index.numpy() for index in groups.indices]
+    weights = share / share.mean()
+    if argument != "train_groups":
+        weights = _within(weights, rows)
+    if not np.allclose(weights, 1.0, rtol=1e-9):
+        traces = traces * weights
+    return Columns(traces, samples, names, rows, float(share.mean()))
+
+
+def shares(dataset: xr.Dataset) -> Array:
+    """Share of every loss in the mean over its data set ``(sample[, token])``: alike, where none are given."""
+    shape = dataset["loss"].shape[2:]
+    return dataset["share"].values if "share" in dataset else np.full(shape, 1 / np.prod(shape))
+
+
+def _of_columns(labels: Labels, shape: tuple[int, ...], numbers: Indices, argument: str) -> np.ndarray[Any, Any]:
+    """One label per column, from labels of all columns, of all samples, or of the whole training set."""
     array = np.asarray(labels)
+    if array.ndim and len(array) > shape[0] > 0 and numbers.max() < len(array):
+        array = array[numbers]
     if array.shape not in (shape, shape[:1]):
         expected = " or ".join(str(s) for s in dict.fromkeys((shape[:1], shape)))
         raise ValueError(f"{argument}: expected labels of shape {expected}, got {array.shape}")
-    of_columns = np.broadcast_to(array.reshape(*array.shape, *[1] * (len(shape) - array.ndim)), shape)
-    groups = Groups.of_labels(of_columns.reshape(-1), argument)
-    return Columns(traces, samples, list(groups.labels), [index.numpy() for index in groups.indices])
+    broadcast: np.ndarray[Any, Any] = np.broadcast_to(
+        array.reshape(*array.shape, *[1] * (len(shape) - array.ndim)), shape
+    )
+    return broadcast
+
+
+def _within(weights: Array, rows: list[Indices] | None) -> Array:
+    """Weights over their mean in each row."""
+    if rows is None:
+        return np.ones_like(weights)
+    relative = np.empty_like(weights)
+    for row in rows:
+        relative[row] = weights[row] / weights[row].mean()
+    return relative
 
 
 def losses_of(dataset: xr.Dataset, kept: Indices, part: Part) -> Array:

@@ -36,6 +36,7 @@ def phase_decomposition(
     query_groups: Mapping[str, Labels | None] | None = None,
     grouped: bool = True,
     tokens: bool = False,
+    self_pairs: bool = True,
     trusted_only: bool = True,
 ) -> xr.Dataset:
     """Split the influence of a local posterior into what happens within its phases and between them.
@@ -58,6 +59,7 @@ def phase_decomposition(
         query_groups: the same.
         grouped: the same.
         tokens: the same.
+        self_pairs: the same.
         trusted_only: the same.
 
     Returns:
@@ -71,7 +73,7 @@ def phase_decomposition(
         * ``total`` ``(step, train, query)``: ``within`` of all phases and ``between``.
 
         The last three in nats per unit weight, negative is helpful. As in :func:`stagewise.bif` a sample's pair with
-        itself is left out of the means of groups, here from each part.
+        itself is left out of the means of groups only on request, here from each part.
 
     Raises:
         NoTrustedCheckpointError: no labelled checkpoint can be trusted, with the reasons.
@@ -86,7 +88,7 @@ def phase_decomposition(
 
     def estimate(step: int, tree: xr.DataTree) -> xr.Dataset:
         members = _members(labels[step], names, tree, step)
-        train, queries, weight = data_sets(tree, groups, grouped, "full", tokens)
+        train, queries, weight = data_sets(tree, groups, grouped, "full", tokens, self_pairs)
         parts = [_decomposed(train, query, members, weight, shared) for query, shared in queries]
         return joined(parts, "query").assign_coords(phase=list(names))
 

@@ -122,8 +122,8 @@ class DataSets(NamedTuple):
 
     Attributes:
         train: the columns of the training set.
-        queries: the columns of every query set, and whether its samples are the training samples.
-        weight: kappa per column of the training set.
+        queries: the columns of every query set, and whether pairs of a sample with itself are to be left out.
+        weight: n_beta times the mean share of a training column in the objective; kappa where all count alike.
     """
 
     train: Columns
@@ -137,6 +137,7 @@ def data_sets(
     grouped: bool,
     part: Part,
     tokens: bool,
+    self_pairs: bool,
 ) -> DataSets:
     """Training and query columns of the chains that ended well, grouped by labels.
 
@@ -148,24 +149,23 @@ def data_sets(
     if unknown := sorted(set(of_queries) - set(names)):
         raise ValueError(f"query_groups names {unknown}, but the traces have the queries {names}")
     kept = ok_chains(tree)
-    train_set = tree["train"].to_dataset()
-    train = columns(train_set, kept, of_train, "train_groups", part=part, tokens=tokens)
-    # One token is one of n x tokens losses that the training objective averages.
-    weight = tree.attrs["kappa"] / (train_set.sizes["token"] if tokens else 1)
+    train = columns(tree["train"].to_dataset(), kept, of_train, "train_groups", part=part, tokens=tokens)
     queries = []
     for name in names:
         dataset = tree[f"queries/{name}"].to_dataset()
         argument = f"query_groups[{name!r}]"
-        query = columns(dataset, kept, of_queries.get(name), argument, part=part, tokens=tokens)
-        if grouped and of_queries.get(name) is None:
-            query = replace(query, names=[name], rows=[np.arange(len(query.samples))])
-        elif len(names) > 1:
-            query = replace(query, names=[f"{name}:{row}" for row in query.names])
-        queries.append((query, bool(dataset.attrs.get("is_training_set"))))
+        labels_here = of_queries.get(name)
+        if grouped and labels_here is None:
+            query = columns(dataset, kept, [name] * dataset.sizes["sample"], argument, part=part, tokens=tokens)
+        else:
+            query = columns(dataset, kept, labels_here, argument, part=part, tokens=tokens)
+            if len(names) > 1:
+                query = replace(query, names=[f"{name}:{row}" for row in query.names])
+        queries.append((query, not self_pairs and bool(dataset.attrs.get("is_training_set"))))
     name, count = Counter(name for query, _ in queries for name in query.names).most_common(1)[0]
     if count > 1:
         raise ValueError(f"{count} query groups are called {name!r}; rename a query set or its labels")
-    return DataSets(train, queries, weight)
+    return DataSets(train, queries, tree.attrs["n_beta"] * train.share)
 
 
 def numbered(estimate: xr.Dataset, tree: xr.DataTree) -> xr.Dataset:

@@ -1,10 +1,11 @@
 """Ground truth: change the data, train again, and see what the queries lose.
 
-``schedule`` says what every training step sees, ``updates`` repeats the run's own optimiser, ``training``
-trains many counterfactuals at once, ``runs`` looks at their queries. ``ablation`` measures the effect of a
-changed window, ``leave_out`` that of a changed run; ``scores`` and ``lds`` compare them with predictions.
+``start`` is the door: a checked task at a checkpoint, with its update rule. ``schedule`` says what every training step
+sees, ``updates`` repeats the run's own optimiser, ``training`` trains many replays at once, ``losses`` looks at their
+queries. ``ablation`` measures the effect of a changed window, ``leave_out`` that of a changed run; ``unrolling`` is the
+limit of small changes, exact. ``replay`` measures whether training repeats the run at all. ``scores`` and ``lds``
+compare what was measured with predictions.
 
-``unrolling`` is the limit of small changes, exact; ``tracin`` and ``source`` approximate it from checkpoints.
-These differentiate the run itself and know no posterior: this room may import ``checkpoints``, never
+All this differentiates or repeats the run itself and knows no posterior: this room may import ``checkpoints``, never
 ``sampling``, ``traces`` or ``influence``.
 """

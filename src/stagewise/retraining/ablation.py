@@ -7,108 +7,129 @@ is carried through all later training, while the influence at a checkpoint belon
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
-import torch
 import xarray as xr
 
-from stagewise.checkpoint import Checkpoint
-from stagewise.checkpoints.trajectory import Trajectory, check_fits
+from stagewise.checkpoints.trajectory import Trajectory, as_trajectory
 from stagewise.groups import Labels, query_groups, train_groups
-from stagewise.retraining.labelled import effect_dataset
-from stagewise.retraining.runs import check_order, paired_losses
+from stagewise.labelled import Array, effect_dataset
+from stagewise.retraining.losses import paired_losses
 from stagewise.retraining.schedule import BatchOrder, Order, Schedule
-from stagewise.retraining.training import Batching
-from stagewise.retraining.updates import recorded_optimizer
+from stagewise.retraining.start import BatchingChoice, Start, check_moves, check_order, decided, start_at
 from stagewise.task import Task
+from stagewise.usable import at_usable, chosen_steps
 
 
 def window_ablation(
     task: Task,
-    trajectory: Trajectory,
+    trajectory: Trajectory | str | Path,
     *,
     window: int,
     weight: float = 0.8,
     groups: Labels | None = None,
     steps: Sequence[int] | None = None,
-    orders: int = 1,
+    repeats: int = 1,
     seed: int = 0,
     order: Order | None = None,
-    max_runs: int = 64,
-    batching: Batching = "stacked",
+    max_replays: int = 64,
+    batching: BatchingChoice = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
     """Effect on every query group of changing the weight of every train group during a window of training.
 
     From each checkpoint the run is continued for ``window`` updates with its own optimiser, once unchanged and
-    once per group with the losses of that group's samples weighted by ``weight``. All continuations share their
+    once per group with the losses of that group's samples weighted by ``weight``. All replays share their
     batches. The learning rate is the checkpoint's, held for the whole window as by the posterior that predicts
     it, also where the run's own rate changed. At the window's end
 
         effect[i, j] = mean loss of query group j, group i changed  -  the same, unchanged.
 
+    A sample's effect on itself is in it, where the queries hold training samples.
+
     Args:
         task: the model, its losses and data.
-        trajectory: the run's checkpoints, with optimiser and optimiser state.
+        trajectory: the run's checkpoints, with optimiser and optimiser state, or their folder.
         window: number of updates. Only if the window is shorter than a stage of training can a single
             checkpoint predict its effect.
         weight: of the changed group's samples; 0 leaves them out, 0.8 is nearly a derivative.
-        groups: label of every training sample; default ``task.train_groups``, or every sample alone in a set
-            of at most 64.
+        groups: label of every training sample; default ``task.train_groups``, or every candidate alone if there are
+            at most 64.
         steps: the checkpoints to start from; default all.
-        orders: number of independent batch orders to average over; one where the batch is the whole set.
+        repeats: number of independent batch orders to average over; one where the batch is the whole set.
         seed: of the batch orders.
         order: the recorded run's own batch order, used as the first. By default all orders are fresh.
-        max_runs: most runs trained at once.
-        batching: how the runs are evaluated, ``"stacked"`` or ``"loop"``.
+        max_replays: most replays trained at once.
+        batching: how the replays are evaluated: ``"stacked"`` in one ``vmap``, ``"loop"``: one by one, ``"auto"``:
+            stacked if the model allows it.
         progress: called with (checkpoints done, checkpoints in all) after every checkpoint.
 
     Returns:
         ``effect`` (step, train, query) in nats, positive = the group was helpful if ``weight`` < 1;
-        ``effect_stderr``, the standard error over batch orders, where there are several; coordinate
-        ``train_size`` (train), the number of samples in the group.
+        ``effect_stderr``, the standard error over batch orders, where there are several; coordinates
+        ``train_size`` and ``query_size``, the numbers of samples in the groups. Attribute ``omitted``: the checkpoints
+        that could not be used, with reasons (JSON): a learning rate of 0, no optimizer or moments, another model, a
+        batch size that the order does not have.
 
     Raises:
-        ValueError: a checkpoint lacks what its optimiser needs, a step is not recorded, there are no groups, or
-            the order does not fit the data or a checkpoint.
-        CheckpointError: a checkpoint is of another model.
+        ValueError: no checkpoint can be used, with the reasons; a step is not recorded, or there are no groups.
+
+    Example:
+        >>> import torch, stagewise as sw
+        >>> x, y = torch.eye(4), torch.tensor([0.0, 0.0, 1.0, 1.0])
+        >>> task = sw.Task(
+        ...     torch.nn.Linear(4, 1),
+        ...     lambda model, batch: (model(batch[0])[:, 0] - batch[1]) ** 2,
+        ...     train=(x, y), queries={"same": (x, y)}, train_groups=list("aabb"),
+        ... )
+        >>> start = sw.Checkpoint(0, task.state(), sw.Optimizer("sgd", 0.1, batch_size=0))
+        >>> measured = sw.window_ablation(task, sw.Trajectory.from_checkpoints([start]), window=3)
+        >>> measured.effect.dims, measured.effect.shape
+        (('step', 'train', 'query'), (1, 2, 1))
     """
-    if window < 1 or orders < 1 or max_runs < 2:
-        raise ValueError(f"need window >= 1, orders >= 1 and max_runs >= 2, got {window}, {orders} and {max_runs}")
-    chosen = trajectory.steps if steps is None else tuple(steps)
-    unknown = sorted(set(chosen) - set(trajectory.steps))
-    if unknown or not chosen:
-        raise ValueError(f"steps {unknown} are not recorded; the trajectory has {list(trajectory.steps)}")
-    trained = train_groups(task, groups)
-    effects = []
-    for done, step in enumerate(chosen, start=1):
-        checkpoint = trajectory.load(step)
-        check_fits(task, checkpoint)
-        if order is not None:
-            check_order(task, checkpoint, order)
-        schedules = [Schedule.window(index, step, window, weight) for index in trained.indices]
-        repeats = []
-        for batches in _orders(task, checkpoint, order, orders, seed):
-            end = [step + window]
-            effect, _ = paired_losses(task, checkpoint, schedules, batches, end, max_runs=max_runs, batching=batching)
-            repeats.append(effect[0])
-        effects.append(torch.stack(repeats).double().cpu().numpy())
-        if progress is not None:
-            progress(done, len(chosen))
-    used = min(len(repeats) for repeats in effects)
-    error = np.stack([repeats.std(0, ddof=1) / len(repeats) ** 0.5 for repeats in effects]) if used > 1 else None
-    mean = np.stack([repeats.mean(0) for repeats in effects])
-    attrs = {"estimator": "window ablation", "window": window, "orders": used}
-    return effect_dataset(mean, error, chosen, trained, query_groups(task), weight, attrs)
+    if window < 1 or repeats < 1 or max_replays < 2:
+        raise ValueError(
+            f"need window >= 1, repeats >= 1 and max_replays >= 2, got {window}, {repeats} and {max_replays}"
+        )
+    run, trained = as_trajectory(trajectory), train_groups(task, groups)
+    total, seen = len(chosen_steps(run, steps)), iter(range(1, len(run.steps) + 1))
+
+    def measured(step: int) -> Array:
+        """Effects ``(repeat, train, query)`` at a checkpoint."""
+        try:
+            start = start_at(task, run.load(step))
+            check_moves(start)
+            if order is not None:
+                check_order(start, order)
+            schedules = [Schedule.window(index, step, window, weight) for index in trained.indices]
+            way, end = decided(start.point, batching), [step + window]
+            effects = [
+                paired_losses(start, schedules, batches, end, max_replays=max_replays, batching=way)[0][0].numpy()
+                for batches in _orders(start, order, repeats, seed)
+            ]
+        finally:
+            if progress is not None:
+                progress(next(seen), total)
+        return np.stack(effects)
+
+    found = at_usable(run, steps, measured)
+    used = min(len(effects) for effects in found.results)
+    error = None
+    if used > 1:
+        error = np.stack([effects.std(0, ddof=1) / len(effects) ** 0.5 for effects in found.results])
+    mean = np.stack([effects.mean(0) for effects in found.results])
+    attrs = {"estimator": "window ablation", "window": window, "repeats": used, **found.attrs}
+    return effect_dataset(mean, error, found.steps, trained, query_groups(task), weight, attrs)
 
 
-def _orders(task: Task, checkpoint: Checkpoint, first: Order | None, count: int, seed: int) -> list[Order]:
+def _orders(start: Start, first: Order | None, count: int, seed: int) -> list[Order]:
     """``count`` independent batch orders, or the only one there is if the batch is the whole training set."""
-    n = len(task.train)
-    batch_size = recorded_optimizer(checkpoint).batch_size if first is None else len(first(checkpoint.step))
+    n = len(start.task.train)
+    batch_size = start.rule.optimizer.batch_size if first is None else len(first(start.step))
     if batch_size is None:
         raise ValueError(
-            f"the checkpoint at step {checkpoint.step} does not say how many samples its updates used; pass "
+            f"the checkpoint at step {start.step} does not say how many samples its updates used; pass "
             "order=BatchOrder(n, batch_size), or record the optimizer with its batch_size (0 = all samples)"
         )
     if batch_size == 0 or batch_size >= n:

@@ -9,7 +9,7 @@ from stagewise.groups import Labels, same_label
 from stagewise.retraining.scores import LEVEL, Array, interval_ends, predicted_effect
 
 _TIE = 1e-12
-_FEWEST_RUNS = 4
+_FEWEST = 4
 
 
 def lds(
@@ -17,26 +17,26 @@ def lds(
 ) -> xr.Dataset:
     """Linear datamodelling score (Park et al. 2023, arXiv 2303.14186) at every step of training.
 
-    For each query the Spearman correlation, over runs that were retrained on subsets of the data, between the
+    For each query the Spearman correlation, over replays that were retrained on subsets of the data, between the
     loss and its prediction from the attribution,
 
-        predicted[m, j] = - sum_{i left out of run m} value[i, j] * train_size[i],
+        predicted[m, j] = - sum_{i left out of replay m} value[i, j] * train_size[i],
 
     and its mean over queries. Where a query carries the label of a train group (in any query set, see
-    :func:`stagewise.groups.same_label`), only the runs that keep this group count: what was never learnt is no test
+    :func:`stagewise.groups.same_label`), only the replays that keep this group count: what was never learnt is no test
     of an attribution. A query for which losses or predictions do not vary (up to rounding, 1e-12 of the largest)
     has no correlation and is left out of the mean.
 
-    The 95 % intervals are percentiles of a bootstrap over runs and over queries. Of fewer than four runs they would
-    have hardly any width, and such are refused.
+    The 95 % intervals are percentiles of a bootstrap over replays and over queries. Of fewer than four replays they
+    would have hardly any width, and such are refused.
 
     Args:
         attribution: ``value`` (step, train, query) in nats per unit weight of one sample, negative = helpful;
             coordinate ``train_size``. It may have further steps, train groups must be those of ``kept``.
-        losses: of the retrained runs, in nats (step, run, query), as
+        losses: of the replays, in nats (step, replay, query), as
             :func:`stagewise.retraining.leave_out.retrain` returns them.
-        kept: which train groups each run has kept, bool (run, train). Runs are paired by their coordinate ``run``
-            if both have one, else by their order.
+        kept: which train groups each replay has kept, bool (replay, train). Replays are paired by their coordinate
+            ``replay`` if both have one, else by their order.
         resamples: of the bootstrap.
         seed: of the bootstrap.
 
@@ -45,27 +45,38 @@ def lds(
         there is none; ``queries`` (step), the number that have one. NaN if none has.
 
     Raises:
-        ValueError: the labels or runs do not match, there are fewer than four runs, or something is not finite.
+        ValueError: the labels or replays do not match, there are fewer than four replays, or something is not finite.
+
+    Example:
+        >>> import numpy as np, xarray as xr, stagewise as sw
+        >>> coords = {"step": [0], "train": list("abcd"), "query": ["x"], "train_size": ("train", [1] * 4)}
+        >>> influence = xr.Dataset({"value": (("step", "train", "query"), -np.arange(4.0).reshape(1, 4, 1))}, coords)
+        >>> kept = xr.DataArray(~np.eye(4, dtype=bool), {"train": list("abcd")}, ("replay", "train"))
+        >>> losses = xr.DataArray(  # each replay lacks one group, and loses what the group had helped
+        ...     np.arange(4.0).reshape(1, 4, 1), {"step": [0], "query": ["x"]}, ("step", "replay", "query")
+        ... )
+        >>> sw.lds(influence, losses, kept).lds.item()
+        1.0
     """
     effect = predicted_effect(attribution, 0.0)["effect"]
     _check_dims(losses, kept)
-    kept = _of_runs(losses, kept)
+    kept = _of_replays(losses, kept)
     _check_labels(effect, losses, kept)
-    losses = losses.transpose("step", "run", "query")
-    kept = kept.transpose("run", "train").astype(bool)
+    losses = losses.transpose("step", "replay", "query")
+    kept = kept.transpose("replay", "train").astype(bool)
     effect = effect.sel({dim: whole[dim] for dim, whole in (("step", losses), ("train", kept), ("query", losses))})
     predicted = np.einsum("rt,stq->srq", ~kept.values, effect.transpose("step", "train", "query").values)
     measured = losses.values.astype(float)
     _check_finite(losses["step"].values, predicted, measured)
 
     generator = np.random.default_rng(seed)
-    _, runs, queries = measured.shape
-    counts, weights = (generator.multinomial(k, np.full(k, 1 / k), resamples) for k in (runs, queries))
+    _, replays, queries = measured.shape
+    counts, weights = (generator.multinomial(k, np.full(k, 1 / k), resamples) for k in (replays, queries))
     usable = _usable(losses["query"].values, kept)
-    single = _correlations(predicted, measured, np.ones((1, runs)), usable)
+    single = _correlations(predicted, measured, np.ones((1, replays)), usable)
     draws = _mean(_correlations(predicted, measured, counts.astype(float), usable), weights.astype(float))
     lower, upper = interval_ends(draws.T)
-    attrs = {"interval": f"{LEVEL:.0%} bootstrap over runs and queries", "resamples": resamples}
+    attrs = {"interval": f"{LEVEL:.0%} bootstrap over replays and queries", "resamples": resamples}
     scores = {"lds": _mean(single, np.ones((1, queries)))[:, 0], "lds_lower": lower, "lds_upper": upper}
     variables = {name: ("step", score, attrs) for name, score in scores.items()}
     dataset = xr.Dataset(variables, {"step": losses["step"].values, "query": losses["query"].values})
@@ -74,13 +85,13 @@ def lds(
 
 
 def _usable(queries: Labels, kept: xr.DataArray) -> Array:
-    """Which runs count for which query ``(query, run)``, as 0 and 1: those that left out no group of its label."""
+    """Which replays count for which query ``(query, replay)``, as 0 and 1: those that kept all groups of its label."""
     lacking = ~kept.values @ same_label(kept["train"].values, queries)
     return (~lacking.T).astype(float)
 
 
 def _correlations(predicted: Array, measured: Array, counts: Array, usable: Array) -> Array:
-    """Spearman correlation in every resample ``(step, resample, query)``, from ``(step, run, query)``."""
+    """Spearman correlation in every resample ``(step, resample, query)``, from ``(step, replay, query)``."""
     steps, _, queries = measured.shape
     result = np.empty((steps, len(counts), queries))
     for query in range(queries):
@@ -94,7 +105,7 @@ def _correlations(predicted: Array, measured: Array, counts: Array, usable: Arra
 
 
 def _ranks(values: Array, counts: Array) -> Array:
-    """Centred rank of each run ``(resample, run)`` where run k was drawn ``counts[., k]`` times.
+    """Centred rank of each replay ``(resample, replay)`` where replay k was drawn ``counts[., k]`` times.
 
     The rank is the number of draws below, ties counting half, so that all resamples take one product with the
     matrix of comparisons.
@@ -114,23 +125,23 @@ def _mean(correlations: Array, weights: Array) -> Array:
     return mean
 
 
-def _of_runs(losses: xr.DataArray, kept: xr.DataArray) -> xr.DataArray:
-    """What the runs of ``losses`` have kept, in their order."""
-    if "run" in losses.coords and "run" in kept.coords:
-        if missing := sorted(set(losses["run"].values.tolist()) - set(kept["run"].values.tolist())):
-            raise ValueError(f"kept lacks run {missing[:10]} of the losses; both must call the runs alike")
-        kept = kept.sel(run=losses["run"].values)
-    if losses.sizes["run"] != kept.sizes["run"]:
-        raise ValueError(f"losses have {losses.sizes['run']} runs, but kept has {kept.sizes['run']}")
-    if losses.sizes["run"] < _FEWEST_RUNS:
+def _of_replays(losses: xr.DataArray, kept: xr.DataArray) -> xr.DataArray:
+    """What the replays of ``losses`` have kept, in their order."""
+    if "replay" in losses.coords and "replay" in kept.coords:
+        if missing := sorted(set(losses["replay"].values.tolist()) - set(kept["replay"].values.tolist())):
+            raise ValueError(f"kept lacks replay {missing[:10]} of the losses; both must call the replays alike")
+        kept = kept.sel(replay=losses["replay"].values)
+    if losses.sizes["replay"] != kept.sizes["replay"]:
+        raise ValueError(f"losses have {losses.sizes['replay']} replays, but kept has {kept.sizes['replay']}")
+    if losses.sizes["replay"] < _FEWEST:
         raise ValueError(
-            f"got {losses.sizes['run']} runs, expected {_FEWEST_RUNS} or more, preferably tens: retrain more subsets"
+            f"got {losses.sizes['replay']} replays, expected {_FEWEST} or more, preferably tens: retrain more subsets"
         )
     return kept
 
 
 def _check_dims(losses: xr.DataArray, kept: xr.DataArray) -> None:
-    for name, array, dims in (("losses", losses, ("step", "run", "query")), ("kept", kept, ("run", "train"))):
+    for name, array, dims in (("losses", losses, ("step", "replay", "query")), ("kept", kept, ("replay", "train"))):
         if set(array.dims) != set(dims):
             raise ValueError(f"{name} must have dims {dims}, got {array.dims}")
 
@@ -140,7 +151,7 @@ def _check_labels(effect: xr.DataArray, losses: xr.DataArray, kept: xr.DataArray
         if lacking := sorted(set(there[dim].values.tolist()) - set(effect[dim].values.tolist())):
             raise ValueError(f"the attribution lacks {dim} {lacking}; losses and kept must be of the same groups")
     if unknown := sorted(set(effect["train"].values.tolist()) - set(kept["train"].values.tolist())):
-        raise ValueError(f"kept does not say which runs have kept train {unknown}")
+        raise ValueError(f"kept does not say which replays have kept train {unknown}")
 
 
 def _check_finite(steps: Array, *arrays: Array) -> None:

@@ -1,4 +1,4 @@
-"""Retraining whole runs on changed data: what would the queries have lost, had the data been different?
+"""Retraining on changed data from one start: what would the queries have lost, had the data been different?
 
 A sample left out of the whole run changes every later update too, so this is the effect of the data on the
 run, where a window ablation is the effect of the data at a moment.
@@ -12,12 +12,11 @@ import torch
 import xarray as xr
 
 from stagewise.checkpoint import Checkpoint
-from stagewise.checkpoints.trajectory import check_fits
 from stagewise.groups import Labels, query_groups, train_groups
-from stagewise.retraining.labelled import effect_dataset
-from stagewise.retraining.runs import Progress, check_order, check_steps, losses_along, paired_losses
+from stagewise.labelled import effect_dataset
+from stagewise.retraining.losses import Progress, losses_along, paired_losses
 from stagewise.retraining.schedule import LearningRate, Order, Schedule
-from stagewise.retraining.training import Batching
+from stagewise.retraining.start import BatchingChoice, check_moves, check_order, check_steps, decided, start_at
 from stagewise.task import Task
 
 
@@ -29,48 +28,62 @@ def retrain(
     steps: Sequence[int],
     *,
     learning_rate: LearningRate | None = None,
-    max_runs: int = 256,
-    batching: Batching = "stacked",
+    max_replays: int = 256,
+    batching: BatchingChoice = "auto",
     progress: Progress | None = None,
 ) -> xr.DataArray:
-    """Mean loss of every query group along runs that see the data as the schedules say.
+    """Mean loss of every query group along replays of training that see the data as the schedules say.
 
-    All runs start at the same weights, make the checkpoint's own updates and share their batches. A checkpoint
+    All replays start at the same weights, make the checkpoint's own updates and share their batches. A checkpoint
     knows only the learning rate of the update that follows it, which is held for all updates: if the run's own
-    rate changed, pass ``learning_rate``, or these are other runs.
+    rate changed, pass ``learning_rate``, or these are other runs. Groups of parameters keep the ratios of their rates.
 
     Args:
         task: the model, its losses and data.
-        start: where the runs start, with optimiser and optimiser state; at step 0 the state is empty.
-        schedules: the sample weights of each run, e.g. ``Schedule.whole_run`` or ``Schedule.window``.
+        start: where the replays start, with optimiser and optimiser state; at step 0 the state is empty.
+        schedules: the sample weights of each replay, e.g. ``Schedule.whole_run`` or ``Schedule.window``.
         order: the samples of every update.
         steps: when to look, ascending from ``start.step`` on; training ends at the last.
         learning_rate: of the update made at ``step``; default: the checkpoint's, held.
-        max_runs: most runs trained at once.
-        batching: how the runs are evaluated, ``"stacked"`` or ``"loop"``.
-        progress: called with (runs done, runs in all) after every stack.
+        max_replays: most replays trained at once.
+        batching: how the replays are evaluated: ``"stacked"`` in one ``vmap``, ``"loop"``: one by one, ``"auto"``:
+            stacked if the model allows it.
+        progress: called with (replays done, replays in all) after every stack.
 
     Returns:
-        Losses in nats ``(step, run, query)``; ``run`` counts the schedules.
+        Losses in nats ``(step, replay, query)``; ``replay`` counts the schedules.
 
     Raises:
         ValueError: there are no schedules, the steps cannot be reached, the order does not fit the data or the
-            checkpoint, or the checkpoint lacks what its optimizer needs.
+            checkpoint, the checkpoint lacks what its optimizer needs, or its learning rate is 0 and held.
         CheckpointError: the checkpoint is of another model.
+
+    Example:
+        >>> import torch, stagewise as sw
+        >>> x, y = torch.eye(4), torch.tensor([0.0, 0.0, 1.0, 1.0])
+        >>> task = sw.Task(
+        ...     torch.nn.Linear(4, 1),
+        ...     lambda model, batch: (model(batch[0])[:, 0] - batch[1]) ** 2,
+        ...     train=(x, y), queries={"same": (x, y)},
+        ... )
+        >>> start = sw.Checkpoint(0, task.state(), sw.Optimizer("sgd", 0.1, batch_size=0))
+        >>> without_first = sw.Schedule.whole_run([0], weight=0.0)
+        >>> sw.retrain(task, start, [sw.Schedule(), without_first], sw.BatchOrder(4), [0, 5, 10]).shape
+        (3, 2, 1)
     """
-    if not schedules or max_runs < 1:
-        raise ValueError(f"need one schedule or more and max_runs >= 1, got {len(schedules)} and {max_runs}")
-    check_fits(task, start)
-    check_order(task, start, order)
-    chosen, parts = check_steps(start, steps), []
-    for first in range(0, len(schedules), max_runs):
-        stack = schedules[first : first + max_runs]
-        parts.append(losses_along(task, start, stack, order, chosen, batching=batching, learning_rate=learning_rate))
+    if not schedules or max_replays < 1:
+        raise ValueError(f"need one schedule or more and max_replays >= 1, got {len(schedules)} and {max_replays}")
+    chosen, origin = check_steps(start, steps), start_at(task, start)
+    check_moves(origin, learning_rate)
+    check_order(origin, order)
+    way, parts = decided(origin.point, batching), []
+    for first in range(0, len(schedules), max_replays):
+        stack = schedules[first : first + max_replays]
+        parts.append(losses_along(origin, stack, order, chosen, batching=way, learning_rate=learning_rate))
         if progress is not None:
             progress(first + len(stack), len(schedules))
-    coords = {"step": chosen, "run": range(len(schedules)), "query": list(query_groups(task).labels)}
-    losses = torch.cat(parts, 1).double().cpu().numpy()
-    return xr.DataArray(losses, coords, ("step", "run", "query"), "loss", {"unit": "nats"})
+    coords = {"step": chosen, "replay": range(len(schedules)), "query": list(query_groups(task).labels)}
+    return xr.DataArray(torch.cat(parts, 1).numpy(), coords, ("step", "replay", "query"), "loss", {"units": "nats"})
 
 
 def leave_out(
@@ -82,59 +95,71 @@ def leave_out(
     weight: float = 0.0,
     groups: Labels | None = None,
     learning_rate: LearningRate | None = None,
-    max_runs: int = 256,
-    batching: Batching = "stacked",
+    max_replays: int = 256,
+    batching: BatchingChoice = "auto",
     progress: Progress | None = None,
 ) -> xr.Dataset:
     """Effect on every query group of changing the weight of every train group during the whole run.
 
         effect[i, j] = mean loss of query group j, group i changed  -  the same, unchanged.
 
-    All runs make the checkpoint's own updates. Its learning rate is held, as :func:`retrain` explains: if the
-    run's own rate changed, pass ``learning_rate``.
+    A sample's effect on itself is in it, where the queries hold training samples. All replays make the checkpoint's
+    own updates. Its learning rate is held, as :func:`retrain` explains: if the run's own rate changed, pass
+    ``learning_rate``.
 
     Args:
         task: the model, its losses and data.
-        start: where the runs start, with optimiser and optimiser state; at step 0 the state is empty.
-        order: the samples of every update, the same for all runs.
+        start: where the replays start, with optimiser and optimiser state; at step 0 the state is empty.
+        order: the samples of every update, the same for all replays.
         steps: when to look, ascending from ``start.step`` on.
         weight: of the changed group's samples from ``start`` on; 0 leaves them out. Not 1, which is no change.
-        groups: label of every training sample; default ``task.train_groups``, or every sample alone in a set
-            of at most 64.
+        groups: label of every training sample; default ``task.train_groups``, or every candidate alone if there are
+            at most 64.
         learning_rate: of the update made at ``step``; default: the checkpoint's, held.
-        max_runs: most runs trained at once.
-        batching: how the runs are evaluated, ``"stacked"`` or ``"loop"``.
-        progress: called with (groups done, groups in all) after every stack of runs.
+        max_replays: most replays trained at once.
+        batching: how the replays are evaluated: ``"stacked"`` in one ``vmap``, ``"loop"``: one by one, ``"auto"``:
+            stacked if the model allows it.
+        progress: called with (groups done, groups in all) after every stack of replays.
 
     Returns:
         ``effect`` (step, train, query) in nats, positive = the group was helpful if ``weight`` < 1;
-        ``loss`` (step, query) of the unchanged run, in nats; coordinate ``train_size`` (train).
+        ``loss`` (step, query) of the unchanged replay, in nats; coordinates ``train_size`` and ``query_size``.
 
     Raises:
-        ValueError: the weight is 1, there are no groups, the steps cannot be reached, the order does not fit the
-            data or the checkpoint, or the checkpoint lacks what its optimizer needs.
+        ValueError: the weight is 1, there are no groups, the steps cannot be reached, the order does not fit the data
+            or the checkpoint, the checkpoint lacks what its optimizer needs, or its learning rate is 0 and held.
         CheckpointError: the checkpoint is of another model.
+
+    Example:
+        >>> import torch, stagewise as sw
+        >>> x, y = torch.eye(4), torch.tensor([0.0, 0.0, 1.0, 1.0])
+        >>> task = sw.Task(
+        ...     torch.nn.Linear(4, 1),
+        ...     lambda model, batch: (model(batch[0])[:, 0] - batch[1]) ** 2,
+        ...     train=(x, y), queries={"same": (x, y)}, train_groups=list("aabb"),
+        ... )
+        >>> start = sw.Checkpoint(0, task.state(), sw.Optimizer("sgd", 0.1, batch_size=0))
+        >>> sw.leave_out(task, start, sw.BatchOrder(4), [5, 10]).effect.shape
+        (2, 2, 1)
     """
-    if max_runs < 2:
-        raise ValueError(f"need max_runs >= 2, a changed run and the unchanged one, got {max_runs}")
+    if max_replays < 2:
+        raise ValueError(f"need max_replays >= 2, a changed replay and the unchanged one, got {max_replays}")
     if weight == 1:
         raise ValueError("weight is 1, with which nothing is changed; use another, e.g. 0 to leave each group out")
-    check_fits(task, start)
-    check_order(task, start, order)
     chosen, trained = check_steps(start, steps), train_groups(task, groups)
-    schedules = [Schedule.whole_run(index, weight) for index in trained.indices]
+    origin = start_at(task, start)
+    check_moves(origin, learning_rate)
+    check_order(origin, order)
     effect, loss = paired_losses(
-        task,
-        start,
-        schedules,
+        origin,
+        [Schedule.whole_run(index, weight) for index in trained.indices],
         order,
         chosen,
-        max_runs=max_runs,
-        batching=batching,
+        max_replays=max_replays,
+        batching=decided(origin.point, batching),
         learning_rate=learning_rate,
         progress=progress,
     )
     attrs = {"estimator": "leave-out retraining"}
-    measured = effect.double().cpu().numpy()
-    dataset = effect_dataset(measured, None, chosen, trained, query_groups(task), weight, attrs)
-    return dataset.assign(loss=(("step", "query"), loss.double().cpu().numpy(), {"unit": "nats"}))
+    dataset = effect_dataset(effect.numpy(), None, chosen, trained, query_groups(task), weight, attrs)
+    return dataset.assign(loss=(("step", "query"), loss.numpy(), {"units": "nats"}))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,14 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stagewise.during import WHOLE_RUN
+
 Order = Callable[[int], Tensor]
 """``order(step) -> (batch,)``: the training samples of the update made at ``step``."""
 
 LearningRate = Callable[[int], float]
 """``learning_rate(step)``: of the update made at ``step``."""
-
-WHOLE_RUN = range(sys.maxsize)
-"""Every update, whenever the run starts and ends."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,14 +47,14 @@ class Change:
 class Schedule:
     """The weight beta_i(t) of every training sample at every training step.
 
-    A run with this schedule minimises, on a batch B_t of m samples,
+    A replay with this schedule minimises, on a batch B_t,
 
-        L_t(w) = (1/m) sum_{i in B_t} beta_i(t) l_i(w)
+        L_t(w) = sum_{i in B_t} beta_i(t) a_i l_i(w)  /  sum_{i in B_t} a_i
 
-    with m the number of samples in the batch, whatever their weights. Dividing by the sum of the weights
-    instead would raise the step size of all other samples whenever one is down-weighted: the changed run
-    would be ahead at every transition, and that head start, not the missing samples, would be what is
-    measured.
+    with a_i the sample's weight in the objective (1, or that of its tokens), so that beta is left out below the
+    line. Dividing by the sum of beta_i a_i instead would raise the step size of all other samples whenever one is
+    down-weighted: the changed run would be ahead at every transition, and that head start, not the missing samples,
+    would be what is measured.
 
     Attributes:
         changes: the changes to the weight 1; where they overlap, the later one in the tuple holds.
@@ -94,7 +92,7 @@ class Schedule:
 class BatchOrder:
     """Random batches without replacement: a new permutation every epoch, its incomplete last batch left out.
 
-    A pure function of ``(seed, step)``, so that counterfactual runs see the same batches and a run can be
+    A pure function of ``(seed, step)``, so that all replays see the same batches and a run can be
     continued from any checkpoint.
 
     Attributes:
@@ -113,28 +111,6 @@ class BatchOrder:
             return torch.arange(self.n)
         epoch, batch = divmod(step, self.n // self.batch_size)
         return _permutation(self.n, self.seed, epoch)[batch * self.batch_size :][: self.batch_size]
-
-
-def check_window(window: range | None, steps: Sequence[int]) -> range:
-    """The window, or the whole run if there is none.
-
-    Args:
-        window: the updates whose weights are varied.
-        steps: from the start of the run to the last step that is looked at, ascending.
-
-    Raises:
-        ValueError: the window is empty, has gaps, or holds no update between the first and the last step.
-    """
-    if window is None:
-        return WHOLE_RUN
-    if not window or window.step != 1:
-        raise ValueError(f"window must be a range of consecutive updates, e.g. range(100, 150), got {window}")
-    if steps and (window.stop <= steps[0] or steps[-1] <= window.start):
-        raise ValueError(
-            f"window {window} lies outside the updates from step {steps[0]} to step {steps[-1]}, so that nothing "
-            "would be varied; choose a window within them, or look at later steps"
-        )
-    return window
 
 
 @lru_cache(maxsize=2)

@@ -1,76 +1,68 @@
-"""Training many runs at once, exactly as the recorded run was trained.
+"""Training many replays at once, exactly as the recorded run was trained.
 
-All runs share start and batches and differ only in the weights of the samples, so that their differences are
+All replays share start and batches and differ only in the weights of the samples, so that their differences are
 effects of the data and not of chance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.func import grad, vmap
+from torch.func import vmap
 
 from stagewise.checkpoint import Checkpoint, Optimizer
-from stagewise.groups import per_sample
+from stagewise.data import Batch
+from stagewise.evaluate import Batching, Point, differentiable
 from stagewise.retraining.schedule import LearningRate, Order, Schedule
+from stagewise.retraining.start import BatchingChoice, Start, decided, start_at
 from stagewise.retraining.updates import TrainingState, update
-from stagewise.task import Batch, Params, Task
-from stagewise.vector import ParameterVector
-
-Batching = Literal["stacked", "loop"]
-"""All runs in one ``torch.func.vmap``, or one by one: for models that vmap cannot trace or that are large."""
+from stagewise.task import Task
 
 
 def train(
-    task: Task,
-    vector: ParameterVector,
+    start: Start,
     state: TrainingState,
-    optimizer: Optimizer,
     schedules: Sequence[Schedule],
     order: Order,
     steps: range,
     on_step: Callable[[int, TrainingState], None] | None = None,
     *,
-    fixed: Params | None = None,
-    batching: Batching = "stacked",
+    batching: BatchingChoice = "auto",
     learning_rate: LearningRate | None = None,
 ) -> TrainingState:
-    """Make the updates ``steps`` on all runs.
+    """Make the updates ``steps`` on all replays.
 
     Args:
-        task: the model, its losses and the training data.
-        vector: the parameters that move.
-        state: where the runs stand after ``steps.start`` updates.
-        optimizer: the update rule.
-        schedules: the sample weights of each run.
-        order: the samples of every update, the same for all runs.
+        start: the task and the update rule.
+        state: where the replays stand after ``steps.start`` updates.
+        schedules: the sample weights of each replay.
+        order: the samples of every update, the same for all replays.
         steps: the updates to make.
         on_step: called after every update with the number of updates made and the state.
-        fixed: parameters and buffers that do not move; those left out keep the model's own value.
-        batching: how the runs are evaluated.
+        batching: how the replays are evaluated.
         learning_rate: of the update made at ``step``; default: the optimizer's, held for all ``steps``.
 
     Returns:
         The state after ``steps.stop`` updates.
 
     Raises:
-        ValueError: the number of schedules is not the number of runs, or a learning rate is negative or not finite.
+        ValueError: the number of schedules is not the number of replays, or a learning rate is negative or not finite.
     """
     if len(schedules) != len(state.params):
-        raise ValueError(f"expected one schedule for each of {len(state.params)} runs, got {len(schedules)}")
-    n = len(task.train)
+        raise ValueError(f"expected one schedule for each of {len(state.params)} replays, got {len(schedules)}")
+    task = start.task
+    way = decided(start.point, batching) if len(schedules) > 1 else "loop"
     for span in constant_spans(steps, schedules):
-        weights = torch.stack([schedule.weights(span.start, n) for schedule in schedules]).to(state.params)
+        beta = sample_weights_of(schedules, span.start, len(task.train), state.params)
         for step in span:
             index = order(step)
-            objective = _objective(task, vector, task.train.batch(index, task.device), fixed or {})
-            gradient = _gradient(objective, state.params, weights[:, index.to(weights.device)], batching)
-            state = update(optimizer, state, gradient, step, learning_rate)
+            batch = task.train.batch(index, task.device)
+            slope, used = gradients(start.point, state.params, batch, beta[:, index.to(beta.device)], way)
+            state = update(start.rule, state, slope, step, learning_rate, used)
             if on_step is not None:
                 on_step(step + 1, state)
     return state
@@ -89,14 +81,11 @@ def train_and_record(task: Task, optimizer: Optimizer, order: Order, steps: Iter
     """
     size = len(order(0))
     optimizer = replace(optimizer, batch_size=size if size < len(task.train) else 0)
-    vector = ParameterVector.of(task)
-    # Cloned: the caller may go on to use the model between two checkpoints.
-    start = Checkpoint(0, {name: tensor.clone() for name, tensor in task.state().items()}, optimizer)
-    fixed = vector.fixed(start.params)
-    state = TrainingState.from_checkpoint(start, vector)
+    start = start_at(task, Checkpoint(0, task.state(), optimizer))
+    state = start.state()
     for before, step in pairwise([0, *sorted(set(steps))]):
-        state = train(task, vector, state, optimizer, [Schedule()], order, range(before, step), fixed=fixed)
-        yield state.checkpoint(step, optimizer, vector, fixed)
+        state = train(start, state, [Schedule()], order, range(before, step))
+        yield start.recorded(step, state, (optimizer.learning_rate,) * (step - before))
 
 
 def constant_spans(steps: range, schedules: Sequence[Schedule]) -> Iterator[range]:
@@ -107,23 +96,64 @@ def constant_spans(steps: range, schedules: Sequence[Schedule]) -> Iterator[rang
     return (range(start, stop) for start, stop in pairwise(cuts))
 
 
-def _objective(task: Task, vector: ParameterVector, batch: Batch, fixed: Params) -> Callable[[Tensor, Tensor], Tensor]:
-    """(1/m) sum_i beta_i l_i of one run, as a function of its parameters and its weights ``(batch,)``."""
-
-    def objective(params: Tensor, weights: Tensor) -> Tensor:
-        losses = per_sample(task.losses({**fixed, **vector.unflatten(params)}, batch))
-        return (weights * losses).sum() / len(weights)
-
-    return objective
+def sample_weights_of(schedules: Sequence[Schedule], step: int, n: int, like: Tensor) -> Tensor:
+    """The weights of all training samples at a step, ``(schedules, n)``, of the device and type of ``like``."""
+    weights = torch.stack([schedule.weights(step, n) for schedule in schedules])
+    return weights.to(like.dtype).to(like.device)
 
 
-def _gradient(
-    objective: Callable[[Tensor, Tensor], Tensor], params: Tensor, weights: Tensor, batching: Batching
-) -> Tensor:
-    """Gradient of every run's objective, ``(runs, parameters)``."""
+def gradients(point: Point, params: Tensor, batch: Batch, beta: Tensor, batching: Batching) -> tuple[Tensor, Tensor]:
+    """Gradients of the objective  sum_i beta_i a_i l_i / sum_i a_i  on a batch, one for every replay.
+
+    Args:
+        point: the task.
+        params: of the replays ``(replays, parameters)``.
+        batch: the samples of the update.
+        beta: their weights ``(replays, batch)``.
+        batching: all replays at once, or one by one.
+
+    Returns:
+        The gradients ``(replays, parameters)``, and which parameters the objective depends on ``(replays, names)``:
+        the others have a gradient of 0 here and none in torch.
+    """
     if batching == "stacked" and len(params) > 1:
-        gradient: Tensor = vmap(grad(objective))(params, weights)
-        return gradient
-    leaves = [run.detach().requires_grad_() for run in params]
-    values = map(objective, leaves, weights)
-    return torch.stack([torch.autograd.grad(v, p)[0] for v, p in zip(values, leaves, strict=True)])
+        return _stacked_gradients(point, params, batch, beta)
+    found = [_gradient(point, row, batch, weights) for row, weights in zip(params, beta, strict=True)]
+    return torch.stack([slope for slope, _ in found]), torch.stack([used for _, used in found])
+
+
+def objective(point: Point, params: Mapping[str, Tensor], batch: Batch, beta: Tensor) -> Tensor:
+    """What an update follows: the batch's mean loss, in which sample i counts beta_i times."""
+    losses, weights = point.task.sample_losses({**point.state, **params}, batch)
+    return (beta * weights * losses).sum() / weights.sum().clamp(min=1e-30)
+
+
+def joined(point: Point, slopes: Sequence[Tensor | None], lead: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients by name, None where there is none, as vectors ``(*lead, parameters)``; and which there are."""
+    sizes = zip(slopes, point.vector.shapes, strict=True)
+    pieces = [like.new_zeros(*lead, *shape) if slope is None else slope for slope, shape in sizes]
+    flat = torch.cat([piece.reshape(*lead, -1).to(like.dtype) for piece in pieces], -1)
+    return flat, torch.tensor([slope is not None for slope in slopes])
+
+
+def slopes_of(value: Tensor, pieces: Mapping[str, Tensor], create_graph: bool = False) -> list[Tensor | None]:
+    """Gradient by every piece; None where the value does not depend on it."""
+    if not value.requires_grad:
+        return [None] * len(pieces)
+    return list(torch.autograd.grad(value, list(pieces.values()), create_graph=create_graph, allow_unused=True))
+
+
+def _stacked_gradients(point: Point, params: Tensor, batch: Batch, beta: Tensor) -> tuple[Tensor, Tensor]:
+    # No replay depends on another: the gradient of their sum is the gradient of each.
+    with differentiable(params) as leaf:
+        pieces = point.vector.unflatten(leaf)
+        values = vmap(lambda named, weights: objective(point, named, batch, weights))(pieces, beta)
+        flat, used = joined(point, slopes_of(values.sum(), pieces), (len(params),), leaf)
+    return flat.detach(), used.expand(len(params), -1)
+
+
+def _gradient(point: Point, params: Tensor, batch: Batch, beta: Tensor) -> tuple[Tensor, Tensor]:
+    with differentiable(params) as leaf:
+        pieces = point.vector.unflatten(leaf)
+        flat, used = joined(point, slopes_of(objective(point, pieces, batch, beta), pieces), (), leaf)
+    return flat.detach(), used

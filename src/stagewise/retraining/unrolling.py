@@ -5,9 +5,10 @@ as it was made if its learning rates are too: a checkpoint knows only the rate o
 is held for all updates unless ``learning_rate`` gives that of each. For SGD the derivative r of the weights in a
 direction of sample weights d obeys
 
-    r_{s+1} = (I - eta_s H_s) r_s  -  eta_s (1/m) sum_{i in B_s} d_i(s) grad l_i(w_s),       r_start = 0,
+    r_{s+1} = (I - eta_s H_s) r_s  -  eta_s sum_{i in B_s} d_i(s) a_i grad l_i(w_s) / sum_{i in B_s} a_i,
 
-and a query's loss changes by grad l_q(w_t) . r_t. Momentum and Adam carry derivatives of their moments along.
+with r_start = 0 and a_i the sample's weight in the objective, and a query's loss changes by grad l_q(w_t) . r_t.
+Momentum and Adam carry derivatives of their moments along, and clipping that of the gradient's length.
 """
 
 from __future__ import annotations
@@ -18,19 +19,21 @@ from itertools import pairwise
 import torch
 import xarray as xr
 from torch import Tensor
-from torch.func import grad, jvp, vjp, vmap
+from torch.func import jvp
 
 from stagewise.attention import plain_attention
-from stagewise.checkpoint import Checkpoint, Optimizer
-from stagewise.checkpoints.trajectory import check_fits
-from stagewise.groups import Labels, per_sample, query_groups, train_groups
-from stagewise.retraining.labelled import influence_dataset
-from stagewise.retraining.runs import Progress, check_order, check_steps, fixed_tensors, query_losses
-from stagewise.retraining.schedule import LearningRate, Order, Schedule, check_window
-from stagewise.retraining.training import constant_spans
-from stagewise.retraining.updates import TrainingState, recorded_optimizer, update
-from stagewise.task import Batch, Params, Task
-from stagewise.vector import ParameterVector
+from stagewise.checkpoint import Checkpoint
+from stagewise.data import Batch
+from stagewise.during import check_during, during_attrs
+from stagewise.evaluate import Point, differentiable, directional_derivatives, pull
+from stagewise.groups import Labels, query_groups, train_groups
+from stagewise.labelled import influence_dataset
+from stagewise.retraining.losses import Progress, query_weights
+from stagewise.retraining.schedule import LearningRate, Order, Schedule
+from stagewise.retraining.start import Start, check_moves, check_order, check_steps, start_at
+from stagewise.retraining.training import constant_spans, joined, sample_weights_of, slopes_of
+from stagewise.retraining.updates import Rule, TrainingState, update
+from stagewise.task import Task
 
 
 def unroll(
@@ -41,7 +44,7 @@ def unroll(
     steps: Sequence[int],
     *,
     learning_rate: LearningRate | None = None,
-    max_runs: int = 256,
+    max_replays: int = 256,
     progress: Progress | None = None,
 ) -> xr.DataArray:
     """First-order effect of each schedule on every query group's loss, through the whole run.
@@ -54,36 +57,50 @@ def unroll(
 
     Args:
         task: the model, its losses and data.
-        start: where the run starts, with optimiser and optimiser state; at step 0 the state is empty.
+        start: where the replay starts, with optimiser and optimiser state; at step 0 the state is empty.
         schedules: one direction of change each.
         order: the samples of every update.
-        steps: when to look, ascending from ``start.step`` on; the run ends at the last.
+        steps: when to look, ascending from ``start.step`` on; the replay ends at the last.
         learning_rate: of the update made at ``step``; default: the checkpoint's, held.
-        max_runs: most directions carried along one pass over the run; bounds the memory.
+        max_replays: most directions carried along one replay; bounds the memory.
         progress: called with (directions done, directions in all) after every pass.
 
     Returns:
-        Derivatives in nats per unit epsilon ``(step, run, query)``; ``run`` counts the schedules. The
+        Derivatives in nats per unit epsilon ``(step, replay, query)``; ``replay`` counts the schedules. The
         first-order prediction of ``retrain``'s loss with the schedule minus that without.
 
     Raises:
         ValueError: there are no schedules, the steps cannot be reached, the order does not fit the data or the
-            checkpoint, or the checkpoint lacks what its optimizer needs.
+            checkpoint, the checkpoint lacks what its optimizer needs, its learning rate is 0 and held, or something is
+            hidden from second derivatives.
         CheckpointError: the checkpoint is of another model.
+
+    Example:
+        >>> import torch, stagewise as sw
+        >>> x, y = torch.eye(4), torch.tensor([0.0, 0.0, 1.0, 1.0])
+        >>> task = sw.Task(
+        ...     torch.nn.Linear(4, 1),
+        ...     lambda model, batch: (model(batch[0])[:, 0] - batch[1]) ** 2,
+        ...     train=(x, y), queries={"same": (x, y)},
+        ... )
+        >>> start = sw.Checkpoint(0, task.state(), sw.Optimizer("sgd", 0.1, batch_size=0))
+        >>> sw.unroll(task, start, [sw.Schedule.window([0], 2, 3, weight=0.0)], sw.BatchOrder(4), [2, 5]).shape
+        (2, 1, 1)
     """
-    if not schedules or max_runs < 1:
-        raise ValueError(f"need one schedule or more and max_runs >= 1, got {len(schedules)} and {max_runs}")
-    check_fits(task, start)
-    check_order(task, start, order)
-    chosen, parts = check_steps(start, steps), []
-    for first in range(0, len(schedules), max_runs):
-        stack = schedules[first : first + max_runs]
-        parts.append(_derivatives_along(task, start, stack, order, chosen, learning_rate))
+    if not schedules or max_replays < 1:
+        raise ValueError(f"need one schedule or more and max_replays >= 1, got {len(schedules)} and {max_replays}")
+    chosen, origin = check_steps(start, steps), start_at(task, start, curvature=True)
+    check_moves(origin, learning_rate)
+    check_order(origin, order)
+    parts = []
+    for first in range(0, len(schedules), max_replays):
+        stack = schedules[first : first + max_replays]
+        parts.append(_derivatives_along(origin, stack, order, chosen, learning_rate))
         if progress is not None:
             progress(first + len(stack), len(schedules))
-    coords = {"step": chosen, "run": range(len(schedules)), "query": list(query_groups(task).labels)}
-    derivatives = torch.cat(parts, 1).double().cpu().numpy()
-    return xr.DataArray(derivatives, coords, ("step", "run", "query"), "derivative", {"unit": "nats"})
+    coords = {"step": chosen, "replay": range(len(schedules)), "query": list(query_groups(task).labels)}
+    derivatives = torch.cat(parts, 1).numpy()
+    return xr.DataArray(derivatives, coords, ("step", "replay", "query"), "derivative", {"units": "nats"})
 
 
 def unrolled_influence(
@@ -92,29 +109,29 @@ def unrolled_influence(
     order: Order,
     steps: Sequence[int],
     *,
-    window: range | None = None,
+    during: range | None = None,
     groups: Labels | None = None,
     learning_rate: LearningRate | None = None,
-    max_runs: int = 256,
+    max_replays: int = 256,
     progress: Progress | None = None,
 ) -> xr.Dataset:
     """Exact influence of every train group on every query group: the run's derivative by sample weight.
 
         value[i, j] = d (mean loss of query group j) / d (weight of group i) / (samples in group i)
 
-    The checkpoint's learning rate is held, as :func:`unroll` explains: if the run's own rate changed, pass
-    ``learning_rate``.
+    A sample's influence on itself is in it. The checkpoint's learning rate is held, as :func:`unroll` explains: if the
+    run's own rate changed, pass ``learning_rate``.
 
     Args:
         task: the model, its losses and data.
-        start: where the run starts, with optimiser and optimiser state; at step 0 the state is empty.
+        start: where the replay starts, with optimiser and optimiser state; at step 0 the state is empty.
         order: the samples of every update.
         steps: when to look, ascending from ``start.step`` on.
-        window: the updates whose weights are varied, e.g. ``range(100, 150)``; default the whole run.
-        groups: label of every training sample; default ``task.train_groups``, or every sample alone in a set
-            of at most 64.
+        during: the updates whose weights are varied, e.g. ``range(100, 150)``; default the whole run.
+        groups: label of every training sample; default ``task.train_groups``, or every candidate alone if there are
+            at most 64.
         learning_rate: of the update made at ``step``; default: the checkpoint's, held.
-        max_runs: most groups carried along one pass over the run; bounds the memory.
+        max_replays: most groups carried along one replay; bounds the memory.
         progress: called with (groups done, groups in all) after every pass.
 
     Returns:
@@ -122,103 +139,104 @@ def unrolled_influence(
         is helpful.
 
     Raises:
-        ValueError: as :func:`unroll`, there are no groups, or the window is empty, has gaps or holds none of the
+        ValueError: as :func:`unroll`, there are no groups, or ``during`` is empty, has gaps or holds none of the
             updates from ``start.step`` to the last of ``steps``.
         CheckpointError: the checkpoint is of another model.
+
+    Example:
+        >>> import torch, stagewise as sw
+        >>> x, y = torch.eye(4), torch.tensor([0.0, 0.0, 1.0, 1.0])
+        >>> task = sw.Task(
+        ...     torch.nn.Linear(4, 1),
+        ...     lambda model, batch: (model(batch[0])[:, 0] - batch[1]) ** 2,
+        ...     train=(x, y), queries={"same": (x, y)}, train_groups=list("aabb"),
+        ... )
+        >>> start = sw.Checkpoint(0, task.state(), sw.Optimizer("sgd", 0.1, batch_size=0))
+        >>> sw.unrolled_influence(task, start, sw.BatchOrder(4), [10], during=range(5, 10)).value.shape
+        (1, 2, 1)
     """
     chosen, trained = check_steps(start, steps), train_groups(task, groups)
-    varied = check_window(window, [start.step, *chosen])
+    varied = check_during(during, [start.step, *chosen])
     # Weight 2 is the direction in which a weight grows from 1 at unit rate.
     schedules = [Schedule.window(index, varied.start, len(varied), 2.0) for index in trained.indices]
     derivatives = unroll(
-        task, start, schedules, order, chosen, learning_rate=learning_rate, max_runs=max_runs, progress=progress
+        task, start, schedules, order, chosen, learning_rate=learning_rate, max_replays=max_replays, progress=progress
     )
     sizes = torch.tensor(trained.sizes).numpy()[:, None]
-    attrs = {"estimator": "unrolling"} | ({"window": [window.start, window.stop]} if window else {})
-    return influence_dataset(derivatives.values / sizes, chosen, trained, query_groups(task), attrs)
+    attrs = {"estimator": "unrolling", **during_attrs(during)}
+    return influence_dataset(derivatives.values / sizes, None, chosen, trained, query_groups(task), attrs)
 
 
 def _derivatives_along(
-    task: Task,
-    start: Checkpoint,
-    schedules: Sequence[Schedule],
-    order: Order,
-    steps: Sequence[int],
-    learning_rate: LearningRate | None,
+    start: Start, schedules: Sequence[Schedule], order: Order, steps: Sequence[int], learning_rate: LearningRate | None
 ) -> Tensor:
-    """One pass over the run with all its tangents: ``(step, run, query)``."""
-    vector, queried, optimizer = ParameterVector.of(task), query_groups(task), recorded_optimizer(start)
-    fixed = fixed_tensors(task, vector, start)
-    # The run is repeated for each tangent: updates and losses act on every row alone, so that one forward-mode
-    # pass differentiates each row along its own tangent.
-    state = TrainingState.from_checkpoint(start, vector, len(schedules), task.device)
+    """One replay with all its tangents: ``(step, schedule, query)``, float64, on the CPU."""
+    task, point = start.task, start.point
+    # The replay is repeated for each tangent: updates act on every row alone, so that one forward-mode pass
+    # differentiates each row along its own tangent.
+    state = start.state(len(schedules))
     zero = torch.zeros_like(state.params)
-    tangent = TrainingState(zero, zero, zero)
-
-    def losses(params: Tensor) -> Tensor:
-        return query_losses(task, vector, params, fixed, queried)
-
-    derivatives = []
+    tangent = TrainingState(zero, zero, zero, state.counts)
+    weights, derivatives = query_weights(point), []
     for before, step in pairwise([start.step, *steps]):
         for span in constant_spans(range(before, step), schedules):
-            directions = torch.stack([s.weights(span.start, len(task.train)) for s in schedules]) - 1
-            directions = directions.to(state.params)
+            directions = sample_weights_of(schedules, span.start, len(task.train), state.params) - 1
             for now in span:
                 index = order(now)
                 batch = task.train.batch(index, task.device)
                 along = directions[:, index.to(directions.device)]
-                gradients = _gradients(task, vector, state.params[0], fixed, batch, tangent.params, along)
-                state, tangent = _update(optimizer, state, tangent, *gradients, now, learning_rate)
-        with plain_attention():
-            derivatives.append(jvp(losses, (state.params,), (tangent.params,))[1])
+                slope, change, used = _gradients(point, state.params[0], batch, tangent.params, along)
+                state, tangent = _update(start.rule, state, tangent, slope, change, now, learning_rate, used)
+        derivatives.append(_query_derivatives(point, state.params[0], tangent.params, weights))
     return torch.stack(derivatives)
 
 
 def _gradients(
-    task: Task,
-    vector: ParameterVector,
-    params: Tensor,
-    fixed: Params,
-    batch: Batch,
-    tangents: Tensor,
-    directions: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The run's gradient ``(parameters,)`` and its derivative along every tangent ``(tangent, parameters)``.
+    point: Point, params: Tensor, batch: Batch, tangents: Tensor, directions: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The replay's gradient ``(parameters,)``, its derivative along every tangent, and which parameters have one.
 
-    The derivative is H r + (1/m) sum_i d_i grad l_i. Both terms are products with a transposed Jacobian (H is
-    symmetric) of the same two outputs, so one graph of the model serves them all.
+    The derivative ``(tangent, parameters)`` is  H r + sum_i d_i a_i grad l_i / sum_i a_i.  Both terms are products with
+    a transposed Jacobian (H is symmetric) of the same two outputs, so one graph of the model serves them all.
     """
+    with plain_attention(), differentiable(params) as leaf:
+        pieces = point.vector.unflatten(leaf)
+        losses, weights = point.task.sample_losses({**point.state, **pieces}, batch)
+        share = weights / weights.sum().clamp(min=1e-30)
+        found = slopes_of((share * losses).sum(), pieces, create_graph=True)
+        slope, used = joined(point, found, (), leaf)
+        change = pull([slope, losses], [leaf], [tangents, (directions * share).to(losses)])[0]
+    return slope.detach(), change.detach(), used
 
-    def mean_and_losses(params: Tensor) -> tuple[Tensor, Tensor]:
-        losses = per_sample(task.losses({**fixed, **vector.unflatten(params)}, batch))
-        return losses.mean(), losses
 
-    def gradient_and_losses(params: Tensor) -> tuple[Tensor, Tensor]:
-        both: tuple[Tensor, Tensor] = grad(mean_and_losses, has_aux=True)(params)
-        return both
-
-    with plain_attention():
-        outputs, pull = vjp(gradient_and_losses, params)[:2]
-        derivative: Tensor = vmap(lambda r, d: pull((r, d))[0])(tangents, directions / directions.shape[1])
-    return outputs[0], derivative
+def _query_derivatives(point: Point, params: Tensor, tangents: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    """Derivative of every query group's mean loss along every tangent: ``(tangent, query)``, float64, on the CPU."""
+    along = {
+        name: directional_derivatives(point, params, tangents, data, name).cpu().double()
+        for name, data in point.task.queries.items()
+    }
+    return query_groups(point.task).mean(along, weights)
 
 
 def _update(
-    optimizer: Optimizer,
+    rule: Rule,
     state: TrainingState,
     tangent: TrainingState,
     gradient: Tensor,
     change: Tensor,
     step: int,
     learning_rate: LearningRate | None,
+    used: Tensor,
 ) -> tuple[TrainingState, TrainingState]:
-    """One update of the run and of its tangents."""
+    """One update of the replay and of its tangents. Forward mode goes through our own arithmetic, not the model's."""
+    used = used.expand(len(change), -1)
 
-    def updated(*parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        after = update(optimizer, TrainingState(*parts[:3]), parts[3], step, learning_rate)
+    def updated(params: Tensor, first: Tensor, second: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        after = update(rule, TrainingState(params, first, second, state.counts), slope, step, learning_rate, used)
         return after.params, after.first_moment, after.second_moment
 
     primals = (state.params, state.first_moment, state.second_moment, gradient.expand_as(change).contiguous())
     tangents = (tangent.params, tangent.first_moment, tangent.second_moment, change)
     after, moved = jvp(updated, primals, tangents)[:2]
-    return TrainingState(*after), TrainingState(*moved)
+    counts = state.counts + used
+    return TrainingState(after[0], after[1], after[2], counts), TrainingState(moved[0], moved[1], moved[2], counts)

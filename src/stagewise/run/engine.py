@@ -16,7 +16,7 @@ from typing import Any, Literal, TypedDict, Unpack
 import torch
 
 from stagewise.checkpoint import Checkpoint
-from stagewise.checkpoints.trajectory import Trajectory
+from stagewise.checkpoints.trajectory import Trajectory, as_trajectory
 from stagewise.groups import Labels
 from stagewise.identity import Probe, identity, probe
 from stagewise.run.before import check_reusable, check_same_task, look
@@ -122,7 +122,7 @@ def sample(
         >>> traces = sample(task, "checkpoints", LocalPosterior(window=30), out="runs/a", draws=200)  # doctest: +SKIP
     """
     sampling = replace(sampling or Chains(), **settings)
-    run = Trajectory.from_directory(trajectory) if isinstance(trajectory, str | Path) else trajectory
+    run = as_trajectory(trajectory)
     chosen = steps_to_sample(run, steps)
     usable, unusable = look(task, run, posterior, chosen)
     last = max(usable)

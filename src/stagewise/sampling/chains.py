@@ -145,11 +145,11 @@ def sample_block(
         on_step: called after every sampler step.
 
     Returns:
-        Groups ``train`` (the candidates) and ``queries/<name>`` with ``loss (chain, draw, sample[, token])`` in nats,
-        the same at the reflected points (``loss_reflected``) and at the checkpoint (``loss_anchor``), the ``share`` of
-        every loss in the mean over its data set (in the training objective), and the attributes ``is_training_set``,
-        true of a query set whose samples are the candidates, and ``own_loss``, true of one on which something else than
-        the training loss is measured; group ``chains`` with
+        Groups ``train`` (the candidates, by their number in the training set) and ``queries/<name>`` with
+        ``loss (chain, draw, sample[, token])`` in nats, the same at the reflected points (``loss_reflected``) and at
+        the checkpoint (``loss_anchor``), the ``share`` of every loss in the mean over its data set (in the training
+        objective), and the attributes ``is_training_set``, true of a query set whose samples are the candidates, and
+        ``own_loss``, true of one on which something else than the training loss is measured; group ``chains`` with
         the ``status`` of every chain; attributes with every number that was chosen. A chain that left the
         posterior is ``"diverged"``, and its later draws are the losses at the checkpoint. Where the posterior
         does not exist nothing is drawn and every chain's status is ``"not_localised"``.
@@ -166,13 +166,12 @@ def sample_block(
         status = np.full(sampling.chains, "not_localised")
         return _tree({}, status, numbers, facts)
     traces, status = _run(density, tuning, sampling, block, on_step or (lambda: None))
-    tree = _tree(traces, status, numbers, facts)
+    tree = _tree(traces, status, numbers, facts, task.candidates.numpy())
     # An effect of a sample on itself is known by its position: the same samples in the same order.
-    same = {name for name, data in task.queries.items() if data.digest == task.candidate_samples.digest}
-    for name in same:
-        tree[f"queries/{name}"].attrs["is_training_set"] = True
-    for name in task.query_losses:
-        tree[f"queries/{name}"].attrs["own_loss"] = True
+    for name, data in task.queries.items():
+        if f"queries/{name}" in traces:
+            same = data.digest == task.candidate_samples.digest
+            tree[f"queries/{name}"].attrs |= {"is_training_set": same, "own_loss": name in task.query_losses}
     return tree
 
 
@@ -222,7 +221,11 @@ def _farthest(density: LocalDensity, slow: float) -> float:
 
 
 def _tree(
-    traces: dict[str, Seen], status: np.ndarray[Any, Any], numbers: np.ndarray[Any, Any], facts: dict[str, Any]
+    traces: dict[str, Seen],
+    status: np.ndarray[Any, Any],
+    numbers: np.ndarray[Any, Any],
+    facts: dict[str, Any],
+    candidates: np.ndarray[Any, Any] | None = None,
 ) -> xr.DataTree:
     tree = {"chains": xr.Dataset({"status": ("chain", status.astype(str))}, {"chain": numbers})}
     for name, seen in traces.items():
@@ -232,7 +235,8 @@ def _tree(
             for key, value in seen._asdict().items()
             if value is not None
         }
-        tree[name] = xr.Dataset(variables, {"chain": numbers})
+        coords = {"chain": numbers} | ({"sample": candidates} if name == "train" else {})
+        tree[name] = xr.Dataset(variables, coords)
         for key in set(variables) - {"share"}:
             tree[name][key].attrs["units"] = "nats"
     result = xr.DataTree.from_dict(tree)

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from stagewise.data import Batch
 from stagewise.evaluate import Batching, chunks, differentiable, gradient, mean_gradient, over_rows, sample_weights
+from stagewise.memory import out_of_memory
 from stagewise.sampling.base import Gradient, GradientFunction
 from stagewise.sampling.posterior import LocalDensity
 
@@ -175,10 +176,8 @@ def choose_batching(density: LocalDensity, chains: int, batch_size: int | None) 
         slope = potential_gradient(density, chains, batch_size, True, batching, Generator().manual_seed(0))
         try:
             slope(u)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:
-            if batching == "loop":
+        except RuntimeError as error:
+            if batching == "loop" or out_of_memory(error):
                 raise
             continue  # an operation without a batching rule
         start = time.perf_counter()

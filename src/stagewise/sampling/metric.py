@@ -11,6 +11,7 @@ that is divided by what has faded. Directions in which no training sample has a 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def relative_rates(vector: ParameterVector, optimizer: Optimizer) -> Tensor | No
         return None
     rates = {name: group.learning_rate for group in optimizer.groups for name in group.names}
     pieces = [
-        torch.full(shape, rates[name] / optimizer.learning_rate).reshape(-1)
+        torch.full(shape, rates[name] / optimizer.learning_rate, dtype=torch.float64).reshape(-1)
         for name, shape in zip(vector.names, vector.shapes, strict=True)
     ]
     return torch.cat(pieces)
@@ -59,20 +60,21 @@ def adam_metric(point: Point, checkpoint: Checkpoint, window: int | None) -> Ten
         moves = moment > 0
         second = now
     else:
-        squared, touched = squared_gradient(point, anchor, optimizer)
+        squared, touched = squared_gradient(point, optimizer.batch_size)
+        squared = squared * clip_factor(point, optimizer) ** 2
         ahead = (beta**window * moment + (1 - beta**window) * squared) / (1 - beta ** (counts + window))
         second = torch.maximum(now, ahead)
         moves = touched & (second > 0)
     return torch.where(moves, 1 / (second.sqrt() + optimizer.eps), 0.0)
 
 
-def squared_gradient(point: Point, at: Tensor, optimizer: Optimizer) -> tuple[Tensor, Tensor]:
+def squared_gradient(point: Point, batch_size: int | None) -> tuple[Tensor, Tensor]:
     """Mean square of the gradient of one update, and where any sample has a gradient; ``(parameters,)`` each.
 
     With batches of m of n samples it is  g^2 + (1/m - 1/n) (mean of g_i^2 - g^2).  The mean of squares comes from sums
     with random signs: exact where one sample has a gradient, right on average elsewhere.
     """
-    task = point.task
+    task, at = point.task, point.vector.flatten(point.state)
     n, rows = len(task.train), spread_rows(_MOST_SAMPLES, len(task.train))
     mean_weight = float(sample_weights(point).mean())
     full = mean_gradient(point, at, task.train, rows)
@@ -86,19 +88,21 @@ def squared_gradient(point: Point, at: Tensor, optimizer: Optimizer) -> tuple[Te
                 value = (signs * weights * losses).sum() / mean_weight
                 signed[probe] += gradient(value, leaf, create_graph=probe + 1 < _PROBES).detach()
     squares = signed.square().mean(0) / len(rows)
-    size = min(optimizer.batch_size or n, n)
+    size = min(batch_size or n, n)
     squared = full.square() + (1 / size - 1 / n) * (squares - full.square()).clamp(min=0)
-    if optimizer.clip_norm is not None:
-        squared = squared * min(1.0, optimizer.clip_norm**2 / max(float(squared.sum()), 1e-30))
     touched = (signed != 0).any(0) | (full != 0)
     return squared, touched if len(rows) == n else torch.ones_like(touched)
 
 
-def clip_factor(point: Point, at: Tensor, optimizer: Optimizer) -> float:
-    """By how much clipping shortens a typical gradient: the effect of any change of the data is as much smaller."""
+def clip_factor(point: Point, optimizer: Optimizer) -> float:
+    """By how much clipping shortens a typical gradient: the effect of any change of the data is as much smaller.
+
+    The norm that decides is that of all trainable parameters, also of those that the optimiser does not update.
+    """
     if optimizer.clip_norm is None:
         return 1.0
-    squared, _ = squared_gradient(point, at, Optimizer("sgd", 0.0, batch_size=optimizer.batch_size))
+    whole = replace(point, vector=ParameterVector.of(point.task))
+    squared, _ = squared_gradient(whole, optimizer.batch_size)
     return min(1.0, optimizer.clip_norm / max(math.sqrt(float(squared.sum())), 1e-30))
 
 

@@ -77,18 +77,23 @@ class LocalPosterior:
         by_default = self.window is not None and optimizer is not None and optimizer.name == "adam"
         return self.metric or ("adam" if by_default else "euclidean")
 
-    def at(self, task: Task, checkpoint: Checkpoint) -> LocalDensity:
+    def at(self, task: Task, checkpoint: Checkpoint, *, curvature: bool = True) -> LocalDensity:
         """The posterior's numbers at one checkpoint.
+
+        Args:
+            task: the task.
+            checkpoint: as it was recorded.
+            curvature: check second derivatives too; only gradient products do without.
 
         Raises:
             ValueError: the checkpoint lacks what the window (optimiser) or the metric (second moments) needs.
         """
-        point, checkpoint = at(task, checkpoint, self.parameters, curvature=True)
+        point, checkpoint = at(task, checkpoint, self.parameters, curvature=curvature)
         anchor = point.vector.flatten(point.state)
         n_beta = self.n_beta or DEFAULT_N_BETA_PER_SAMPLE * len(task.train)
         optimizer = checkpoint.optimizer
         metric = self.metric_for(optimizer)
-        gamma = self._gamma(n_beta, checkpoint, point, anchor)
+        gamma = self._gamma(n_beta, checkpoint, point)
         scale = torch.ones_like(anchor)
         if metric == "adam":
             scale = adam_metric(point, checkpoint, self.window).sqrt().to(anchor)
@@ -113,7 +118,7 @@ class LocalPosterior:
             optimizer=optimizer,
         )
 
-    def _gamma(self, n_beta: float, checkpoint: Checkpoint, point: Point, anchor: Tensor) -> float:
+    def _gamma(self, n_beta: float, checkpoint: Checkpoint, point: Point) -> float:
         optimizer = checkpoint.optimizer
         if self.window is None:
             return cast(float, self.gamma)
@@ -127,7 +132,7 @@ class LocalPosterior:
                 f"the learning rate at step {checkpoint.step} is 0, as in front of a warm-up: no update follows that "
                 "data could change; look at a later step"
             )
-        return n_beta / (window_reach(self.window, optimizer) * clip_factor(point, anchor, optimizer))
+        return n_beta / (window_reach(self.window, optimizer) * clip_factor(point, optimizer))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
