@@ -8,6 +8,7 @@ gradients. And every loss is finite. What disagrees is named, before anything is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -253,10 +254,11 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _graph(value: Tensor) -> Iterator[Any]:
     """All nodes of a value's graph."""
-    seen, stack = {None}, [value.grad_fn]
+    seen: set[Any] = set()
+    stack: list[Any] = [value.grad_fn]
     while stack:
         node = stack.pop()
-        if node in seen:
+        if node is None or node in seen:
             continue
         seen.add(node)
         yield node

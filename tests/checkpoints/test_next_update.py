@@ -150,6 +150,25 @@ def test_rates_of_groups_that_go_their_own_ways_are_left_out_and_not_one_for_all
     assert {group.learning_rate for group in run.load(4).optimizer.groups} == {0.1, optimizer.param_groups[1]["lr"]}
 
 
+@pytest.mark.filterwarnings("ignore:the optimizer also updates")
+def test_the_rate_of_parameters_that_are_not_the_models_does_not_hide_its_own(tmp_path):
+    model = net()
+    temperature = torch.nn.Parameter(torch.zeros(999))
+    optimizer = torch.optim.SGD([{"params": model.parameters()}, {"params": [temperature], "lr": 7.0}], lr=0.1)
+    scheduler = LambdaLR(optimizer, [lambda step: 1 / (1 + step), lambda _: 1.0])
+    run, held = recorded_run(tmp_path, model, optimizer, STEPS, LAST, after=lambda _: scheduler.step())
+    assert run.load(1).optimizer.groups == ()
+    assert_repeats(run, held)
+
+
+def test_a_rate_that_is_a_tensor_and_changed_in_place_is_that_of_each_update(tmp_path):
+    model = net()
+    rate = torch.tensor(1.0, dtype=torch.float64)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate, foreach=False)
+    run, _ = recorded_run(tmp_path, model, optimizer, (0, 3), 3, after=lambda step: rate.fill_(2.0**-step))
+    assert run.load(3).learning_rates == (1.0, 0.5, 0.25)
+
+
 def test_layers_unfrozen_late_by_a_group_of_their_own_keep_their_own_count(tmp_path):
     model = net()
     optimizer = torch.optim.Adam(model.head.parameters(), lr=0.02)

@@ -1,5 +1,7 @@
 """TracIn and SOURCE, held against exact unrolling where they are exact."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from stagewise.baselines import intervals as intervals_module
 from stagewise.baselines import source as source_module
 from stagewise.baselines.source import saturation, source
 from stagewise.baselines.tracin import tracin
-from stagewise.checkpoint import Checkpoint, Optimizer
+from stagewise.checkpoint import Checkpoint, Optimizer, ParameterGroup
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.dynamics.curves import curves
 from stagewise.retraining.schedule import BatchOrder
@@ -220,3 +222,96 @@ def test_more_hessians_than_fit_the_memory_are_refused_before_any_is_made(monkey
     assert not made
     with pytest.raises(MemoryError):
         source(task, Trajectory(tuple(range(60)), load))
+
+
+class Halves(nn.Module):
+    """Linear regression whose weights are two parameters, so that they can have learning rates of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = (nn.Parameter(torch.zeros(2, dtype=torch.float64)) for _ in range(2))
+
+    def forward(self, x):
+        return x @ torch.cat([self.left, self.right])
+
+
+def halves(w):
+    problem, model = Regression(), Halves()
+    model.left.data, model.right.data = (torch.from_numpy(part.copy()) for part in np.split(w, 2))
+    data = [tuple(map(torch.from_numpy, pair)) for pair in ((problem.x, problem.y), (problem.xq, problem.yq))]
+
+    def loss(model, batch):
+        return 0.5 * (model(batch[0]) - batch[1]) ** 2
+
+    return problem, Task(model, loss, train=data[0], queries={"val": data[1]}, train_groups=LABELS)
+
+
+def in_groups(rate, left, right, **options):
+    """The rate of a run, and that of its halves in units of it; None: not updated."""
+    parts = (("left", left), ("right", right))
+    groups = tuple(ParameterGroup((name,), rate * part) for name, part in parts if part is not None)
+    return Optimizer("sgd", rate, groups=groups, **options)
+
+
+SPLIT = {"own rates": (1.0, 0.2), "one at rest": (1.0, 0.0), "one not updated": (None, 1.0)}
+
+
+@pytest.mark.parametrize("estimator", [tracin, source])
+@pytest.mark.parametrize("split", SPLIT)
+def test_groups_move_at_their_own_rates_and_what_is_not_updated_does_not(estimator, split):
+    _, task = halves(AWAY)
+    trajectory = run(task, in_groups(1e-5, *SPLIT[split]), range(1, 7))
+    assert relative_error(estimator(task, trajectory), unrolled(task, trajectory)) < 1e-4
+
+
+@pytest.mark.parametrize("split", SPLIT)
+@pytest.mark.parametrize("during", [None, range(6, 14)])
+def test_source_carries_responses_through_coupled_groups_of_different_rates(split, during):
+    problem, errors = Regression(), []
+    for finer in (16, 32):
+        _, task = halves(problem.minimiser())
+        stretched = None if during is None else range(during.start * finer, during.stop * finer)
+        trajectory = run(task, in_groups(0.2 / finer, *SPLIT[split]), [10 * finer, 20 * finer])
+        got = source(task, trajectory, during=stretched, segments=2)
+        errors.append(relative_error(got, unrolled(task, trajectory, during=stretched)))
+    assert errors[0] < 0.1
+    assert 1.8 < errors[0] / errors[1] < 2.5
+
+
+def test_weight_decay_of_a_group_bends_its_own_directions_only():
+    _, task = halves(AWAY)
+    groups = (ParameterGroup(("left",), 0.01, 0.5), ParameterGroup(("right",), 0.01, 0.0))
+    trajectory = run(task, Optimizer("sgd", 0.01, groups=groups), range(1, 40))
+    assert relative_error(source(task, trajectory, segments=1000), unrolled(task, trajectory)) < 0.02
+    bare = run(task, Optimizer("sgd", 0.01), range(1, 40))
+    assert relative_error(source(task, bare, segments=1000), unrolled(task, trajectory)) > 0.03
+
+
+@pytest.mark.parametrize("estimator", [tracin, source])
+def test_a_layer_that_is_unfrozen_between_checkpoints_counts_from_then_on(estimator):
+    _, task = halves(AWAY)
+    rule = {0: in_groups(1e-5, 1.0, None), 4: in_groups(1e-5, 1.0, 1.0), 8: in_groups(1e-5, 1.0, 1.0)}
+    at = [Checkpoint(step, task.state(), optimizer) for step, optimizer in rule.items()]
+    got = estimator(task, Trajectory.from_checkpoints(at)).value
+    head, both = (
+        estimator(task, Trajectory.from_checkpoints([replace(at[k], step=s) for s in (0, 4)])).value[1] for k in (0, 1)
+    )
+    np.testing.assert_allclose(got[1], head, rtol=1e-9)
+    np.testing.assert_allclose(got[2], head + both, rtol=1e-3)
+
+
+@pytest.mark.parametrize("estimator", [tracin, source])
+def test_gradients_that_were_clipped_count_for_the_length_they_had(estimator):
+    problem = Regression()
+    problem.task.model.weight.data = torch.from_numpy(AWAY)[None]
+    free, clipped = (
+        Trajectory.from_checkpoints(
+            Checkpoint(step, problem.task.state(), Optimizer("sgd", 1e-6, batch_size=0, clip_norm=norm))
+            for step in (0, 3)
+        )
+        for norm in (None, 0.25)
+    )
+    length = np.linalg.norm(problem.x.T @ (problem.x @ AWAY - problem.y) / N)
+    assert length > 0.5
+    expected = estimator(problem.task, free).value * 0.25 / length
+    np.testing.assert_allclose(estimator(problem.task, clipped).value, expected, rtol=1e-4)

@@ -63,7 +63,7 @@ class Rule:
                 "at that step"
             )
         if not self.rates.any():
-            return self.updated * rate
+            return self.updated.double() * rate
         if usual == 0:
             raise ValueError(
                 "learning_rate gives the rate of most parameters, which is 0 at the checkpoint while other groups have "
