@@ -22,7 +22,7 @@ from rich.table import Table
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.influence.damped import damped_influence
 from stagewise.influence.gradients import gradient_product
-from stagewise.report.results import Results
+from stagewise.results import Results
 from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.scores import agreement, predicted_effect
 from stagewise.run.config import RunConfig

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from stagewise.report import tables
+from stagewise.reporting import tables
 from stagewise.run.progress import progress_bars
 from stagewise.studies.hierarchy.study import checks_table, claims_table, study
 

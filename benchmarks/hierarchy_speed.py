@@ -55,15 +55,15 @@ def by_hand(task: Task, checkpoint: Checkpoint, density: LocalDensity, steps: in
                     w.copy_(2 * anchor - w)
 
 
-def per_chain(task: Task, checkpoint: Checkpoint, posterior: LocalPosterior, plan: Chains) -> dict[str, float]:
+def per_chain(task: Task, checkpoint: Checkpoint, posterior: LocalPosterior, sampling: Chains) -> dict[str, float]:
     """Seconds of one chain at a checkpoint, in each way."""
     density = posterior.at(task, checkpoint)
-    tuning = tune(density, plan)
-    steps = tuning.burn_in + plan.draws * tuning.thinning
-    single = replace(plan, chains=1, batching="loop")
+    tuning = tune(density, sampling)
+    steps = tuning.burn_in + sampling.draws * tuning.thinning
+    single = replace(sampling, chains=1, batching="loop")
     singles = range(SINGLE_CHAINS)
     return {
-        "stack": seconds(lambda: sample_block(task, checkpoint, posterior, plan)) / plan.chains,
+        "stack": seconds(lambda: sample_block(task, checkpoint, posterior, sampling)) / sampling.chains,
         "single": seconds(lambda: [sample_block(task, checkpoint, posterior, single, k) for k in singles])
         / len(singles),
         "by hand": seconds(lambda: by_hand(task, checkpoint, density, steps, tuning.thinning)),
@@ -73,10 +73,10 @@ def per_chain(task: Task, checkpoint: Checkpoint, posterior: LocalPosterior, pla
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         lab = Lab(Path(folder))
-        run, posterior, size = lab.single, lab.window_posterior, lab.size
-        plan = Chains(chains=size.chains, draws=size.draws, batching="stacked")
+        run, posterior, size = lab.aligned_float32, lab.window_posterior, lab.settings
+        sampling = Chains(chains=size.chains, draws=size.draws, batching="stacked")
         chosen = lab.steps[:: len(lab.steps) // CHECKPOINTS][:CHECKPOINTS]
-        spent = [per_chain(run.task, run.trajectory.load(step), posterior, plan) for step in chosen]
+        spent = [per_chain(run.task, run.trajectory.load(step), posterior, sampling) for step in chosen]
         start = time.perf_counter()
         _ = lab.window_traces
         whole = (time.perf_counter() - start) / (len(lab.steps) * size.chains)

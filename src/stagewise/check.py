@@ -7,25 +7,28 @@ gradients. And every loss is finite. What disagrees is named, before anything is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
-from torch.utils._pytree import tree_map
 
-from stagewise.attention import plain_attention
+from stagewise.attention import slow_path
 from stagewise.checkpoint import Checkpoint
 from stagewise.data import Samples
+from stagewise.differences import check_differences
+from stagewise.double import InDouble, doubled
 from stagewise.memory import out_of_memory
-from stagewise.task import Batch, Losses, Task, checked_losses
+from stagewise.plain import cannot, objective, plain_losses
+from stagewise.task import Batch, Losses, Task
 
 _FEW = 4
-_MOVED = 1e-2  # of the size of a parameter
-_LOSSES, _GRADIENTS = 1e-3, 1e-2  # relative
-# Steps of the finite differences, and the relative error up to which they agree: in float64, and in the model's type.
-_DIFFERENCES = {True: ((1e-5, 1e-6), 1e-2), False: ((1e-2, 1e-3, 1e-1), 5e-2)}
+_MOVED = (1e-2, 1e-4, 1e-6, 0.0)  # of the size of a parameter
+# Relative errors. What differs by more than rounding is looked at again in float64, where that is possible.
+_SAME, _SAME_IN_DOUBLE, _ALIKE = 1e-5, 1e-3, 1e-2
+
+Pair = Callable[[nn.Module, Mapping[str, Tensor], Batch], tuple[Tensor, Tensor]]
+"""From an ordinary module, its parameters and a batch to two things that should be equal."""
 
 _RECOMPUTED = (
     "the model recomputes activations in backward() (torch.utils.checkpoint), when its own parameters are in their "
@@ -49,17 +52,20 @@ def check(task: Task, checkpoint: Checkpoint, *, curvature: bool = False) -> Non
     """
     if not task.checked:
         task.pure.refuse()
-    moved = _moved(task, checkpoint.params)
     if "model" not in task.checked:
         for data in (task.train, *task.queries.values()):
             data.check_steady()
         for data, query, batch in _few(task):
             _check_losses(task, data, query, batch, checkpoint.params)
+        moved = _moved(task, checkpoint.params)
+        for data, query, batch in _few(task):
             _check_agreement(task, data, query, batch, moved)
+        _check_parameters(task, checkpoint.params)
         _check_gradients(task, moved)
         task.checked.add("model")
     if curvature and "curvature" not in task.checked:
-        _check_curvature(task, moved)
+        moved = _moved(task, checkpoint.params)
+        check_differences(task, moved, task.train.batch(task.train.few(_FEW), task.device))
         task.checked.add("curvature")
     if checkpoint.digest not in task.checked:
         for data, query in _all(task):
@@ -101,31 +107,39 @@ def _check_losses(task: Task, data: Samples, query: str | None, batch: Batch, pa
     """Shape, type, repeatability, independence of samples, and no side effect, as the user's own code shows them."""
     model = task.pure.reference(params)
     before = {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
-    first = _plain(task, model, data, query, batch)
+    first = plain_losses(task, model, data, query, batch)
     _check_form(first, data)
-    second = _plain(task, model, data, query, batch)
-    if not torch.equal(first.values, second.values):
+    second = plain_losses(task, model, data, query, batch)
+    if not torch.allclose(first.values, second.values, rtol=1e-5, atol=1e-6):
         raise ValueError(
             f"{data.name}: two evaluations of the same batch differ by up to "
             f"{(first.values - second.values).abs().max().item():.3g} nats; losses must be deterministic. Switch off "
             "dropout and random augmentation (model.eval(), F.dropout(..., training=False))"
         )
     for name, tensor in _tensors(model).items():
-        if not torch.equal(tensor, before[name]):
+        # A buffer that has grown is a cache.
+        if name in before and tensor.shape == before[name].shape and not _identical(tensor, before[name]):
             raise ValueError(
                 f"{data.name}: evaluating the loss changes {name!r} of the model; a loss must leave the model as it "
                 "is. Call model.eval(), and take the update out of forward()"
             )
-    together = task.by_sample(first)[0]
-    for position, row in enumerate(data.few(_FEW)):
-        one = data.batch(row[None], task.device)
-        alone = task.by_sample(_plain(task, model, data, query, one))[0][0]
-        if not torch.allclose(together[position], alone, rtol=1e-3, atol=1e-4):
-            raise ValueError(
-                f"{data.name}: the loss of sample {int(row)} depends on the rest of its batch "
-                f"({together[position].item():.5g} beside others, {alone.item():.5g} alone); batch statistics and "
-                "losses averaged over the batch cannot be attributed to samples"
-            )
+
+    def both(model: nn.Module, params: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+        del params
+        alone = []
+        for row in data.few(_FEW):
+            one = data.batch(row[None], task.device)
+            alone.append(task.by_sample(plain_losses(task, model, data, query, one))[0])
+        return task.by_sample(plain_losses(task, model, data, query, batch))[0], torch.cat(alone)
+
+    if not _agree(task, both, params, batch):
+        together, alone = both(model, params, batch)
+        worst = int((together - alone).abs().argmax())
+        raise ValueError(
+            f"{data.name}: the loss of sample {int(data.few(_FEW)[worst])} depends on the rest of its batch "
+            f"({together[worst].item():.5g} beside others, {alone[worst].item():.5g} alone); batch statistics and "
+            "losses averaged over the batch cannot be attributed to samples"
+        )
 
 
 def _check_form(losses: Losses, data: Samples) -> None:
@@ -153,15 +167,20 @@ def _check_form(losses: Losses, data: Samples) -> None:
 
 def _check_agreement(task: Task, data: Samples, query: str | None, batch: Batch, params: Mapping[str, Tensor]) -> None:
     """Losses of the pure function against those of an ordinary model, at moved weights."""
-    plain = _plain(task, task.pure.reference(params), data, query, batch).values
-    try:
+
+    def both(model: nn.Module, params: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+        plain = plain_losses(task, model, data, query, batch).values
         with torch.no_grad():
-            pure = task.losses(params, batch, query)
+            return task.losses(params, batch, query), plain
+
+    try:
+        agree = _agree(task, both, params, batch)
     except Exception as error:
         if out_of_memory(error):
             raise
-        raise ValueError(f"{data.name}: {_cannot(error, 'with exchanged parameters')}") from error
-    if not _close(pure, plain, _LOSSES):
+        raise ValueError(f"{data.name}: {cannot(error, 'with exchanged parameters')}") from error
+    if not agree:
+        pure, plain = both(task.pure.reference(params), params, batch)
         raise ValueError(
             f"{data.name}: with other parameters in their place the losses are not those of the model ("
             f"{pure.flatten()[0].item():.5g}, expected {plain.flatten()[0].item():.5g}): a parameter is kept "
@@ -169,136 +188,60 @@ def _check_agreement(task: Task, data: Samples, query: str | None, batch: Batch,
         )
 
 
+def _check_parameters(task: Task, params: Mapping[str, Tensor]) -> None:
+    """The loss depends on the model's parameters and no others."""
+
+    def strangers() -> list[Tensor]:
+        batch = task.train.batch(task.train.few(_FEW), task.device)
+        model = task.pure.reference(params)
+        with disable_saved_tensors_hooks(_RECOMPUTED):
+            value = objective(task, plain_losses(task, model, task.train, None, batch, grad=True))
+        if any("CheckpointFunction" in node.name() for node in _graph(value)):
+            raise ValueError(f"train: {_RECOMPUTED}")
+        own = {id(parameter) for parameter in model.parameters()}
+        if not value.requires_grad:
+            raise ValueError(
+                "train: the loss does not depend on any parameter that requires a gradient; does it use the model that "
+                "it is handed, and outside of torch.no_grad()?"
+            )
+        return [leaf for leaf in _graph_leaves(value) if id(leaf) not in own]
+
+    found = strangers()
+    # What the loss makes anew each time, such as inputs that it differentiates by, is nobody's parameter.
+    if found and (kept := [leaf for leaf in strangers() if any(leaf is other for other in found)]):
+        raise ValueError(
+            f"train: the loss depends on {len(kept)} tensor(s) that require a gradient and are not parameters of "
+            f"the model it is given (the first of shape {tuple(kept[0].shape)}): register them in the model "
+            "(nn.Parameter, nn.ParameterList), use the model that the loss is handed, or detach them"
+        )
+
+
 def _check_gradients(task: Task, params: Mapping[str, Tensor]) -> None:
     """The gradient of the objective on a few training samples."""
     batch = task.train.batch(task.train.few(_FEW), task.device)
-    model = task.pure.reference(params)
-    with disable_saved_tensors_hooks(_RECOMPUTED):
-        objective = _objective(task, _plain(task, model, task.train, None, batch, grad=True))
-    if any("CheckpointFunction" in node.name() for node in _graph(objective)):
-        raise ValueError(f"train: {_RECOMPUTED}")
-    own = dict(model.named_parameters())
-    if strangers := [leaf for leaf in _graph_leaves(objective) if not any(leaf is tensor for tensor in own.values())]:
-        raise ValueError(
-            f"train: the loss depends on {len(strangers)} tensor(s) that require a gradient and are not parameters of "
-            f"the model it is given (the first of shape {tuple(strangers[0].shape)}): register them in the model "
-            "(nn.Parameter, nn.ParameterList), use the model that the loss is handed, or detach them"
-        )
-    if not objective.requires_grad:
-        raise ValueError(
-            "train: the loss does not depend on any parameter that requires a gradient; does it use the model that it "
-            "is handed, and outside of torch.no_grad()?"
-        )
-    plain = torch.autograd.grad(objective, [own[name] for name in task.trainable], allow_unused=True)
-    leaves = {name: params[name].detach().requires_grad_() for name in task.trainable}
-    with torch.enable_grad():
-        value = _objective(task, task.weighted_losses({**params, **leaves}, batch))
-    pure = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-    for name, ours, theirs in zip(task.trainable, pure, plain, strict=True):
-        expected = torch.zeros_like(leaves[name]) if theirs is None else theirs.to_dense()
-        if not _close(torch.zeros_like(expected) if ours is None else ours, expected, _GRADIENTS):
-            raise ValueError(
-                f"train: the gradient by {name!r} is not that of loss(model, batch).backward(); the model keeps this "
-                "parameter in a place where it cannot be exchanged. Use it as a registered nn.Parameter only"
-            )
 
-
-def _check_curvature(task: Task, params: Mapping[str, Tensor]) -> None:
-    """Hessian products against differences of plain gradients, and gradients against differences of losses.
-
-    In float64 where the model can: there the differences are sharp, and steps so small that no kink is met.
-    """
-    for double in (True, False):
-        steps, tolerance = _DIFFERENCES[double]
-        try:
-            faults = [_disagreement(task, params, step, tolerance, double) for step in steps]
-        except (RuntimeError, TypeError, ValueError) as error:
-            if out_of_memory(error):
-                raise
-            if double:
-                continue  # the model or its data do not know float64
-            raise ValueError(f"train: {_cannot(error, 'twice differentiated')}") from error
-        if all(faults):
-            raise ValueError(
-                f"train: {faults[0]}. Something in the model or the loss is hidden from differentiation "
-                "(torch.no_grad, detach, .data, rounding with a straight-through gradient) or has no second "
-                "derivative, so that curvature and chains would not be those of training. gradient_product, tracin and "
-                "retraining can be used"
-            )
-        return
-
-
-def _disagreement(task: Task, params: Mapping[str, Tensor], step: float, tolerance: float, double: bool) -> str:
-    """What differs, in words; empty if nothing does."""
-    dtype = torch.float64 if double else None
-    batch = task.train.batch(task.train.few(_FEW), task.device)
-    if double:
-        batch, params = tree_map(_double, batch), {name: _double(tensor) for name, tensor in params.items()}
-    names = list(task.trainable)
-    generator = torch.Generator().manual_seed(0)
-    direction = [torch.randn(params[n].shape, generator=generator, dtype=torch.float64).to(params[n]) for n in names]
-    sizes = [step * (params[n].square().mean().sqrt() + 0.01) for n in names]
-    direction = [size * d for size, d in zip(sizes, direction, strict=True)]
-
-    def there(sign: float) -> tuple[float, list[Tensor]]:
-        displaced = {n: params[n] + sign * d for n, d in zip(names, direction, strict=True)}
-        model = task.pure.reference({**params, **displaced}, dtype)
-        value = _objective(task, _plain(task, model, task.train, None, batch, grad=True))
-        if double and value.dtype != torch.float64:
-            raise TypeError("the loss is not computed in float64")
+    def both(model: nn.Module, params: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+        value = objective(task, plain_losses(task, model, task.train, None, batch, grad=True))
         own = dict(model.named_parameters())
-        gradient = torch.autograd.grad(value, [own[n] for n in names], materialize_grads=True, allow_unused=True)
-        return value.item(), [g.to_dense() for g in gradient]
+        leaves = {name: params[name].detach().requires_grad_() for name in task.trainable}
+        with slow_path(), torch.enable_grad():
+            ours = objective(task, task.weighted_losses({**params, **leaves}, batch))
+        return _gradient(ours, leaves), _gradient(value, {name: own[name] for name in task.trainable})
 
-    (up, gradient_up), (down, gradient_down) = there(1.0), there(-1.0)
-    leaves = [params[n].detach().clone().requires_grad_() for n in names]
-    with torch.enable_grad(), plain_attention():
-        value = _objective(task, task.weighted_losses({**params, **dict(zip(names, leaves, strict=True))}, batch))
-        gradient = torch.autograd.grad(value, leaves, create_graph=True, materialize_grads=True, allow_unused=True)
-        along = torch.stack([(g * d).sum() for g, d in zip(gradient, direction, strict=True)]).sum()
-        image = _second(along, leaves)
-    slope, difference = along.item(), (up - down) / 2
-    noise = 1e-12 if double else 1e-5
-    if abs(slope - difference) > tolerance * max(abs(slope), abs(difference)) + noise * abs(up):
-        return f"along a direction the loss changes by {difference:.4g}, by its gradient it should by {slope:.4g}"
-    flat = torch.cat([v.detach().reshape(-1) for v in image])
-    expected = torch.cat([((u - d) / 2).reshape(-1) for u, d in zip(gradient_up, gradient_down, strict=True)])
-    scale = torch.cat([u.reshape(-1) for u in gradient_up]).norm()
-    if (flat - expected).norm() > tolerance * torch.maximum(flat.norm(), expected.norm()) + 100 * noise * scale:
-        error = ((flat - expected).norm() / expected.norm()).item()
-        return f"second derivatives miss the change of the gradient along a direction by {error:.0%}"
-    return ""
+    if not _agree(task, both, params, batch):
+        pure, plain = both(task.pure.reference(params), params, batch)
+        sizes = [params[name].numel() for name in task.trainable]
+        errors = [(a - b).norm().item() for a, b in zip(pure.split(sizes), plain.split(sizes), strict=True)]
+        name = list(task.trainable)[errors.index(max(errors))]
+        raise ValueError(
+            f"train: the gradient by {name!r} is not that of loss(model, batch).backward(); the model keeps this "
+            "parameter in a place where it cannot be exchanged. Use it as a registered nn.Parameter only"
+        )
 
 
-def _second(along: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-    if not along.requires_grad:
-        return [torch.zeros_like(leaf) for leaf in leaves]
-    return list(torch.autograd.grad(along, leaves, materialize_grads=True, allow_unused=True))
-
-
-def _plain(task: Task, model: nn.Module, data: Samples, query: str | None, batch: Batch, grad: bool = False) -> Losses:
-    """The losses as the user's code computes them."""
-    loss = task.loss if query is None else task.query_losses.get(query, task.loss)
-    try:
-        with torch.inference_mode(False), torch.set_grad_enabled(grad):
-            return checked_losses(loss(model, batch))
-    except Exception as error:
-        if out_of_memory(error):
-            raise
-        if isinstance(error, ValueError) and str(error).startswith("the loss returned"):
-            raise ValueError(f"{data.name}: {error}") from None
-        raise ValueError(f"{data.name}: {_cannot(error, '')}") from error
-
-
-def _cannot(error: Exception, how: str) -> str:
-    line = str(error).strip().split("\n")[0]
-    how = f" {how}" if how else ""
-    return f"the loss cannot be evaluated{how}: {type(error).__name__}: {line}"
-
-
-def _objective(task: Task, losses: Losses) -> Tensor:
-    values, weights = task.by_sample(losses)
-    return (weights * values).sum() / weights.sum().clamp(min=1e-30)
+def _gradient(value: Tensor, leaves: Mapping[str, Tensor]) -> Tensor:
+    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return torch.cat([gradient.to_dense().reshape(-1) for gradient in found])
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -324,19 +267,47 @@ def _graph_leaves(value: Tensor) -> list[Tensor]:
 
 
 def _moved(task: Task, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters slightly displaced, the same way each time."""
-    generator = torch.Generator().manual_seed(0)
-    displaced = {}
-    for name in sorted(task.trainable):
-        tensor = params[name]
-        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
-        displaced[name] = tensor + _MOVED * (tensor.square().mean().sqrt() + 0.01) * noise
-    return {**params, **displaced}
+    """The parameters slightly displaced, the same way each time; less far where the losses do not exist there."""
+    moved = dict(params)
+    for size in _MOVED:
+        generator = torch.Generator().manual_seed(0)
+        for name in sorted(task.trainable):
+            tensor = params[name]
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+            moved[name] = tensor + size * (tensor.square().mean().sqrt() + 0.01) * noise
+        if _finite(task, moved):
+            break
+    return moved
 
 
-def _double(leaf: Any) -> Any:
-    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+def _finite(task: Task, params: Mapping[str, Tensor]) -> bool:
+    model = task.pure.reference(params)
+    try:
+        values = [plain_losses(task, model, *which).values for which in _few(task)]
+    except ValueError:  # arguments out of range, for instance
+        return False
+    return all(bool(torch.isfinite(v).all()) for v in values)
+
+
+def _agree(task: Task, pair: Pair, params: Mapping[str, Tensor], batch: Batch) -> bool:
+    """Whether two things are equal but for rounding."""
+    single = pair(task.pure.reference(params), params, batch)
+    if _close(*single, _SAME):
+        return True
+    try:
+        with InDouble():
+            params = doubled(dict(params))
+            double = pair(task.pure.reference(params, torch.float64), params, doubled(batch))
+    except (RuntimeError, TypeError, ValueError) as error:
+        if out_of_memory(error):
+            raise
+        return _close(*single, _ALIKE)
+    return _close(*double, _SAME_IN_DOUBLE)
 
 
 def _close(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
-    return bool((ours - theirs).norm() <= tolerance * theirs.norm() + 1e-6 * max(1.0, theirs.numel() ** 0.5) * 1e-2)
+    return bool((ours - theirs).norm() <= tolerance * theirs.norm() + 1e-8 * theirs.numel() ** 0.5)
+
+
+def _identical(ours: Tensor, theirs: Tensor) -> bool:
+    return bool(((ours == theirs) | ((ours != ours) & (theirs != theirs))).all())

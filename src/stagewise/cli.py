@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,6 +26,11 @@ app = typer.Typer(
 )
 console = Console(stderr=False)
 
+_LESS_MEMORY = (
+    "Lower workers, the Task's forward_batch or sampling.chains (other chains need another run folder); what is "
+    "complete is kept"
+)
+
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change a setting, e.g. `-s sampling.draws=200`."),
@@ -42,7 +48,7 @@ def demo(
     from stagewise.studies.digits.study import demo as settings
 
     with _readable_errors():
-        _run(settings(out), dry_run)
+        _run(settings(out.expanduser()), dry_run)
 
 
 @app.command()
@@ -81,6 +87,7 @@ def study(
         if name not in STUDIES:
             raise ValueError(f"there is no study {name!r}; there are: {', '.join(STUDIES)}")
         quiet_vmap()
+        out = out.expanduser()  # the shell leaves the ~ of --out=~/runs as it is
         if dry_run:
             for text in STUDIES[name].cost(out / name):
                 console.print(text, highlight=False, markup=False)
@@ -107,6 +114,8 @@ def doctor(folder: RunFolder) -> None:
         console.print(table)
         for line in verdicts.advice:
             console.print(line, highlight=False, markup=False)
+        if verdicts.replay:
+            console.print(f"retraining: {verdicts.replay}", highlight=False, markup=False)
 
 
 @app.command()
@@ -125,8 +134,7 @@ def config(
     overrides: Overrides = None,
 ) -> None:
     """Check a configuration and show it with every default filled in; without CONFIG, list all settings."""
-    import yaml
-
+    from stagewise.run import yaml12
     from stagewise.run.config import describe, load_config, plain
 
     with _readable_errors():
@@ -134,12 +142,12 @@ def config(
             console.print(describe(), highlight=False, markup=False)
         else:
             settings = plain(load_config(path, overrides or ()))
-            console.print(yaml.safe_dump(settings, sort_keys=False), highlight=False, markup=False)
+            console.print(yaml12.dump(settings), highlight=False, markup=False)
 
 
 def _run(settings: RunConfig, dry_run: bool) -> None:
     """Predict the cost of a configuration or carry it out, and say what was found."""
-    from stagewise.report.findings import findings
+    from stagewise.reporting.findings import findings
     from stagewise.run.cost import estimate
     from stagewise.run.engine import quiet_vmap
     from stagewise.run.pipeline import run as carry_out
@@ -167,9 +175,27 @@ def _readable_errors() -> Iterator[None]:
     """Faults of input end with their message and code 1; anything else is a bug and keeps its traceback."""
     try:
         yield
-    except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+    except Exception as error:
+        message = _explained(error)
+        if message is None:
+            raise
+        Console(stderr=True).print(f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
+
+
+def _explained(error: Exception) -> str | None:
+    """What a person can do something about, in a line; None if it is a bug of stagewise."""
+    from stagewise.memory import out_of_memory
+    from stagewise.run.task_file import in_one_line, place_in_task_file
+    from stagewise.traces.lock import RunLockedError
+
+    if out_of_memory(error):
+        return f"memory ran out ({in_one_line(error)}). {_LESS_MEMORY}"
+    if isinstance(error, BrokenProcessPool):
+        return f"a worker process was killed, most likely because memory ran out. {_LESS_MEMORY}"
+    if place := place_in_task_file(error):
+        return f"{place}: {in_one_line(error)}"
+    return str(error) if isinstance(error, ValueError | OSError | RunLockedError) else None
 
 
 if __name__ == "__main__":

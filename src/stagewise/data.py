@@ -49,9 +49,9 @@ class Samples:
 
     def __init__(self, data: Any, name: str = "data", collate: Collate | None = None) -> None:
         if isinstance(data, Samples):
-            data, collate = data.source, collate or data.collate
+            self.__dict__.update(data.__dict__, name=name)
+            return
         self.name = name
-        self.source: Any = data
         self.collate = collate
         self._rows: Tensor | None = None
         columns = _as_columns(data)

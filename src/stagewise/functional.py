@@ -35,6 +35,7 @@ class PureModel:
         trainable: the parameters that require a gradient.
         persistent: names in the model's ``state_dict``, tied ones once.
         canonical: every name a tensor has (tied weights have several) to the one used here.
+        padding: rows of embeddings that have no gradient by their definition (``padding_idx``), by parameter name.
 
     Raises:
         ValueError: the model is TorchScript, has lazy parameters, or cannot be copied.
@@ -59,6 +60,11 @@ class PureModel:
             if id(tensor) in names:
                 self._places.setdefault(names[id(tensor)], []).append((holder, key))
         self.trainable = {name: t for name, t in self.module.named_parameters() if t.requires_grad}
+        self.padding = {
+            names[id(module.weight)]: module.padding_idx
+            for module in self.module.modules()
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None
+        }
         kept = self.module.state_dict(keep_vars=True)
         self.persistent = {self.canonical[name] for name in kept if name in self.canonical}
 

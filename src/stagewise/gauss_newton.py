@@ -91,6 +91,15 @@ class _StandIn:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
+    def __getitem__(self, key: Any) -> Any:
+        return self._model[key]
+
+    def __iter__(self) -> Any:
+        return iter(self._model)
+
+    def __len__(self) -> int:
+        return len(self._model)
+
 
 def _outputs(point: Point, u: Tensor, batch: Batch) -> Any:
     """What the model returns inside the loss."""

@@ -1,13 +1,19 @@
-"""Is it the memory that ran out? The answer to that is never to try another way in silence."""
+"""Running out of memory, under all the names it has."""
 
 from __future__ import annotations
 
+import errno
+
 import torch
+
+# Of RuntimeErrors: CUDA and MPS, the CPU's allocator on Linux and on Windows, cuBLAS and cuDNN.
+_PHRASES = ("out of memory", "can't allocate memory", "not enough memory", "_alloc_failed")
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on whatever device."""
-    said = str(error).lower()
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
-    )
+    """Whether an error says that memory did not suffice; PyTorch often says it by a plain RuntimeError."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in _PHRASES)

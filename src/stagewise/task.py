@@ -7,15 +7,15 @@ the rest of the package ever sees a model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stagewise.checkpoint import Checkpoint, CheckpointError
+from stagewise.checkpoint import Checkpoint
 from stagewise.data import Batch, Collate, Samples
+from stagewise.fitting import fitted
 from stagewise.functional import PureModel
 from stagewise.layers import in_train_mode
 
@@ -27,8 +27,6 @@ Loss = Callable[[Any, Batch], Any]
 Params = Mapping[str, Tensor]
 
 Objective = Literal["samples", "tokens"]
-
-_WRAPPERS = ("module.", "_orig_mod.")
 
 
 class Losses(NamedTuple):
@@ -206,69 +204,12 @@ class Task:
         return weights / torch.where(total > 0, total, 1.0)
 
     def fitted(self, checkpoint: Checkpoint) -> Checkpoint:
-        """The checkpoint as this model needs it: its names, its device, nothing missing.
-
-        Any name of a tied weight will do (several if they are equal), and the prefixes of ``torch.compile`` and data
-        parallelism are taken off. Persistent buffers are required, others come from the model.
+        """The checkpoint as this model needs it, see :func:`stagewise.fitting.fitted`.
 
         Raises:
             CheckpointError: parameters or buffers are missing, unknown, or of another shape or a wider type.
         """
-        where = f"checkpoint at step {checkpoint.step}"
-        own, model = self._own_names(checkpoint, where), self.pure.state
-        for name, first in own.items():
-            tensor, expected = checkpoint.params[name], model[first]
-            if tensor.shape != expected.shape:
-                raise CheckpointError(
-                    f"{where}: {name!r} has shape {tuple(tensor.shape)}, the model expects {tuple(expected.shape)}"
-                )
-            wide = torch.promote_types(expected.dtype, torch.float32) if tensor.is_floating_point() else expected.dtype
-            if torch.promote_types(tensor.dtype, wide) != wide:
-                raise CheckpointError(
-                    f"{where}: {name!r} is {tensor.dtype}, the model's is {expected.dtype}; build the Task with a "
-                    "model of the checkpoint's type (e.g. model.double())"
-                )
-        present = set(own.values())
-        lacking = [n for n in model if n not in present and (n in self.pure.persistent or _is_parameter(model[n]))]
-        if lacking:
-            kind = "parameter" if _is_parameter(model[lacking[0]]) else "buffer"
-            raise CheckpointError(
-                f"{where} lacks {kind} {_some(lacking)}; is it of another model? Save the whole model.state_dict(), "
-                "in which running statistics are too"
-            )
-        fitted = checkpoint.renamed(self._all_names(checkpoint, own))
-        state = self.state() | dict(fitted.params)
-        params = {name: self._placed(state[name], model[name]) for name in model}
-        return replace(fitted, params=params)
-
-    def _own_names(self, checkpoint: Checkpoint, where: str) -> dict[str, str]:
-        """The checkpoint's names of the model's tensors, to ours."""
-        names = {name: _bare(name, self.pure.canonical) for name in checkpoint.params}
-        if unknown := [name for name, bare in names.items() if bare not in self.pure.canonical]:
-            raise CheckpointError(f"{where} has {_some(unknown)}, which the model does not; is it of another model?")
-        own = {name: self.pure.canonical[bare] for name, bare in names.items()}
-        first: dict[str, str] = {}
-        for name, ours in own.items():
-            other = first.setdefault(ours, name)
-            if not torch.equal(checkpoint.params[name], checkpoint.params[other]):
-                raise CheckpointError(
-                    f"{where}: {other!r} and {name!r} are one tensor of the model, but differ in the checkpoint; is it "
-                    "of a model whose weights are not tied?"
-                )
-        return {name: ours for name, ours in own.items() if first[ours] == name}
-
-    def _all_names(self, checkpoint: Checkpoint, own: Mapping[str, str]) -> dict[str, str]:
-        """The same for everything the optimiser remembers, which may know a tied weight by another name."""
-        optimizer = checkpoint.optimizer
-        remembered = [*checkpoint.first_moment, *checkpoint.second_moment, *checkpoint.update_counts]
-        remembered += [name for group in optimizer.groups for name in group.names] if optimizer else []
-        bare = {name: _bare(name, self.pure.canonical) for name in remembered}
-        known = {name: self.pure.canonical[n] for name, n in bare.items() if n in self.pure.canonical}
-        return known | dict(own)
-
-    def _placed(self, tensor: Tensor, like: Tensor) -> Tensor:
-        dtype = torch.promote_types(like.dtype, torch.float32) if like.is_floating_point() else like.dtype
-        return tensor.detach().to(self.device, dtype)
+        return fitted(self.pure, checkpoint)
 
 
 def checked_losses(result: Any) -> Losses:
@@ -295,19 +236,6 @@ def checked_losses(result: Any) -> Losses:
 
 def _is_name(name: Any) -> bool:
     return isinstance(name, str) and bool(name.strip()) and "/" not in name
-
-
-def _is_parameter(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.Parameter)
-
-
-def _bare(name: str, known: Mapping[str, str]) -> str:
-    """The name without the wrappers' prefixes, wherever they stand."""
-    bare = name
-    for prefix in _WRAPPERS:
-        if bare not in known:
-            bare = bare.replace(prefix, "")
-    return bare
 
 
 def _refuse_train_mode(model: nn.Module) -> None:
@@ -347,8 +275,3 @@ def _indices(candidates: Any, n: int) -> Tensor:
     if len(set(chosen.tolist())) != len(chosen):
         raise ValueError("candidates: every training sample can be named once only")
     return chosen.long().sort().values
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -35,15 +35,6 @@ RECORDED = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are tiny: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_model() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.ReLU(), nn.Linear(8, 3)).double()
@@ -190,36 +181,17 @@ def test_frozen_parameters_are_kept_without_moments(tmp_path):
     assert set(checkpoint.second_moment) == {"1.weight", "1.bias", "4.weight", "4.bias"}
 
 
-def scheduled_rates(tmp_path, factors: list[float]) -> list[float | None]:
-    model = nn.Linear(2, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factors[step])
-    record = Recorder(tmp_path, model, optimizer, steps=range(len(factors)))
-    record(0)
-    for step in range(1, len(factors)):
-        optimizer.step()
-        scheduler.step()
-        record(step)
-    run = Trajectory.from_directory(tmp_path)
-    rules = [run.load(step).optimizer for step in run.steps]
-    return [rule and rule.learning_rate for rule in rules]
-
-
-def test_the_learning_rate_is_that_of_the_next_update_and_at_the_end_of_a_schedule_of_the_last(tmp_path):
-    assert scheduled_rates(tmp_path, [1.0, 0.5, 0.25, 0.0]) == [1.0, 0.5, 0.25, 0.25]
-
-
-def test_a_warm_up_from_zero_has_no_update_rule_before_it_and_says_so(tmp_path):
-    with pytest.warns(UserWarning, match="learning rate at step 0 is 0: recorded without the optimizer"):
-        assert scheduled_rates(tmp_path, [0.0, 0.5, 1.0]) == [None, 0.5, 1.0]
-
-
 @pytest.mark.parametrize(
     ("make", "name"),
     [
         (lambda p: torch.optim.RMSprop(p, lr=0.1), "RMSprop"),
         (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True), r"SGD\(nesterov=True\)"),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.1), r"SGD\(dampening=0.1\)"),
+        (lambda p: torch.optim.SGD(p, lr=0.1, maximize=True), r"SGD\(maximize=True\)"),
         (lambda p: torch.optim.Adam(p, amsgrad=True), r"Adam\(amsgrad=True\)"),
+        (lambda p: torch.optim.AdamW(p, maximize=True), r"AdamW\(maximize=True\)"),
+        (lambda p: torch.optim.NAdam(p), "NAdam"),
+        (lambda p: torch.optim.Adagrad(p), "Adagrad"),
         (lambda p: type("MyAdam", (torch.optim.Adam,), {})(p), "MyAdam"),
     ],
 )
@@ -241,54 +213,6 @@ def test_weights_alone_are_recorded_without_complaint_when_asked_for(tmp_path):
         warnings.simplefilter("error")
         Recorder(tmp_path, model, None, steps=[0])(0)
     assert Trajectory.from_directory(tmp_path).load(0).optimizer is None
-
-
-def groups(model: nn.Module, **second) -> list[dict]:
-    return [{"params": [model[0].weight]}, {"params": [model[0].bias], **second}]
-
-
-@pytest.mark.parametrize(("key", "value"), [("lr", 0.2), ("betas", (0.5, 0.9)), ("eps", 1e-3)])
-def test_parameter_groups_that_one_rule_cannot_describe_are_refused_at_once(tmp_path, key, value):
-    model = make_model()
-    optimizer = torch.optim.Adam(groups(model, **{key: value}), lr=0.1)
-    with pytest.raises(ValueError, match=rf"parameter groups disagree on {key}: .* and \(?{value}"[:60]):
-        Recorder(tmp_path, model, optimizer, steps=[0])
-
-
-def test_groups_that_a_schedule_drives_apart_are_refused_when_saved(tmp_path):
-    model = make_model()
-    optimizer = torch.optim.SGD(groups(model), lr=0.1)
-    record = Recorder(tmp_path, model, optimizer, steps=[1, 2])
-    record(1)
-    optimizer.param_groups[1]["lr"] = 0.3
-    with pytest.raises(ValueError, match=r"parameter groups disagree on lr: 0\.1 and 0.3"):
-        record(2)
-    assert list(scan(tmp_path)) == [1]
-
-
-def test_weight_decay_is_that_of_most_parameters_and_says_so(tmp_path):
-    model = make_model()
-    optimizer = torch.optim.AdamW(groups(model, weight_decay=0.0), weight_decay=0.1)
-    with pytest.warns(UserWarning, match=r"by parameter group: \[0.0, 0.1\]; recorded 0.1"):
-        Recorder(tmp_path, model, optimizer, steps=[0])(0)
-    assert Trajectory.from_directory(tmp_path).load(0).optimizer.weight_decay == 0.1
-
-
-def test_steps_off_by_one_are_noticed_where_the_optimizer_counts(tmp_path):
-    model = make_model()
-    optimizer = torch.optim.Adam(model.parameters())
-    record = Recorder(tmp_path, model, optimizer, steps=[0, 1])
-    update(model, optimizer)
-    with pytest.warns(UserWarning, match=r"own count of updates is \+1 from the recorder's step"):
-        record(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        record(1)
-
-
-def test_an_optimizer_of_another_model_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="updates no parameter of this model"):
-        Recorder(tmp_path, make_model(), torch.optim.Adam(make_model().parameters()), steps=[0])
 
 
 @pytest.mark.parametrize(

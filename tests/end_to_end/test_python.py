@@ -9,6 +9,7 @@ def test_prediction_and_measurement_meet_by_label(tmp_path):
     write_run(tmp_path)
     run, study = sw.Trajectory.from_directory(tmp_path / "checkpoints"), task()
     traces = sw.sample(study, run, posterior=sw.LocalPosterior(window=10), chains=4, draws=40, out=tmp_path / "a")
+    assert sw.diagnose_run(str(tmp_path / "a")).identical(sw.diagnose_run(traces))
     influence = sw.bif(traces)
     assert influence["train"].values.tolist() == ["class 0", "class 1"]
     assert all(event.train in influence["train"] for event in sw.events(influence))

@@ -41,7 +41,6 @@ def test_killed_run_resumes_to_the_same_bits(tmp_path, workers):
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
         )
         lines = moments.randint(2, 4) if kills < 3 else 10**9
         for number, _ in enumerate(process.stdout, start=1):

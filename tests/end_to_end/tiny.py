@@ -55,7 +55,7 @@ def write_run(folder: Path, **changes) -> Path:
         "out": "run",
         "posterior": {"window": 10},
         "sampling": {"chains": 4, "draws": 40, "batching": "stacked"},
-        "retraining": {"orders": 2},
+        "retraining": {"repeats": 2},
         "workers": 1,
     } | changes
     path = folder / "config.yaml"

@@ -67,7 +67,7 @@ def test_a_query_set_of_the_training_samples_is_marked_whatever_object_holds_it(
     x, y = (torch.from_numpy(a) for a in (problem.x, problem.y))
     copies = {"same": (x.clone(), y.clone()), "other": (x, y + 1), "shorter": (x[:5], y[:5])}
     task = Task(problem.task.model, problem.task.loss, train=(x, y), queries=copies)
-    plan = Chains(chains=2, draws=2, burn_in=1, thinning=1)
-    cell = sample_block(task, problem.trajectory().load(10), LocalPosterior(window=20), plan)
+    sampling = Chains(chains=2, draws=2, burn_in=1, thinning=1)
+    cell = sample_block(task, problem.trajectory().load(10), LocalPosterior(window=20), sampling)
     marks = {name: bool(cell[f"queries/{name}"].attrs["is_training_set"]) for name in copies}
     assert marks == {"same": True, "other": False, "shorter": False}

@@ -79,8 +79,8 @@ def test_even_part_is_refused_where_it_would_be_of_another_law_or_cannot_be_form
 def test_real_chains_on_a_slope_count_curvature_if_centred_and_otherwise_also_the_loss_gained_downhill(centred):
     problem = Regression.random(n=12)
     posterior = LocalPosterior(gamma=20.0, n_beta=60.0, centred=centred)
-    plan = Chains(chains=64, draws=128, reflect=False)
-    cell = sample_block(problem.task, problem.trajectory().load(10), posterior, plan)
+    sampling = Chains(chains=64, draws=128, reflect=False)
+    cell = sample_block(problem.task, problem.trajectory().load(10), posterior, sampling)
     curvature = 60.0 * np.linalg.eigvalsh(problem.hessian)
     exact = 0.5 * (curvature / (curvature + 20.0)).sum()
     if not centred:

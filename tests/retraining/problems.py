@@ -53,11 +53,14 @@ class Regression:
         return (0.5 * (self.xq @ w - self.yq) ** 2).reshape(3, 3).mean(1)
 
 
-def classifier(dtype=torch.float64):
+def classifier(dtype=torch.float64, frozen=None, model=None):
+    """Classes of 90 points in 6 dimensions; ``frozen`` is the number of a layer that does not move."""
     generator = torch.Generator().manual_seed(1)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+    model = (model or nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))).to(dtype)
     for parameter in model.parameters():
         parameter.data = 0.4 * torch.randn(parameter.shape, generator=generator, dtype=dtype)
+    if frozen is not None:
+        model[frozen].requires_grad_(False)
     y = torch.arange(90) % 3
     x = torch.randn(90, 6, generator=generator, dtype=dtype) + nn.functional.one_hot(y, 6)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from problems import LABELS, RATE, D, N, Regression, classifier, squared_error
 
-from stagewise.checkpoint import Checkpoint, CheckpointError, Optimizer
+from stagewise.checkpoint import Checkpoint, Optimizer
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.schedule import BatchOrder
@@ -56,9 +56,9 @@ def recorded(task, steps=(10, 30), order=ORDER):
 
 
 @pytest.mark.parametrize("batching", ["stacked", "loop"])
-def test_weight_one_has_exactly_no_effect_because_runs_are_paired(batching):
+def test_weight_one_has_exactly_no_effect_because_replays_are_paired(batching):
     task = classifier(torch.float32)
-    got = window_ablation(task, recorded(task), window=20, weight=1.0, orders=2, batching=batching)
+    got = window_ablation(task, recorded(task), window=20, weight=1.0, repeats=2, batching=batching)
     assert not got.effect.values.any()
     assert not got.effect_stderr.values.any()
 
@@ -70,7 +70,7 @@ def test_the_unchanged_run_is_the_recorded_one_when_its_order_is_given():
     fresh = window_ablation(task, trajectory, window=20, steps=[10], weight=0.0)
 
     def loss_of_class(params, label):
-        losses = task.losses(params, task.queries["val"].batch(slice(None)))
+        losses = task.losses(params, task.queries["val"].batch(slice(None))).values
         return losses[torch.from_numpy(task.query_groups["val"] == label)].mean().item()
 
     without = train_without_class(task, trajectory.load(10), "2", 20)
@@ -91,14 +91,13 @@ def train_without_class(task, checkpoint, label, window):
     for step in range(checkpoint.step, checkpoint.step + window):
         index = ORDER(step)
         adam.zero_grad()
-        ((keep[index] * task.losses(params, task.train.batch(index))).sum() / len(index)).backward()
+        ((keep[index] * task.losses(params, task.train.batch(index)).values).sum() / len(index)).backward()
         adam.step()
     return {name: tensor.detach() for name, tensor in params.items()}
 
 
 def test_frozen_parameters_are_the_checkpoints_in_training_and_in_evaluation():
-    task = classifier()
-    task.model[0].requires_grad_(False)
+    task = classifier(frozen=0)
     elsewhere = {name: tensor + 0.3 for name, tensor in task.state().items()}
     trajectory = Trajectory.from_checkpoints([Checkpoint(0, elsewhere, replace(ADAM, batch_size=16))])
     got = window_ablation(task, trajectory, window=5)
@@ -109,9 +108,9 @@ def test_frozen_parameters_are_the_checkpoints_in_training_and_in_evaluation():
 def test_several_orders_are_averaged_with_their_standard_error():
     task = classifier()
     trajectory = recorded(task, (10,))
-    got = window_ablation(task, trajectory, window=8, orders=4, order=ORDER, seed=1)
-    again = window_ablation(task, trajectory, window=8, orders=4, order=ORDER, seed=1)
-    other = window_ablation(task, trajectory, window=8, orders=4, order=ORDER, seed=2)
+    got = window_ablation(task, trajectory, window=8, repeats=4, order=ORDER, seed=1)
+    again = window_ablation(task, trajectory, window=8, repeats=4, order=ORDER, seed=1)
+    other = window_ablation(task, trajectory, window=8, repeats=4, order=ORDER, seed=2)
     np.testing.assert_array_equal(got.effect, again.effect)
     assert not np.allclose(got.effect, other.effect, rtol=1e-6)
     assert (got.effect_stderr > 0).all()
@@ -125,16 +124,16 @@ def test_several_orders_are_averaged_with_their_standard_error():
 
 def test_a_full_batch_has_one_order_and_no_spread():
     task = classifier()
-    got = window_ablation(task, recorded(task, (10,), BatchOrder(60)), window=5, orders=3)
+    got = window_ablation(task, recorded(task, (10,), BatchOrder(60)), window=5, repeats=3)
     assert "effect_stderr" not in got
-    assert got.attrs["orders"] == 1
+    assert got.attrs["repeats"] == 1
 
 
 def test_trained_in_small_stacks_the_effects_are_the_same():
     task = classifier()
     trajectory = recorded(task)
     whole = window_ablation(task, trajectory, window=6, groups=np.arange(60) % 7)
-    parts = window_ablation(task, trajectory, window=6, groups=np.arange(60) % 7, max_runs=3)
+    parts = window_ablation(task, trajectory, window=6, groups=np.arange(60) % 7, max_replays=3)
     np.testing.assert_allclose(parts.effect, whole.effect, rtol=1e-8, atol=1e-14)
 
 
@@ -150,7 +149,7 @@ def test_labels_sizes_and_attributes_name_what_was_measured():
     assert got.train_size.dims == ("train",)
     assert got["query"].values.tolist() == ["0", "1", "2"]
     assert got.attrs["sign"] == "positive = helpful"
-    assert got.effect.attrs["unit"] == "nats"
+    assert got.effect.attrs["units"] == "nats"
     assert calls == [(1, 2), (2, 2)]
 
 
@@ -194,11 +193,11 @@ def test_steps_that_were_not_recorded_are_refused(steps):
 
 def test_a_checkpoint_of_another_model_is_refused():
     problem = Regression()
-    with pytest.raises(CheckpointError, match="shape"):
+    with pytest.raises(ValueError, match="shape"):
         window_ablation(problem.task, problem.trajectory(np.zeros(D + 1)), window=3)
 
 
-@pytest.mark.parametrize("wrong", [{"window": 0}, {"orders": 0}, {"max_runs": 1}])
+@pytest.mark.parametrize("wrong", [{"window": 0}, {"repeats": 0}, {"max_replays": 1}])
 def test_impossible_settings_are_refused(wrong):
     problem = Regression()
     with pytest.raises(ValueError, match="need window >= 1"):

@@ -9,7 +9,7 @@ from stagewise.retraining.leave_out import leave_out, retrain
 from stagewise.retraining.schedule import BatchOrder, Schedule
 from stagewise.retraining.scores import measured_influence
 
-TRAINS, QUERIES, RUNS, STEPS = list("abcdefgh"), ["p", "q", "r"], 40, [0, 10]
+TRAINS, QUERIES, REPLAYS, STEPS = list("abcdefgh"), ["p", "q", "r"], 40, [0, 10]
 
 
 def random(seed=0):
@@ -27,15 +27,15 @@ def attribution(seed=0, queries=QUERIES, size=3):
     return xr.Dataset({"value": (("step", "train", "query"), value)}, coords)
 
 
-def subsets(seed=1, runs=RUNS):
-    return xr.DataArray(random(seed).random((runs, len(TRAINS))) < 0.6, {"train": TRAINS}, ("run", "train"))
+def subsets(seed=1, replays=REPLAYS):
+    return xr.DataArray(random(seed).random((replays, len(TRAINS))) < 0.6, {"train": TRAINS}, ("replay", "train"))
 
 
 def additive(given, kept):
     """Losses to which every sample that is left out adds minus its influence."""
     effect = -given.value * given.train_size
     losses = 5 + (~kept).astype(float).dot(effect, dim="train")
-    return losses.transpose("step", "run", "query")
+    return losses.transpose("step", "replay", "query")
 
 
 def test_additive_losses_score_one_with_certainty_and_with_the_wrong_sign_minus_one():
@@ -58,7 +58,7 @@ def test_an_unrelated_attribution_scores_near_zero_and_the_interval_covers_zero_
     covered = []
     for seed in range(40):
         given, kept = attribution(seed), subsets(100 + seed)
-        losses = additive(given, kept).copy(data=random(200 + seed).normal(size=(2, RUNS, 3)))
+        losses = additive(given, kept).copy(data=random(200 + seed).normal(size=(2, REPLAYS, 3)))
         got = lds(given, losses, kept, resamples=300)
         covered += ((got.lds_lower <= 0) & (got.lds_upper >= 0)).values.tolist()
         assert (abs(got.lds) < 0.5).all()
@@ -77,19 +77,19 @@ def test_it_is_scipys_spearman_averaged_over_queries_at_each_step_also_with_ties
     assert (got.lds < got.lds_upper).all()
 
 
-def test_the_bootstrap_is_that_of_runs_and_queries_drawn_one_by_one():
+def test_the_bootstrap_is_that_of_replays_and_queries_drawn_one_by_one():
     given, kept = attribution(), subsets()
     exact = additive(given, kept)
     losses = exact + random(3).normal(size=exact.shape) * 5
     got, draw, slow = lds(given, losses, kept, resamples=4000), random(7), []
     for _ in range(1000):
-        runs, queries = draw.integers(RUNS, size=RUNS), draw.integers(3, size=3)
+        runs, queries = draw.integers(REPLAYS, size=REPLAYS), draw.integers(3, size=3)
         slow.append(np.mean([spearmanr(exact[0, runs, q], losses[0, runs, q])[0] for q in queries]))
     lower, upper = np.quantile(slow, [0.025, 0.975])
     np.testing.assert_allclose([got.lds_lower[0], got.lds_upper[0]], [lower, upper], atol=0.03)
 
 
-def test_runs_that_never_learnt_the_query_do_not_count_for_it():
+def test_replays_that_never_learnt_the_query_do_not_count_for_it():
     given, kept = attribution(queries=["a", "b", "other"]), subsets()
     losses = additive(given, kept)
     for query in "ab":  # without its data the query's loss is another story
@@ -108,7 +108,9 @@ def test_queries_that_do_not_vary_are_left_out_of_the_mean_and_counted():
     losses = additive(given, kept)
     losses.loc[{"query": "p", "step": 0}] = 0.1
     # The same for all: predictions differ by rounding only between subsets of one size.
-    equal = xr.DataArray([np.roll([True] * 5 + [False] * 3, k) for k in range(8)], {"train": TRAINS}, ("run", "train"))
+    equal = xr.DataArray(
+        [np.roll([True] * 5 + [False] * 3, k) for k in range(8)], {"train": TRAINS}, ("replay", "train")
+    )
     got = lds(given, losses, kept)
     assert got["queries"].values.tolist() == [2, 3]
     np.testing.assert_allclose(got.lds, 1, rtol=1e-12)
@@ -132,7 +134,7 @@ def test_labels_not_positions_decide_what_is_compared():
 def test_retrained_subsets_of_a_regression_are_ordered_by_their_measured_influence():
     problem, order = Regression(train_groups=None), BatchOrder(N)
     start = problem.trajectory(np.array([1.0, -0.5, 2.0, 0.3]), 0).load(0)
-    kept = xr.DataArray(random(0).random((30, N)) < 0.9, {"train": [str(i) for i in range(N)]}, ("run", "train"))
+    kept = xr.DataArray(random(0).random((30, N)) < 0.9, {"train": [str(i) for i in range(N)]}, ("replay", "train"))
     runs = [Schedule.whole_run(np.flatnonzero(~row), 0.0) for row in kept.values]
     losses = retrain(problem.task, start, runs, order, [5, 20])
     influence = measured_influence(leave_out(problem.task, start, order, [5, 20]))
@@ -149,12 +151,12 @@ def test_what_does_not_match_is_named():
         lds(given.drop_sel({"query": ["p"]}), losses, kept)
     with pytest.raises(ValueError, match=r"attribution lacks train \['c'\]"):
         lds(given.drop_sel(train=["c"]), losses, kept)
-    with pytest.raises(ValueError, match=r"which runs have kept train \['c'\]"):
+    with pytest.raises(ValueError, match=r"which replays have kept train \['c'\]"):
         lds(given, losses, kept.drop_sel(train=["c"]))
-    with pytest.raises(ValueError, match="40 runs, but kept has 39"):
+    with pytest.raises(ValueError, match="40 replays, but kept has 39"):
         lds(given, losses, kept[1:])
     with pytest.raises(ValueError, match="kept must have dims"):
-        lds(given, losses, kept.rename(run="subset"))
+        lds(given, losses, kept.rename(replay="subset"))
     losses[1, 2, 0] = np.nan
     with pytest.raises(ValueError, match=r"steps \[10\] are not finite"):
         lds(given, losses, kept)
@@ -163,7 +165,7 @@ def test_what_does_not_match_is_named():
 def test_a_query_scores_the_same_with_one_query_set_as_with_two():
     bare = ["a", "b", "other"]
     given, kept = attribution(queries=bare), subsets()
-    losses = additive(given, kept) + random(3).normal(size=(2, RUNS, 3)) * 5
+    losses = additive(given, kept) + random(3).normal(size=(2, REPLAYS, 3)) * 5
     for query in "ab":  # without its data the query's loss is another story
         gone = ~kept.sel(train=query).values
         losses.loc[{"query": query}] = np.where(gone, -100 * losses.sel(query=query), losses.sel(query=query))
@@ -178,20 +180,20 @@ def test_a_query_scores_the_same_with_one_query_set_as_with_two():
     np.testing.assert_allclose(two.lds, one.lds, rtol=1e-12)
 
 
-def test_runs_are_paired_by_their_names_where_both_have_names_and_a_missing_one_is_named():
-    given, kept = attribution(), subsets().assign_coords(run=[f"run {k}" for k in range(RUNS)])
+def test_replays_are_paired_by_their_names_where_both_have_names_and_a_missing_one_is_named():
+    given, kept = attribution(), subsets().assign_coords(replay=[f"replay {k}" for k in range(REPLAYS)])
     losses = additive(given, kept)
-    shuffled = kept.isel(run=random(5).permutation(RUNS))
+    shuffled = kept.isel(replay=random(5).permutation(REPLAYS))
     np.testing.assert_allclose(lds(given, losses, shuffled).lds, 1, rtol=1e-12)
-    np.testing.assert_allclose(lds(given, losses.isel(run=slice(9, 20)), shuffled).lds, 1, rtol=1e-12)
-    unnamed = losses.drop_vars("run")
+    np.testing.assert_allclose(lds(given, losses.isel(replay=slice(9, 20)), shuffled).lds, 1, rtol=1e-12)
+    unnamed = losses.drop_vars("replay")
     np.testing.assert_allclose(lds(given, unnamed, kept).lds, 1, rtol=1e-12)
-    with pytest.raises(ValueError, match=r"kept lacks run \['run 3'\] of the losses"):
-        lds(given, losses, kept.drop_sel(run=["run 3"]))
+    with pytest.raises(ValueError, match=r"kept lacks replay \['replay 3'\] of the losses"):
+        lds(given, losses, kept.drop_sel(replay=["replay 3"]))
 
 
-def test_so_few_runs_that_their_bootstrap_has_no_width_are_refused():
-    given, kept = attribution(), subsets(runs=4)
+def test_so_few_replays_that_their_bootstrap_has_no_width_are_refused():
+    given, kept = attribution(), subsets(replays=4)
     lds(given, additive(given, kept), kept)
-    with pytest.raises(ValueError, match=r"got 3 runs, expected 4 or more.*retrain more subsets"):
+    with pytest.raises(ValueError, match=r"got 3 replays, expected 4 or more.*retrain more subsets"):
         lds(given, additive(given, kept)[:, :3], kept[:3])

@@ -60,7 +60,7 @@ def test_the_result_has_the_form_of_a_window_ablation_so_that_both_go_to_the_sam
     whole = leave_out(task, start, order, [16], weight=0.5)
     assert whole.effect.dims == window.effect.dims
     assert set(whole.coords) == set(window.coords)
-    assert set(window.attrs) - set(whole.attrs) == {"window", "orders"}
+    assert set(window.attrs) - set(whole.attrs) == {"window", "repeats", "omitted"}
     assert whole.effect.attrs == window.effect.attrs
     # A window that is as long as the run is the whole run.
     np.testing.assert_allclose(whole.effect[0], window.effect[0], rtol=1e-10)
@@ -71,13 +71,13 @@ def test_windows_swept_over_the_run_are_seen_at_their_ends_and_at_fixed_later_st
     checkpoints = recorded(task, 0, 10, 20)
     windows = [Schedule(), *(Schedule.window(range(0, 60, 3), c.step, 10, 0.0) for c in checkpoints)]
     losses = retrain(task, checkpoints[0], windows, ORDER, [10, 20, 30, 45])
-    effect = losses - losses.sel(run=0)
-    for run, checkpoint in enumerate(checkpoints, start=1):
+    effect = losses - losses.sel(replay=0)
+    for replay, checkpoint in enumerate(checkpoints, start=1):
         at_end = window_ablation(task, alone(checkpoint), window=10, order=ORDER, weight=0.0, groups=np.arange(60) % 3)
-        here = effect.sel(run=run, step=checkpoint.step + 10)
+        here = effect.sel(replay=replay, step=checkpoint.step + 10)
         np.testing.assert_allclose(here, at_end.effect.sel(train="0")[0], rtol=1e-8)
-        assert not effect.sel(run=run, step=slice(0, checkpoint.step)).values.any()
-        assert abs(effect.sel(run=run, step=45)).min() > 1e-6  # the effect of the window outlives it
+        assert not effect.sel(replay=replay, step=slice(0, checkpoint.step)).values.any()
+        assert abs(effect.sel(replay=replay, step=45)).min() > 1e-6  # the effect of the window outlives it
 
 
 def test_a_run_may_have_several_changes_and_changes_may_hold_for_the_whole_run():
@@ -97,16 +97,16 @@ def test_small_stacks_and_loops_give_the_runs_of_one_stack_in_order():
     (start,) = recorded(task, 10)
     runs = [Schedule.whole_run(range(k), 0.0) for k in range(7)]
     whole = retrain(task, start, runs, ORDER, [10, 18])
-    parts = retrain(task, start, runs, ORDER, [10, 18], max_runs=3, progress=lambda *at: calls.append(at))
-    loop = retrain(task, start, runs, ORDER, [10, 18], max_runs=1, batching="loop")
+    parts = retrain(task, start, runs, ORDER, [10, 18], max_replays=3, progress=lambda *at: calls.append(at))
+    loop = retrain(task, start, runs, ORDER, [10, 18], max_replays=1, batching="loop")
     np.testing.assert_allclose(parts, whole, rtol=1e-10)
     np.testing.assert_allclose(loop, whole, rtol=1e-10)
     assert calls == [(3, 7), (6, 7), (7, 7)]
-    assert whole.dims == ("step", "run", "query")
+    assert whole.dims == ("step", "replay", "query")
     assert whole.step.values.tolist() == [10, 18]
 
     effects = leave_out(task, start, ORDER, [18], groups=np.arange(60) % 7)
-    in_parts = leave_out(task, start, ORDER, [18], groups=np.arange(60) % 7, max_runs=3)
+    in_parts = leave_out(task, start, ORDER, [18], groups=np.arange(60) % 7, max_replays=3)
     np.testing.assert_allclose(in_parts.effect, effects.effect, rtol=1e-8, atol=1e-14)
 
 
@@ -126,8 +126,8 @@ def test_no_runs_no_room_for_runs_and_another_model_are_refused():
     start = start_of(problem)
     with pytest.raises(ValueError, match="one schedule or more"):
         retrain(problem.task, start, [], BatchOrder(N), [3])
-    with pytest.raises(ValueError, match="max_runs >= 2"):
-        leave_out(problem.task, start, BatchOrder(N), [3], max_runs=1)
+    with pytest.raises(ValueError, match="max_replays >= 2"):
+        leave_out(problem.task, start, BatchOrder(N), [3], max_replays=1)
     other = problem.trajectory(np.zeros(D + 1), 0).load(0)
     with pytest.raises(CheckpointError, match="shape"):
         retrain(problem.task, other, [Schedule()], BatchOrder(N), [3])
@@ -158,7 +158,7 @@ def test_measured_influence_is_negative_where_training_on_the_data_helps():
 def test_the_measured_standard_error_is_per_sample_and_per_unit_weight_too():
     task = classifier()
     (start,) = recorded(task, 10)
-    got = window_ablation(task, alone(start), window=5, orders=3, weight=0.8)
+    got = window_ablation(task, alone(start), window=5, repeats=3, weight=0.8)
     np.testing.assert_allclose(measured_influence(got).stderr, got.effect_stderr / (20 * 0.2), rtol=1e-10)
 
 

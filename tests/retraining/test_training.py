@@ -7,8 +7,8 @@ from torch import nn
 
 from stagewise.checkpoint import Checkpoint, Optimizer
 from stagewise.retraining.schedule import BatchOrder, Schedule
+from stagewise.retraining.start import start_at
 from stagewise.retraining.training import train, train_and_record
-from stagewise.retraining.updates import TrainingState
 from stagewise.task import Task
 from stagewise.vector import ParameterVector
 
@@ -39,22 +39,23 @@ def cross_entropy(model, batch):
     return nn.functional.cross_entropy(model(x), y, reduction="none")
 
 
-def classifier(dtype=torch.float64):
+def classifier(dtype=torch.float64, frozen=None):
     generator = torch.Generator().manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
     for parameter in model.parameters():
         parameter.data = 0.5 * torch.randn(parameter.shape, generator=generator, dtype=dtype)
+    if frozen is not None:
+        model[frozen].requires_grad_(False)
     x = torch.randn(N, 5, generator=generator, dtype=dtype)
     y = torch.randint(3, (N,), generator=generator)
     return Task(model, cross_entropy, train=(x, y), queries={"val": (x[:6], y[:6])})
 
 
 def continued(task, checkpoint, schedules, until, **options):
-    """Train on from a checkpoint; returns the stacked weights ``(runs, parameters)``."""
-    vector = ParameterVector.of(task)
-    state = TrainingState.from_checkpoint(checkpoint, vector, len(schedules))
+    """Train on from a checkpoint; returns the stacked weights ``(replays, parameters)``."""
+    start = start_at(task, checkpoint)
     steps = range(checkpoint.step, until)
-    return train(task, vector, state, checkpoint.optimizer, schedules, ORDER, steps, **options).params
+    return train(start, start.state(len(schedules)), schedules, ORDER, steps, **options).params
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -88,8 +89,8 @@ def test_an_unchanged_replay_from_a_checkpoint_meets_the_later_one(rule):
     task = classifier(torch.float32)
     middle, end = train_and_record(task, RULES[rule][0], ORDER, [20, 45])
     expected = ParameterVector.of(task).flatten(end.params)
-    runs = continued(task, middle, [Schedule()] * 3, 45)
-    assert ((runs - expected).norm(dim=1) / expected.norm()).max() < 1e-6
+    replays = continued(task, middle, [Schedule()] * 3, 45)
+    assert ((replays - expected).norm(dim=1) / expected.norm()).max() < 1e-6
 
 
 def test_recording_leaves_the_model_alone_and_fills_in_the_batch_size():
@@ -146,18 +147,17 @@ def test_token_losses_train_on_their_mean_per_sample():
 
 
 def test_parameters_that_do_not_move_are_the_checkpoints_not_the_models():
-    task = classifier()
-    task.model[0].requires_grad_(False)
+    task = classifier(frozen=0)
     vector = ParameterVector.of(task)
     elsewhere = {name: tensor + 0.3 for name, tensor in task.state().items()}
     start = Checkpoint(0, elsewhere, Optimizer("sgd", 0.1))
-    runs = continued(task, start, [Schedule()], 6, fixed=vector.fixed(start.params))
+    replays = continued(task, start, [Schedule()], 6)
 
     moved = copy.deepcopy(task.model)
     moved.load_state_dict(elsewhere)
     same = Task(moved, cross_entropy, train=task.train, queries={"val": task.queries["val"]})
     (end,) = train_and_record(same, start.optimizer, ORDER, [6])
-    torch.testing.assert_close(runs[0], vector.flatten(end.params), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(replays[0], vector.flatten(end.params), rtol=1e-12, atol=1e-12)
     assert torch.equal(end.params["0.weight"], elsewhere["0.weight"])
 
 
@@ -171,28 +171,26 @@ def test_on_step_sees_every_update_once():
     assert torch.equal(seen[-1][1], end)
 
 
-def test_every_run_needs_its_schedule():
+def test_every_replay_needs_its_schedule():
     task = classifier()
-    vector = ParameterVector.of(task)
-    start = Checkpoint(0, task.state(), Optimizer("sgd", 0.1))
-    state = TrainingState.from_checkpoint(start, vector, 3)
-    with pytest.raises(ValueError, match="each of 3 runs, got 1"):
-        train(task, vector, state, start.optimizer, [Schedule()], ORDER, range(2))
+    start = start_at(task, Checkpoint(0, task.state(), Optimizer("sgd", 0.1)))
+    with pytest.raises(ValueError, match="each of 3 replays, got 1"):
+        train(start, start.state(3), [Schedule()], ORDER, range(2))
 
 
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
         ({"optimizer": None}, "does not say which optimizer"),
-        ({"second_moment": {}}, "no second moment for 4 of 4"),
-        ({"first_moment": {}}, "no first moment for 4 of 4"),
+        ({"second_moment": {}}, "no second moment for any of its 4"),
+        ({"first_moment": {}}, "no first moment for any of its 4"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_continued_says_what_it_lacks_and_the_remedy(missing, message):
     task = classifier()
     (checkpoint,) = train_and_record(task, RULES["adam"][0], ORDER, [5])
     with pytest.raises(ValueError, match=rf"step 5 .*{message}.*Recorder"):
-        TrainingState.from_checkpoint(replace(checkpoint, **missing), ParameterVector.of(task))
+        start_at(task, replace(checkpoint, **missing)).state()
 
 
 def test_momentum_needs_its_buffer_and_plain_sgd_nothing():
@@ -200,9 +198,9 @@ def test_momentum_needs_its_buffer_and_plain_sgd_nothing():
     (checkpoint,) = train_and_record(task, RULES["momentum"][0], ORDER, [5])
     bare = replace(checkpoint, first_moment={})
     with pytest.raises(ValueError, match="no first moment"):
-        TrainingState.from_checkpoint(bare, ParameterVector.of(task))
+        start_at(task, bare).state()
     plain = replace(bare, optimizer=Optimizer("sgd", 0.1))
-    assert not TrainingState.from_checkpoint(plain, ParameterVector.of(task)).first_moment.any()
+    assert not start_at(task, plain).state().first_moment.any()
 
 
 SCHEDULERS = {
@@ -235,8 +233,8 @@ def test_an_unchanged_replay_with_the_learning_rates_of_a_torch_scheduler_meets_
     expected, rates = trained_with(task, rule, scheduler)
     start = Checkpoint(0, task.state(), RULES[rule][0])
     options = {"batching": batching, "learning_rate": rates.__getitem__}
-    runs = continued(task, start, [Schedule(), Schedule()], 40, **options)
-    torch.testing.assert_close(runs, expected.expand(2, -1), rtol=1e-10, atol=1e-12)
+    replays = continued(task, start, [Schedule(), Schedule()], 40, **options)
+    torch.testing.assert_close(replays, expected.expand(2, -1), rtol=1e-10, atol=1e-12)
     held = continued(task, start, [Schedule()], 40)[0]
     assert (held - expected).norm() > 1e-2 * expected.norm()
 
@@ -245,11 +243,10 @@ def test_an_unchanged_replay_with_the_learning_rates_of_a_torch_scheduler_meets_
 def test_a_replay_from_the_middle_of_a_run_takes_the_rates_of_its_own_steps(rule):
     task = classifier()
     expected, rates = trained_with(task, rule, "cosine")
-    vector = ParameterVector.of(task)
-    start = Checkpoint(0, task.state(), RULES[rule][0])
-    state = TrainingState.from_checkpoint(start, vector)
+    start = start_at(task, Checkpoint(0, task.state(), RULES[rule][0]))
+    state = start.state()
     for steps in (range(17), range(17, 40)):
-        state = train(task, vector, state, start.optimizer, [Schedule()], ORDER, steps, learning_rate=rates.__getitem__)
+        state = train(start, state, [Schedule()], ORDER, steps, learning_rate=rates.__getitem__)
     torch.testing.assert_close(state.params[0], expected, rtol=1e-10, atol=1e-12)
 
 

@@ -51,9 +51,9 @@ def test_it_is_the_derivative_of_retraining_through_the_runs_own_optimizer(rule,
     expected = finite_differences(task, start, order, steps, schedule_of)
     assert got.dims == expected.dims
     assert not got[0].values.any()
-    for run in range(5):
-        size = abs(expected.sel(run=run)).max().item()
-        np.testing.assert_allclose(got.sel(run=run), expected.sel(run=run), rtol=0, atol=1e-5 * size)
+    for replay in range(5):
+        size = abs(expected.sel(replay=replay)).max().item()
+        np.testing.assert_allclose(got.sel(replay=replay), expected.sel(replay=replay), rtol=0, atol=1e-5 * size)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -119,10 +119,10 @@ def test_the_influence_of_a_group_is_the_mean_of_its_samples_so_that_the_predict
 def test_influence_during_a_window_is_that_of_the_windows_schedules():
     task, order = classifier(), ORDERS["minibatches"]
     start = start_at(task, RULES["adamw"], order, 0)
-    got = unrolled_influence(task, start, order, [8, 30], window=range(5, 12))
+    got = unrolled_influence(task, start, order, [8, 30], during=range(5, 12))
     schedules = [Schedule.window(range(k, 60, 3), 5, 7, 2.0) for k in range(3)]
     np.testing.assert_allclose(got.value, unroll(task, start, schedules, order, [8, 30]) / 20, rtol=1e-12)
-    assert got.attrs["window"] == [5, 12]
+    assert got.attrs["during"] == [5, 12]
 
 
 def test_the_result_names_groups_sign_and_units_and_is_accepted_as_a_curve():
@@ -143,7 +143,7 @@ def test_directions_in_several_passes_are_those_of_one():
     start = start_at(task, RULES["adam"], order, 0)
     whole = unrolled_influence(task, start, order, [9], groups=np.arange(60) % 7)
     parts = unrolled_influence(
-        task, start, order, [9], groups=np.arange(60) % 7, max_runs=3, progress=lambda *at: calls.append(at)
+        task, start, order, [9], groups=np.arange(60) % 7, max_replays=3, progress=lambda *at: calls.append(at)
     )
     np.testing.assert_allclose(parts.value, whole.value, rtol=1e-10, atol=1e-16)
     assert calls == [(3, 7), (6, 7), (7, 7)]
@@ -198,14 +198,14 @@ def test_impossible_requests_are_refused():
         unrolled_influence(problem.task, start, BatchOrder(N), [9])
     with pytest.raises(ValueError, match="one schedule or more"):
         unroll(problem.task, start, [], BatchOrder(N), [12])
-    for window in (range(5, 5), range(0, 10, 2)):
+    for during in (range(5, 5), range(0, 10, 2)):
         with pytest.raises(ValueError, match="range of consecutive updates"):
-            unrolled_influence(problem.task, start, BatchOrder(N), [12], window=window)
-    for window in (range(4, 10), range(12, 20)):
+            unrolled_influence(problem.task, start, BatchOrder(N), [12], during=during)
+    for during in (range(4, 10), range(12, 20)):
         with pytest.raises(ValueError, match=r"lies outside the updates from step 10 to step 12"):
-            unrolled_influence(problem.task, start, BatchOrder(N), [12], window=window)
-    for window in (range(4, 11), range(11, 20)):
-        assert unrolled_influence(problem.task, start, BatchOrder(N), [12], window=window).value.values.any()
+            unrolled_influence(problem.task, start, BatchOrder(N), [12], during=during)
+    for during in (range(4, 11), range(11, 20)):
+        assert unrolled_influence(problem.task, start, BatchOrder(N), [12], during=during).value.values.any()
     with pytest.raises(CheckpointError, match="shape"):
         unrolled_influence(problem.task, problem.trajectory(np.zeros(D + 1)).load(10), BatchOrder(N), [12])
     with pytest.raises(ValueError, match="does not say which optimizer"):

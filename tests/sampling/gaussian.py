@@ -107,9 +107,9 @@ class Gaussian:
         return first + 0.5 * np.einsum("aij,bji->ab", ha, hb)
 
 
-def draw(gaussian: Gaussian, posterior: LocalPosterior, plan: Chains):
+def draw(gaussian: Gaussian, posterior: LocalPosterior, sampling: Chains):
     """Traces by data set ``(chain, draw, column)``, float64, of a block whose chains all ended ok."""
-    tree = sample_block(gaussian.task, gaussian.checkpoint, posterior, plan)
+    tree = sample_block(gaussian.task, gaussian.checkpoint, posterior, sampling)
     assert (tree["chains"]["status"] == "ok").all()
     return {
         "train": tree["train"]["loss"].values.astype(float),

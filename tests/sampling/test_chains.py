@@ -18,8 +18,8 @@ POSTERIOR = LocalPosterior(gamma=3.0, n_beta=5.0)
 SHORT = Chains(chains=3, draws=4, burn_in=3, thinning=2, batching="stacked")
 
 
-def sample(plan=SHORT, task=GAUSSIAN.task, checkpoint=GAUSSIAN.checkpoint, posterior=POSTERIOR, **more):
-    tree = sample_block(task, checkpoint, posterior, plan, **more)
+def sample(sampling=SHORT, task=GAUSSIAN.task, checkpoint=GAUSSIAN.checkpoint, posterior=POSTERIOR, **more):
+    tree = sample_block(task, checkpoint, posterior, sampling, **more)
     check_cell(tree)
     return tree
 
@@ -101,8 +101,8 @@ def test_no_burn_in_is_possible(sampler):
 
 @pytest.mark.parametrize("batch_size", [None, 3])
 def test_stacked_and_looped_chains_see_the_same_losses(batch_size):
-    plan = replace(SHORT, batch_size=batch_size)
-    stacked, looped = sample(plan), sample(replace(plan, batching="loop"))
+    sampling = replace(SHORT, batch_size=batch_size)
+    stacked, looped = sample(sampling), sample(replace(sampling, batching="loop"))
     np.testing.assert_allclose(stacked["train"]["loss"], looped["train"]["loss"], rtol=3e-7)
 
 
@@ -122,10 +122,10 @@ def test_same_seed_same_bits_whatever_the_global_generators_say():
 
 @pytest.mark.parametrize("batch_size", [None, 3])
 def test_other_seeds_and_blocks_are_independent(batch_size):
-    plan = replace(SHORT, chains=200, batch_size=batch_size)
+    sampling = replace(SHORT, chains=200, batch_size=batch_size)
     displaced = [
         positions(tree).reshape(-1) - np.tile(GAUSSIAN.w, 800)
-        for tree in (sample(plan), sample(plan, block=1), sample(replace(plan, seed=1)))
+        for tree in (sample(sampling), sample(sampling, block=1), sample(replace(sampling, seed=1)))
     ]
     correlations = np.corrcoef(displaced)
     assert abs(correlations[np.triu_indices(3, 1)]).max() < 0.1
@@ -190,8 +190,8 @@ def wall(model, batch):
 
 def test_chain_that_is_lost_is_named_and_the_others_are_kept():
     task, checkpoint = task_of(wall)
-    plan = Chains(chains=40, draws=10, burn_in=5, thinning=1)
-    tree = sample(plan, task, checkpoint, LocalPosterior(gamma=3.0, n_beta=5.0))
+    sampling = Chains(chains=40, draws=10, burn_in=5, thinning=1)
+    tree = sample(sampling, task, checkpoint, LocalPosterior(gamma=3.0, n_beta=5.0))
     status = tree["chains"]["status"].values
     assert 2 < (status == "diverged").sum() < 38
     assert set(status) == {"ok", "diverged"}
@@ -206,15 +206,15 @@ def test_chain_that_is_lost_is_named_and_the_others_are_kept():
 @pytest.mark.parametrize("sampler", ["underdamped", "sgld"])
 @pytest.mark.parametrize("burn_in", [pytest.param(3, id="far"), pytest.param(300, id="overflow")])
 def test_steps_that_are_too_long_end_as_diverged_chains_not_as_nan(sampler, burn_in):
-    plan = Chains(sampler, chains=3, draws=4, step_size=30.0, burn_in=burn_in, thinning=1)
+    sampling = Chains(sampler, chains=3, draws=4, step_size=30.0, burn_in=burn_in, thinning=1)
     ticks = []
-    tree = sample(plan, on_step=lambda: ticks.append(1))
+    tree = sample(sampling, on_step=lambda: ticks.append(1))
     assert (tree["chains"]["status"] == "diverged").all()
     assert np.isfinite(tree["train"]["loss"]).all()
     assert len(ticks) == burn_in + 4
     # blocks of one step must have the same shape, whatever became of their chains
     assert {path: group.sizes for path, group in tree.to_dict().items()} == {
-        path: group.sizes for path, group in sample(replace(plan, step_size=0.01)).to_dict().items()
+        path: group.sizes for path, group in sample(replace(sampling, step_size=0.01)).to_dict().items()
     }
 
 
@@ -229,8 +229,8 @@ def test_healthy_chains_are_never_called_diverged(size, centred):
     # far from its minimum, at an n_beta at which the shift downhill is many times wider than the posterior
     data = (torch.full((1, size), 20.0, dtype=torch.float64),)
     task, checkpoint = task_of(bowl, Point(torch.ones(size, dtype=torch.float64)), data)
-    plan = Chains(chains=3000, draws=20, reflect=False)
-    tree = sample(plan, task, checkpoint, LocalPosterior(gamma=100.0, n_beta=100.0, centred=centred))
+    sampling = Chains(chains=3000, draws=20, reflect=False)
+    tree = sample(sampling, task, checkpoint, LocalPosterior(gamma=100.0, n_beta=100.0, centred=centred))
     assert (tree["chains"]["status"] == "ok").all()
 
 

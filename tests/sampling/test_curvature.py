@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,9 @@ from torch import nn
 
 from stagewise.checkpoint import Checkpoint, Optimizer
 from stagewise.sampling import Chains, LocalPosterior, sample_block
-from stagewise.sampling.curvature import extreme_curvature, hessian_product, training_batches
+from stagewise.evaluate import dense, hessian_product, spread_rows
+from stagewise.sampling.curvature import extreme_curvature
+from stagewise.sampling.gradient import batch_loss
 from stagewise.task import Task
 
 
@@ -31,7 +35,7 @@ def network(hidden, seed=0, n=40):
 
 def dense_spectrum(density):
     batch = density.task.train.batch(slice(None))
-    hessian = torch.autograd.functional.hessian(lambda u: density.mean_loss(u, batch), torch.zeros_like(density.anchor))
+    hessian = torch.autograd.functional.hessian(lambda u: batch_loss(density)(u, batch), torch.zeros_like(density.anchor))
     return hessian, torch.linalg.eigvalsh(hessian)
 
 
@@ -52,9 +56,9 @@ def test_hessian_product_is_the_hessian_in_whitened_coordinates():
     density = LocalPosterior(gamma=1.0, metric="adam").at(*network(4))
     hessian, _ = dense_spectrum(density)
     vectors = torch.randn(3, density.vector.size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    product = hessian_product(density)
+    product = hessian_product(density, density.origin)
     torch.testing.assert_close(product(vectors), vectors @ hessian, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(product(vectors[0]), hessian @ vectors[0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(dense(product, density.origin, rows=7), hessian, rtol=1e-10, atol=1e-12)
 
 
 def linear_task(rank, size=300):
@@ -88,27 +92,32 @@ def test_curvature_that_is_not_finite_is_refused(size):
 
 
 def test_sorted_training_sets_are_represented_from_end_to_end():
-    x = torch.arange(1000.0).reshape(-1, 1)
-    task = Task(nn.Linear(1, 1), lambda m, b: m(b[0])[:, 0], train=(x,), queries={"val": (x,)})
-    density = LocalPosterior(gamma=1.0).at(task, Checkpoint(0, task.state()))
-    batches = training_batches(density, 600)
-    rows = torch.cat([batch[0][:, 0] for batch, _ in batches])
+    rows = spread_rows(600, 1000)
     assert len(rows) == len(set(rows.tolist())) == 600
     assert rows[0] == 0
     assert rows[-1] > 990
     assert rows.diff().max() <= 2
-    assert sum(share for _, share in batches) == pytest.approx(1)
-    everything = torch.cat([batch[0][:, 0] for batch, _ in training_batches(density, 10**6)])
-    assert torch.equal(everything, x[:, 0])
+    assert torch.equal(spread_rows(10**6, 1000), torch.arange(1000))
+
+
+def test_curvature_of_some_samples_is_that_of_their_own_mean_loss():
+    task, checkpoint = network(4)
+    rows = torch.tensor([3, 17, 18])
+    part = Task(task.model, task.loss, train=task.train.batch(rows), queries={"val": task.train.batch(rows)})
+    posterior = LocalPosterior(gamma=1.0, n_beta=1.0)
+    vectors = torch.randn(2, 22, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    some, whole = (posterior.at(which, replace(checkpoint, optimizer=None)) for which in (task, part))
+    got = hessian_product(some, some.origin, rows)(vectors)
+    torch.testing.assert_close(got, hessian_product(whole, whole.origin)(vectors), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("hidden", [3, 12])
 def test_checkpoint_curved_downwards_beyond_the_localisation_is_not_sampled(hidden):
     task, checkpoint = network(hidden)
     most_negative = -dense_spectrum(LocalPosterior(gamma=1.0).at(task, checkpoint))[1][0].item()
-    plan = Chains(chains=3, draws=2, burn_in=2, thinning=1)
+    sampling = Chains(chains=3, draws=2, burn_in=2, thinning=1)
     for factor, status in ((0.97, "not_localised"), (1.03, "ok")):
-        tree = sample_block(task, checkpoint, LocalPosterior(gamma=10 * factor * most_negative, n_beta=10.0), plan)
+        tree = sample_block(task, checkpoint, LocalPosterior(gamma=10 * factor * most_negative, n_beta=10.0), sampling)
         assert set(tree["chains"]["status"].values) == {status}
         assert tree.attrs["localised"] == (status == "ok")
         assert ("train" in tree.children) == (status == "ok")

@@ -1,6 +1,6 @@
 """Chains at a checkpoint draw from the posterior that theory gives, end to end, second order included.
 
-To test another sampler, add its plan, and its ``steps`` if its step-size error can be seen at that many draws.
+To test another sampler, add its sampling, and its ``steps`` if its step-size error can be seen at that many draws.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from stagewise.sampling import Chains, LocalPosterior
 
 GAUSSIAN = Gaussian()
 MANY = {"chains": 1500, "draws": 8, "reflect": False, "batching": "stacked"}
-PLANS = {
+SAMPLINGS = {
     "underdamped": Chains(**MANY),
     "sgld": Chains("sgld", **MANY),
     # gradients here are larger than RMSprop's stability constant, so that it is slower than its tuning assumes
@@ -32,7 +32,7 @@ def steps(sampler, posterior, fastest):
     return 0.4 / fastest * 0.1 / (scale * np.sqrt(mean**2 + spread) + 0.1)
 
 
-@pytest.mark.parametrize("sampler", PLANS)
+@pytest.mark.parametrize("sampler", SAMPLINGS)
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("metric", ["euclidean", "adam"])
 def test_means_and_covariances_are_those_of_the_gaussian(sampler, centred, metric):
@@ -40,7 +40,7 @@ def test_means_and_covariances_are_those_of_the_gaussian(sampler, centred, metri
     precision = GAUSSIAN.precision(posterior)[0]
     euler = precision @ np.diag(steps(sampler, posterior, np.linalg.eigvalsh(precision)[-1])) @ precision / 4
     law = GAUSSIAN.law(posterior, np.linalg.inv(precision - euler))
-    deviations = law_errors(GAUSSIAN, law, draw(GAUSSIAN, posterior, PLANS[sampler]))
+    deviations = law_errors(GAUSSIAN, law, draw(GAUSSIAN, posterior, SAMPLINGS[sampler]))
     assert np.mean(abs(deviations) < 3) >= 0.95
 
 
@@ -54,6 +54,6 @@ def test_every_part_of_the_theory_would_be_missed_at_this_many_draws(missing):
     else:
         train, val = (GAUSSIAN.gradients(name, law.mean) for name in ("train", "val"))
         wrong = train @ law.covariance @ val.T
-    traces = draw(GAUSSIAN, posterior, PLANS["underdamped"])
+    traces = draw(GAUSSIAN, posterior, SAMPLINGS["underdamped"])
     deviations = errors(covariance_replicates(traces["train"], traces["val"]), wrong)
     assert np.mean(abs(deviations) < 3) < 0.8

@@ -1,28 +1,28 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import xarray as xr
 
-from stagewise.studies.hierarchy import attribution as module
-from stagewise.studies.hierarchy import persistence
-from stagewise.studies.hierarchy.attribution import attribution, score, truth
 from stagewise.studies.hierarchy.estimators import endpoint, labelled
-from stagewise.studies.hierarchy.lab import RATE, Lab, Size
+from stagewise.studies.hierarchy.experiments.attribution import attribution, datamodelling_score, truth
+from stagewise.studies.hierarchy.lab import Lab
+from stagewise.studies.hierarchy.resemblance import exact_influence, over_starts, resemblance
+from stagewise.studies.hierarchy.settings import RATE, REDUCED
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    return Lab(tmp_path_factory.mktemp("lab"), Size(checkpoints=8, chains=16, draws=48, workers=1))
+    return Lab(tmp_path_factory.mktemp("lab"), replace(REDUCED, checkpoints=8, chains=16, draws=48))
 
 
 @pytest.fixture(scope="module")
 def experiment(lab):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "TIMES", (0.8, 1.3, 2.3))
-        yield attribution(lab)
+    return attribution(lab)
 
 
 def test_subset_losses_are_those_of_training(experiment):
-    assert [check.reached for check in experiment.checks if check.target] == [True]
+    assert [check.reached for check in experiment.checks if check.comparison] == [True]
 
 
 def test_every_estimator_has_a_score_at_every_time(experiment):
@@ -34,9 +34,9 @@ def test_every_estimator_has_a_score_at_every_time(experiment):
 
 
 def test_early_in_training_all_estimates_of_the_time_order_the_halves(experiment):
-    _, table = experiment.section.parts
-    firsts = {(row[0], row[1]): float(row[2].split()[0].replace("−", "-")) for row in table.rows}
-    assert min(value for (_, kind), value in firsts.items() if "end" not in kind) > 0.8
+    firsts = {check.what: check.values[0] for check in experiment.checks if check.what.startswith("LDS of the")}
+    assert len(firsts) == 11
+    assert min(value for what, value in firsts.items() if "end of training" not in what) > 0.8
 
 
 def test_the_table_marks_damped_influence_that_is_not_localised(experiment):
@@ -48,15 +48,15 @@ def test_the_table_marks_damped_influence_that_is_not_localised(experiment):
 def test_losses_themselves_as_an_attribution_of_small_changes_score_one(lab):
     steps, subsets = [300], [[q for q in range(8) if q != p] for p in range(8)]
     losses, kept = truth(lab, lab.random, subsets, steps)
-    exact = labelled(lab, persistence.exact(lab, 0, RATE * np.array(steps)), steps)
-    assert score(exact, losses, kept)["lds"].item() == pytest.approx(1)
+    exact = labelled(lab, exact_influence(lab, 0, RATE * np.array(steps)), steps)
+    assert datamodelling_score(exact, losses, kept)["lds"].item() == pytest.approx(1)
 
 
 def test_a_step_without_an_estimate_has_no_score(lab):
     steps = [250, 325]
     losses, kept = truth(lab, lab.random, [[0, 1, 2], [3, 4, 5], [0, 3, 6], [1, 4, 7], [0, 1, 7]], steps)
-    exact = labelled(lab, persistence.exact(lab, 0, RATE * np.array(steps)), steps).sel(step=[325])
-    assert np.isfinite(score(exact, losses, kept)["lds"]).values.tolist() == [False, True]
+    exact = labelled(lab, exact_influence(lab, 0, RATE * np.array(steps)), steps).sel(step=[325])
+    assert np.isfinite(datamodelling_score(exact, losses, kept)["lds"]).values.tolist() == [False, True]
 
 
 def test_the_endpoint_is_the_last_step_everywhere(lab):
@@ -68,11 +68,11 @@ def test_the_endpoint_is_the_last_step_everywhere(lab):
 
 def test_likeness_is_one_with_oneself_and_blind_to_the_diagonal():
     last = np.random.default_rng(0).normal(size=(8, 8))
-    got = persistence.resemblance(np.stack([-last, last + 9 * np.eye(8), last]))
+    got = resemblance(np.stack([-last, last + 9 * np.eye(8), last]))
     np.testing.assert_allclose(got, [-1, 1, 1])
 
 
 def test_over_most_starts_early_influence_is_unlike_that_at_the_end(lab):
-    starts = persistence.over_starts(lab, np.array([1.7, 4.5, 6.0]))
+    starts = over_starts(lab, np.array([1.7, 4.5, 6.0]))
     early, late, _ = np.median(starts, 0)
     assert early < 0 < late

@@ -10,9 +10,9 @@ from stagewise.retraining.leave_out import leave_out, retrain
 from stagewise.retraining.schedule import Schedule
 from stagewise.run.engine import sample
 from stagewise.sampling.posterior import LocalPosterior
-from stagewise.studies.hierarchy.network import FIRST, SECOND, correlations, optimizer, record, task
-from stagewise.studies.hierarchy.theory import Modes
-from stagewise.studies.hierarchy.tree import KINGDOMS, LOPSIDED, Concept, Items
+from stagewise.studies.hierarchy.network import FIRST, SECOND, input_output_correlation, optimizer, record, task
+from stagewise.studies.hierarchy.theory.modes import Modes
+from stagewise.studies.hierarchy.theory.tree import KINGDOMS, LOPSIDED, Concept, Items
 
 RATE = 0.01
 ITEMS = Items.of(KINGDOMS)
@@ -48,7 +48,7 @@ def item_losses(run, step):
 def test_aligned_start_has_strength_a0_in_every_mode_and_no_mixing(name, seed):
     items, a0 = VARIED[name], 3e-4
     first, second = weights(task(items, start="aligned", a0=a0, seed=seed))
-    data = correlations(items)
+    data = input_output_correlation(items)
     modes, there = Modes.of(data), min(data.shape)
     strengths = modes.u.T @ second @ first @ modes.v
     np.testing.assert_allclose(strengths[:there, :there], a0 * np.eye(there), atol=1e-12)
@@ -95,13 +95,13 @@ def test_network_without_hidden_units_is_refused():
         task(ITEMS, width=0)
 
 
-def test_correlations_count_every_time_that_an_item_is_shown():
+def test_input_output_correlation_counts_every_time_that_an_item_is_shown():
     items = VARIED["repeated"]
     shown = np.ones(8)
     shown[items.names.index("cat")], shown[items.names.index("oak")] = 3, 2
-    np.testing.assert_array_equal(correlations(items), items.targets.T * shown)
+    np.testing.assert_array_equal(input_output_correlation(items), items.targets.T * shown)
     noisy = VARIED["noisy"]
-    np.testing.assert_array_equal(correlations(noisy), noisy.shown_targets.T)
+    np.testing.assert_array_equal(input_output_correlation(noisy), noisy.shown_targets.T)
 
 
 def test_item_shown_three_times_is_an_item_of_weight_three():
@@ -150,8 +150,8 @@ def test_tree_of_one_leaf_trains_and_helps_itself_by_every_measure(start, tmp_pa
     assert effects["effect"].item() == pytest.approx(0.5, abs=0.03)
     window = LocalPosterior(window=20, n_beta=1000.0)
     products = gradient_product(run.task, run.trajectory, window)
-    plan = {"chains": 8, "draws": 16, "batching": "stacked"}
-    traces = sample(run.task, run.trajectory, posterior=window, out=tmp_path, **plan)
+    sampling = {"chains": 8, "draws": 16, "batching": "stacked"}
+    traces = sample(run.task, run.trajectory, posterior=window, out=tmp_path, **sampling)
     for influence in (products, bif(traces, trusted_only=False)):
         assert influence["value"].shape == (2, 1, 1)
         assert (influence["value"] < 0).all()

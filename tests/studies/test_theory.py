@@ -7,10 +7,11 @@ import torch
 from stagewise.retraining.schedule import BatchOrder, Schedule
 from stagewise.retraining.training import train
 from stagewise.retraining.updates import TrainingState
-from stagewise.studies.hierarchy import kernels, response, theory
 from stagewise.studies.hierarchy.network import FIRST, SECOND, optimizer, task
-from stagewise.studies.hierarchy.theory import Modes
-from stagewise.studies.hierarchy.tree import KINGDOMS, LOPSIDED, Concept, Items
+from stagewise.studies.hierarchy.theory import kernels, response
+from stagewise.studies.hierarchy.theory.modes import Modes, aligned_strengths, half_rise, item_losses, mixed_strengths
+from stagewise.studies.hierarchy.theory.removal import leave_one_out, subset_losses
+from stagewise.studies.hierarchy.theory.tree import KINGDOMS, LOPSIDED, Concept, Items
 from stagewise.vector import ParameterVector
 
 RATE, STEPS = 0.01, 700
@@ -64,14 +65,14 @@ def test_mode_strengths_follow_training_whether_it_starts_aligned_or_not(runs):
     first, second, _, _ = runs
     modes = Modes.of(ITEMS.targets.T)
     measured = np.stack([np.diagonal(modes.u.T @ s @ f @ modes.v) for f, s in zip(first, second, strict=True)])
-    predicted = theory.mode_matrix(modes.s, modes.initial(first[0], second[0]), TIMES)
+    predicted = mixed_strengths(modes.s, modes.initial(first[0], second[0]), TIMES)
     for mode in range(8):
         assert correlation(measured[:, mode], predicted[:, mode, mode]) > 0.9995
 
 
 def test_leaving_items_out_in_closed_form_is_what_retraining_measures(runs):
     first, second, left_out, _ = runs
-    predicted = theory.leave_one_out(ITEMS.targets.T, first[0], second[0], TIMES)
+    predicted = leave_one_out(ITEMS.targets.T, first[0], second[0], TIMES)
     assert correlation(predicted[:, OFF], left_out[:, OFF]) > 0.998
     np.testing.assert_allclose(predicted, left_out, atol=0.06 * np.abs(left_out).max())
 
@@ -88,36 +89,36 @@ def test_any_removed_subset_is_exact_too():
     out = [2, 3, 5, 7]
     first, second = trained(ITEMS, [Schedule.window(out, 0, STEPS, 0.0)], width=64, start="random", seed=4)
     measured = losses(ITEMS, first, second)[:, 0]
-    predicted = theory.subset_losses(ITEMS.targets.T, first[0, 0], second[0, 0], kept, TIMES)
+    predicted = subset_losses(ITEMS.targets.T, first[0, 0], second[0, 0], kept, TIMES)
     assert correlation(predicted[:, kept], measured[:, kept]) > 0.999
     np.testing.assert_allclose(predicted[-1, out], measured[-1, out], rtol=0.02)
 
 
-def test_mode_matrix_is_the_logistic_curve_for_aligned_modes_and_solves_its_equation_for_mixed_ones():
+def test_mixed_strengths_are_the_logistic_curve_for_aligned_modes_and_solve_their_equation_for_mixed_ones():
     s, a0, t = np.array([3.0, 1.0, 1.0, 0.0]), np.array([1e-3, 2e-3, 1e-4, 1e-2]), np.linspace(0, 5, 11)
-    strengths = theory.mode_strengths(s, a0, t)
-    np.testing.assert_allclose(theory.mode_matrix(s, np.diag(a0), t), strengths[:, :, None] * np.eye(4), atol=1e-14)
+    strengths = aligned_strengths(s, a0, t)
+    np.testing.assert_allclose(mixed_strengths(s, np.diag(a0), t), strengths[:, :, None] * np.eye(4), atol=1e-14)
     np.testing.assert_allclose(strengths[:, 0], 3 / (1 + (3 / 1e-3 - 1) * np.exp(-6 * t)))
     np.testing.assert_allclose(strengths[:, 3], 1e-2 / (1 + 2e-2 * t))  # a mode without strength fades
     mixed = np.diag(a0) + 5e-5
     h = 1e-5
-    before, a, after = theory.mode_matrix(s, mixed, np.array([1 - h, 1.0, 1 + h]))
+    before, a, after = mixed_strengths(s, mixed, np.array([1 - h, 1.0, 1 + h]))
     slope = np.diag(s) @ a + a @ np.diag(s) - 2 * a @ a
     np.testing.assert_allclose((after - before) / (2 * h), slope, rtol=1e-6, atol=1e-9)
-    np.testing.assert_allclose(theory.mode_matrix(s, mixed, np.zeros(1))[0], mixed)
+    np.testing.assert_allclose(mixed_strengths(s, mixed, np.zeros(1))[0], mixed)
 
 
 def test_half_rise_is_where_the_curve_is_at_half_and_never_for_an_empty_mode():
     s, a0 = np.array([2.0, 0.0]), np.array([1e-3, 1e-3])
-    times = theory.half_rise(s, a0)
-    np.testing.assert_allclose(theory.mode_strengths(s, a0, times[:1])[0, 0], 1.0)
+    times = half_rise(s, a0)
+    np.testing.assert_allclose(aligned_strengths(s, a0, times[:1])[0, 0], 1.0)
     assert np.isinf(times[1])
 
 
 def test_too_narrow_network_is_refused_with_the_reason():
     first, second = initial(ITEMS, width=4)
     with pytest.raises(ValueError, match="hidden unit for each of 8 modes"):
-        theory.leave_one_out(ITEMS.targets.T, first, second, TIMES)
+        leave_one_out(ITEMS.targets.T, first, second, TIMES)
     with pytest.raises(ValueError, match="hidden unit for each of 8 modes"):
         task(ITEMS, width=4, start="aligned")
 
@@ -130,7 +131,7 @@ def test_whitened_response_is_the_derivative_of_the_closed_form(degenerate):
 
     def outputs(changed):
         moved = Modes.of(changed)
-        return moved.u @ theory.mode_matrix(moved.s, moved.initial(first, second), t) @ moved.v.T
+        return moved.u @ mixed_strengths(moved.s, moved.initial(first, second), t) @ moved.v.T
 
     measured = []
     for p in range(targets.shape[1]):
@@ -156,7 +157,7 @@ def test_gradient_kernel_is_the_product_of_the_networks_gradients(runs):
             for p in range(8)
         ]
     )
-    a = theory.mode_matrix(modes.s, modes.initial(first[0], second[0]), TIMES[step : step + 1])
+    a = mixed_strengths(modes.s, modes.initial(first[0], second[0]), TIMES[step : step + 1])
     predicted = kernels.gradient_kernel(modes, a)[0]
     np.testing.assert_allclose(predicted, gradients @ gradients.T, atol=0.06 * predicted.max())
     np.testing.assert_allclose(kernels.hidden_kernel(modes, a)[0], w1.T @ w1, atol=0.03)
@@ -164,15 +165,15 @@ def test_gradient_kernel_is_the_product_of_the_networks_gradients(runs):
 
 def test_kernels_of_aligned_modes_do_not_depend_on_the_form_of_their_strengths():
     modes = Modes.of(ITEMS.targets.T)
-    a = theory.mode_strengths(modes.s, np.full(8, 1e-4), TIMES)
+    a = aligned_strengths(modes.s, np.full(8, 1e-4), TIMES)
     full = a[:, :, None] * np.eye(8)
-    for function in (kernels.gradient_kernel, kernels.representation_distances, theory.item_losses):
+    for function in (kernels.gradient_kernel, kernels.representation_distances, item_losses):
         np.testing.assert_allclose(function(modes, a), function(modes, full), atol=1e-12)
 
 
 def test_flips_of_the_eight_leaf_tree_come_coarse_to_fine_at_the_known_times():
     modes, t = Modes.of(ITEMS.targets.T), np.linspace(0, 8, 8001)
-    kernel = kernels.residual_kernel(modes, theory.mode_strengths(modes.s, np.full(8, 1e-4), t))
+    kernel = kernels.residual_kernel(modes, aligned_strengths(modes.s, np.full(8, 1e-4), t))
     for query, time in ((6, 1.28), (2, 1.56), (1, 2.41)):  # lily, sparrow, cat, of dog
         flips = t[1:][(kernel[1:, 0, query] < 0) & (kernel[:-1, 0, query] >= 0)]
         assert flips.round(2).tolist() == [time]
@@ -203,15 +204,15 @@ def test_more_items_than_features_an_empty_mode_and_a_single_item_have_right_ans
     assert (modes.s[3:] == 0).all()
     np.testing.assert_allclose((modes.u * modes.s) @ modes.v.T, targets, atol=1e-12)
     first, second = rng.standard_normal((20, 7)) * 1e-2, rng.standard_normal((3, 20)) * 1e-2
-    a = theory.mode_matrix(modes.s, modes.initial(first, second), np.array([30.0]))
-    assert theory.item_losses(modes, a).max() < 1e-3
-    assert np.isfinite(theory.leave_one_out(targets, first, second, TIMES)).all()
+    a = mixed_strengths(modes.s, modes.initial(first, second), np.array([30.0]))
+    assert item_losses(modes, a).max() < 1e-3
+    assert np.isfinite(leave_one_out(targets, first, second, TIMES)).all()
     alone = Items.of(Concept("only"))
     w1, w2 = initial(alone)
-    influence = theory.leave_one_out(alone.targets.T, w1, w2, np.array([0.0, 50.0]))
+    influence = leave_one_out(alone.targets.T, w1, w2, np.array([0.0, 50.0]))
     np.testing.assert_allclose(influence[:, 0, 0], [0, -0.5], atol=1e-3)
     with pytest.raises(ValueError, match="at least one item"):
-        theory.subset_losses(alone.targets.T, w1, w2, [], TIMES)
+        subset_losses(alone.targets.T, w1, w2, [], TIMES)
 
 
 def test_item_without_neighbours_is_learnt_as_one_mode_and_closed_form_holds_on_a_lopsided_tree():
@@ -221,6 +222,6 @@ def test_item_without_neighbours_is_learnt_as_one_mode_and_closed_form_holds_on_
     first, second = trained(items, schedules, start="random", seed=1)
     loss = losses(items, first, second)
     measured = loss[:, :1] - loss[:, 1:]
-    predicted = theory.leave_one_out(items.targets.T, first[0, 0], second[0, 0], TIMES)
+    predicted = leave_one_out(items.targets.T, first[0, 0], second[0, 0], TIMES)
     off = ~np.eye(count, dtype=bool)
     assert correlation(predicted[:, off], measured[:, off]) > 0.996  # twelve items: a coarser step in time

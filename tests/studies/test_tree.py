@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from stagewise.studies.hierarchy.tree import KINGDOMS, LOPSIDED, Concept, Items
+from stagewise.studies.hierarchy.theory.tree import KINGDOMS, LOPSIDED, Concept, Items
 
 
 def test_kingdoms_have_the_features_and_singular_values_of_a_three_level_binary_tree():

@@ -3,17 +3,20 @@ import pytest
 
 from stagewise.influence.phases import phase_decomposition
 from stagewise.influence.trusted import TracesInMemory
-from stagewise.studies.hierarchy.double_well import LABELS, LOSSES, draw, exact, losses, traces_of
-from stagewise.studies.hierarchy.lab import Lab, Size
-from stagewise.studies.hierarchy.two_phases import (
+from stagewise.studies.hierarchy.experiments.two_phases import LABELS, draws_at, traces_of, two_phases
+from stagewise.studies.hierarchy.lab import Lab
+from stagewise.studies.hierarchy.settings import REDUCED
+from stagewise.studies.hierarchy.theory.double_well import (
     FLIPS,
     HARMFUL,
     HELPFUL,
     LATE,
+    LOSSES,
+    exact,
     formula_peak,
     integrated_peak,
+    losses,
     plateau,
-    two_phases,
 )
 
 
@@ -23,7 +26,7 @@ def pair_of(dataset, pair):
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
-    return two_phases(Lab(tmp_path_factory.mktemp("lab"), Size(chains=64)))
+    return two_phases(Lab(tmp_path_factory.mktemp("lab"), REDUCED))
 
 
 def test_every_target_is_reached(experiment):
@@ -46,7 +49,7 @@ def test_quadrature_obeys_the_law_of_total_covariance():
 
 
 def test_draws_have_the_moments_of_the_quadrature():
-    seen = losses(draw(0.7, 100, 1000, seed=3)).reshape(-1, len(LOSSES))
+    seen = losses(draws_at(0.7, 100, 1000, seed=3)).reshape(-1, len(LOSSES))
     truth = exact(0.7)["total"].values
     doubt = np.sqrt((truth**2 + np.outer(np.diag(truth), np.diag(truth))) / len(seen))
     assert np.abs(-np.cov(seen.T) - truth).max() < 5 * doubt.max()
@@ -77,7 +80,7 @@ def test_correlation_is_flat_where_covariance_spikes():
 
 
 def test_the_peak_by_formula_follows_from_sampled_parts_too():
-    walk = draw(0.0, 64, 256, seed=5)
+    walk = draws_at(0.0, 64, 256, seed=5)
     got = phase_decomposition(TracesInMemory({0: traces_of(walk)}, LABELS), {0: np.where(walk > 0, "second", "first")})
     at = pair_of(got, LATE).sel(step=0)
     first, second = (-at["within"] / at["weight"]).values

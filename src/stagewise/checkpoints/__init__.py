@@ -12,7 +12,7 @@ never runs code that comes with them.
 from stagewise.checkpoint import Checkpoint, CheckpointError, Optimizer
 from stagewise.checkpoints.directory import read_checkpoint, scan, write_checkpoint
 from stagewise.checkpoints.recorder import Recorder, linear, log_spaced
-from stagewise.checkpoints.trajectory import Trajectory, check_fits
+from stagewise.checkpoints.trajectory import Trajectory, as_trajectory, check_fits
 
 __all__ = [
     "Checkpoint",
@@ -20,6 +20,7 @@ __all__ = [
     "Optimizer",
     "Recorder",
     "Trajectory",
+    "as_trajectory",
     "check_fits",
     "linear",
     "log_spaced",

@@ -1,15 +1,18 @@
 """A folder of checkpoints: the one layout that is written, and the layouts that are read.
 
 Written: ``step_00000042.safetensors``, one file per checkpoint, which appears complete or not at all. Its
-tensors are named ``params/<name>``, ``first_moment/<name>`` and ``second_moment/<name>``; its header holds
-the format, the step and the optimiser.
+tensors are named ``params/<name>``, ``first_moment/<name>``, ``second_moment/<name>`` and ``learning_rates``; its
+header holds the format, the step, the optimiser, the update counts and the layers in train mode.
 
-Read as well, with the step taken from the last integer in the name of the file or subfolder:
+Read as well:
 
-* state dicts: ``model_500.safetensors``, or ``.pt``, ``.pth``, ``.bin`` from ``torch.save``, where the state
-  dict may sit under ``model``, ``state_dict`` or ``model_state_dict``;
+* state dicts: ``model_500.safetensors``, or ``.pt``, ``.pth``, ``.bin``, ``.ckpt`` from ``torch.save``, where the
+  state dict may sit under ``model``, ``state_dict`` or ``model_state_dict``;
 * Hugging Face: ``checkpoint-500/`` or ``step512/`` with ``model.safetensors`` or ``pytorch_model.bin``
   inside.
+
+The step is the integer behind ``step``, ``checkpoint``, ``ckpt``, ``iter`` or ``iteration`` in the name of the file or
+subfolder, or the only integer there.
 
 State dicts say nothing of the optimiser, so theirs is None and the moments are empty. Pickled files are read
 as weights only: a file that would run code is refused.
@@ -36,12 +39,16 @@ from stagewise.checkpoints.weights import read_weights, reason_of
 
 FORMAT = "stagewise-checkpoint-1"
 
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _INSIDE_SUBFOLDER = ("model.safetensors", "pytorch_model.bin")
 # What trainers put beside the weights under the same suffixes.
 _NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state\w*)\.(bin|pt|pth)")
+# The word, any separator and the integer that is the step.
+_STEP = re.compile(
+    r"(?<![a-z])(?:global[-_]?)?(?:step|checkpoint|ckpt|iter(?:ation)?)s?[-_=. ]*([0-9]+)", re.IGNORECASE
+)
 _LOOKED_FOR = (
-    "step_00000042.safetensors, other .safetensors, .pt, .pth or .bin files with the step in their name, "
+    "step_00000042.safetensors, other .safetensors, .pt, .pth, .bin or .ckpt files with the step in their name, "
     "and subfolders such as checkpoint-500 or step512 with model.safetensors or pytorch_model.bin"
 )
 
@@ -61,7 +68,13 @@ def write_checkpoint(directory: str | Path, checkpoint: Checkpoint) -> Path:
     path = make_folder(directory) / f"step_{checkpoint.step:08d}.safetensors"
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     optimizer = checkpoint.optimizer and asdict(checkpoint.optimizer)
-    metadata = {"format": FORMAT, "step": str(checkpoint.step), "optimizer": json.dumps(optimizer)}
+    metadata = {
+        "format": FORMAT,
+        "step": str(checkpoint.step),
+        "optimizer": json.dumps(optimizer),
+        "update_counts": json.dumps(dict(checkpoint.update_counts)),
+        "train_mode": json.dumps(checkpoint.train_mode),
+    }
     try:
         partial.touch()
         mode = partial.stat().st_mode
@@ -111,21 +124,19 @@ def scan(path: str | Path) -> dict[int, Path]:
 
     Raises:
         FileNotFoundError: the folder is missing, or holds no checkpoint.
-        CheckpointError: ``path`` is a file, a name has no step, two files have the same step, or a subfolder
+        CheckpointError: ``path`` is a file, a name has no step or several, two files have the same step, or a subfolder
             named like a checkpoint holds no weights.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"no such folder of checkpoints: {path}")
     if not path.is_dir():
         raise CheckpointError(f"{path} is a file, expected the folder that holds the checkpoints")
     files: dict[int, Path] = {}
-    for name, file in _weights_in(path):
-        step = _step_of(name, file)
+    for entry, file in _weights_in(path):
+        step = _step_of(entry)
         if step in files:
-            raise CheckpointError(
-                f"{files[step]} and {file} are both of step {step}; keep one (the step is the last integer in a name)"
-            )
+            raise CheckpointError(f"{files[step]} and {file} are both of step {step}; keep one")
         files[step] = file
     if not files:
         raise FileNotFoundError(f"no checkpoints in {path}; looked for {_LOOKED_FOR}")
@@ -139,7 +150,7 @@ def make_folder(directory: str | Path) -> Path:
         CheckpointError: it cannot be made or written to, so that a run fails before its first step and not
             after.
     """
-    path = Path(directory)
+    path = Path(directory).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -149,31 +160,39 @@ def make_folder(directory: str | Path) -> Path:
     return path
 
 
-def _weights_in(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Every file of weights, with the name that carries its step."""
+def _weights_in(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """Every entry that carries a step in its name, with its file of weights: itself, or one inside."""
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith((".", "tmp-")) or _NOT_WEIGHTS.fullmatch(entry.name):
             continue
         if entry.is_dir():
             inside = [entry / name for name in _INSIDE_SUBFOLDER if (entry / name).is_file()]
             if inside:
-                yield entry.name, inside[0]
+                yield entry, inside[0]
             elif re.fullmatch(r"(checkpoint|step)[-_]?\d+", entry.name):
                 raise CheckpointError(
                     f"{entry} holds neither {' nor '.join(_INSIDE_SUBFOLDER)}; adapters and weights split "
                     "over several files are not read: save the whole model in one file, or remove the folder"
                 )
         elif entry.suffix in _SUFFIXES:
-            yield entry.stem, entry
+            yield entry, entry
 
 
-def _step_of(name: str, file: Path) -> int:
-    integers = re.findall(r"\d+", name)
+def _step_of(entry: Path) -> int:
+    suffix = entry.suffix if entry.suffix in _SUFFIXES else ""
+    name = entry.name.removesuffix(suffix)
+    integers = {int(number) for number in re.findall(r"[0-9]+", name)}
+    steps = {int(number) for number in _STEP.findall(name)} or integers
+    if len(steps) == 1:
+        return steps.pop()
     if not integers:
         raise CheckpointError(
-            f"{file} has no step in its name; rename it to e.g. step_500{file.suffix}, or move it elsewhere"
+            f"{entry} has no step in its name; rename it to e.g. step_500{suffix}, or move it elsewhere"
         )
-    return int(integers[-1])
+    raise CheckpointError(
+        f"{entry} could be of step {' or '.join(map(str, sorted(steps)))}; rename it to e.g. "
+        f"step_{max(steps)}{suffix}, so that one integer stands behind 'step', or move it elsewhere"
+    )
 
 
 def _to_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -182,12 +201,15 @@ def _to_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
         "first_moment": checkpoint.first_moment,
         "second_moment": checkpoint.second_moment,
     }
-    # Always a copy, because safetensors refuses tensors that share memory (tied weights).
-    return {
-        f"{part}/{name}": tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    # A checkpoint holds copies, so that no two tensors share memory, which safetensors would refuse.
+    named = {
+        f"{part}/{name}": tensor.cpu().contiguous()
         for part, tensors in parts.items()
         for name, tensor in tensors.items()
     }
+    if checkpoint.learning_rates:  # as many as updates: too many for the header
+        named["learning_rates"] = torch.tensor(checkpoint.learning_rates, dtype=torch.float64)
+    return named
 
 
 def _from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> Checkpoint:
@@ -196,14 +218,26 @@ def _from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], pa
             f"{path} is in the format {metadata['format']!r}, this version of stagewise reads {FORMAT!r}"
         )
     parts: dict[str, dict[str, Tensor]] = {"params": {}, "first_moment": {}, "second_moment": {}}
+    rates: list[float] = []
     try:
         for key, tensor in tensors.items():
             part, _, name = key.partition("/")
-            parts[part][name] = tensor
+            if key == "learning_rates":
+                rates = tensor.tolist()
+            else:
+                parts[part][name] = tensor
         fields = json.loads(metadata["optimizer"])
-        optimizer = _optimizer(fields) if fields else None
-        step = int(metadata["step"])
-        return Checkpoint(step, parts["params"], optimizer, parts["first_moment"], parts["second_moment"])
+        return Checkpoint(
+            int(metadata["step"]),
+            parts["params"],
+            _optimizer(fields) if fields else None,
+            parts["first_moment"],
+            parts["second_moment"],
+            # Not in the files of early versions.
+            update_counts=json.loads(metadata.get("update_counts", "{}")),
+            train_mode=tuple(json.loads(metadata.get("train_mode", "[]"))),
+            learning_rates=tuple(rates),
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} claims the format {FORMAT} but does not follow it: {error!r}") from error
 

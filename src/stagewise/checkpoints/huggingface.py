@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from stagewise.checkpoints.directory import make_folder
 from stagewise.checkpoints.recorder import Recorder, check_steps
+from stagewise.checkpoints.weights import reason_of
 
 try:
-    from accelerate.optimizer import AcceleratedOptimizer
+    import accelerate  # noqa: F401
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 except ImportError as error:
     raise ImportError(
@@ -24,7 +26,8 @@ class RecorderCallback(TrainerCallback):
     ``step`` is the Trainer's ``global_step``: optimiser updates, not micro-batches. Step 0 is the state when
     training begins. The Trainer moves its learning rate schedule on before the callback is called, so the
     learning rate of a checkpoint is that of the next update; at the end of a schedule that comes down to 0,
-    that of the last update.
+    that of the last update. The norm to which the Trainer clips gradients (1 by default) is recorded with it. Once
+    training has begun nothing raises: what cannot be recorded is a warning.
 
     Only the first process writes, and it must hold the whole model: data-parallel training works, sharded
     training (FSDP, DeepSpeed ZeRO-3) does not.
@@ -56,13 +59,16 @@ class RecorderCallback(TrainerCallback):
         """Record the state before the first update, or the one that training resumes from."""
         if not state.is_world_process_zero:
             return
-        optimizer = kwargs["optimizer"]
-        while isinstance(optimizer, AcceleratedOptimizer):
-            optimizer = optimizer.optimizer
-        batch_size = self._batch_size
-        if batch_size is None:
-            batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self._record = Recorder(self._directory, kwargs["model"], optimizer, self._steps, batch_size)
+        try:
+            batch_size = self._batch_size
+            if batch_size is None:
+                batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            model, optimizer = kwargs["model"], kwargs["optimizer"]
+            clip_norm = args.max_grad_norm
+            self._record = Recorder(self._directory, model, optimizer, self._steps, batch_size, clip_norm)
+        except Exception as error:  # training must not end because somebody looks at it
+            warnings.warn(f"nothing will be recorded: {reason_of(error)}", stacklevel=2)
+            return
         self._record(state.global_step)
 
     def on_step_end(

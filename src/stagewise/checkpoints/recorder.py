@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import operator
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stagewise.checkpoint import Checkpoint
+from stagewise.checkpoints import optimizers
 from stagewise.checkpoints.directory import make_folder, write_checkpoint
-from stagewise.checkpoints.optimizers import (
-    agreed,
-    describe,
-    moments,
-    names_updated,
-    unknown_rule,
-    updates_made,
-)
+from stagewise.checkpoints.models import names_of, state_of, unwrapped
+from stagewise.checkpoints.updates import Updates, numbers, rates_of
+from stagewise.checkpoints.weights import reason_of
+from stagewise.layers import acting_in_train_mode
 
 
 def log_spaced(last: int, count: int, first: int = 1) -> tuple[int, ...]:
@@ -76,8 +76,19 @@ def check_steps(steps: Iterable[int]) -> frozenset[int]:
     return frozenset(given)
 
 
+def check_clip_norm(clip_norm: float | None) -> float | None:
+    """The norm, or None where nothing is clipped: 0 by the convention of many loops, or infinity.
+
+    Raises:
+        ValueError: it is negative or NaN.
+    """
+    if clip_norm is not None and not clip_norm >= 0:
+        raise ValueError(f"clip_norm must be positive, or None or 0 for no clipping, got {clip_norm}")
+    return float(clip_norm) if clip_norm and math.isfinite(clip_norm) else None
+
+
 class Recorder:
-    """Saves the model, and what the optimiser remembers, at chosen steps of any training loop.
+    """Saves the model, and all that its next update depends on, at chosen steps of any training loop.
 
     ``step`` is the number of updates made so far::
 
@@ -87,28 +98,34 @@ class Recorder:
             ...                       # loss.backward(), optimizer.step(), scheduler.step()
             record(step)
 
-    Between the chosen steps a call costs next to nothing. It never changes the model, the optimiser or the
-    state of a random generator, so a recorded run is the same run. A file of an earlier attempt at the same
-    step is replaced.
+    Between the chosen steps a call costs next to nothing. The recorder only looks (at the optimiser by a hook in
+    front of its ``step()``) and never changes the model, the optimiser's settings and memory or the state of a random
+    generator, so a recorded run is the same run. A file of an earlier attempt at the same step is replaced. Once
+    training has begun nothing stops it: what cannot be recorded (a full disk, an optimiser that has become another)
+    is a warning, once of every kind.
 
-    SGD (``momentum_buffer`` as first moment), Adam and AdamW (raw ``exp_avg`` and ``exp_avg_sq``) are
-    recorded with their settings. Moments do not exist before the first update and are empty there. The
-    learning rate is the optimiser's at the time of the call: after ``scheduler.step()``, that of the next
-    update. Where a schedule has come down to 0, it is that of the last update. Where it is still 0, in front
-    of a warm-up, and for any other optimiser, the weights are recorded alone, with a warning. Weight decay
-    may differ between parameter groups: that of most parameters is recorded, with a warning.
+    SGD (``momentum_buffer`` as first moment), Adam and AdamW (raw ``exp_avg`` and ``exp_avg_sq``) are recorded: which
+    parameters they update, with which learning rates and weight decays; the moments of those that have had a gradient;
+    how often Adam has updated a parameter, where that is not ``step``. An update rule that cannot be described
+    leaves the weights alone, with a warning.
+
+    The learning rate of a checkpoint is the optimiser's at the time of the call: after ``scheduler.step()``, that of
+    the next update; where a schedule has come down to 0, that of the last update. ``Checkpoint.learning_rates`` are
+    those the updates since the checkpoint before really had, wherever the scheduler is called.
 
     Args:
         directory: folder of the checkpoints, made if missing.
-        model: the bare module, not its DDP or ``torch.compile`` wrapper, whose names differ; all of it in
-            this process, not a shard.
+        model: the module, bare or in DataParallel, DistributedDataParallel or ``torch.compile``, whose prefixes are
+            taken off the names; all of it in this process, not a shard.
         optimizer: the optimiser in use, or None to record weights alone.
         steps: which steps to save: :func:`log_spaced`, :func:`linear` or any integers.
-        batch_size: samples per update, 0 for the whole training set, None if unknown.
+        batch_size: samples per update (devices and accumulation counted), 0 for the whole training set, None if
+            unknown.
+        clip_norm: the norm to which the loop clips the gradient of all parameters together
+            (``clip_grad_norm_(model.parameters(), clip_norm)``); None or 0 if it does not.
 
     Raises:
-        ValueError: steps are empty, negative or repeated; the optimiser does not update this model; its
-            parameter groups have different learning rates, momenta, betas or eps.
+        ValueError: steps are empty, negative or repeated; ``clip_norm`` is negative or NaN.
         CheckpointError: the folder cannot be written to.
     """
 
@@ -119,64 +136,151 @@ class Recorder:
         optimizer: torch.optim.Optimizer | None,
         steps: Iterable[int],
         batch_size: int | None = None,
+        clip_norm: float | None = None,
     ) -> None:
         self._steps = check_steps(steps)
+        self._clip_norm = check_clip_norm(clip_norm)
         self._directory = make_folder(directory)
-        self._model = model
+        self._model = unwrapped(model)
+        self._optimizer = optimizers.unwrapped(optimizer)
         self._batch_size = batch_size
-        self._optimizer = optimizer
-        self._last_rate = 0.0
-        if optimizer is not None:
-            self._check(optimizer)
+        self._updates = Updates(self._optimizer, self._model)
+        self._step: int | None = None  # of the last call
+        self._made = 0  # updates seen until then
+        self._first: int | None = None  # step of the first call
+        self._saved: int | None = None  # step of the last checkpoint written
+        self._warned: set[str] = set()
+        self._is_recordable(names_of(self._model))
 
     def __call__(self, step: int) -> None:
-        """Save if ``step``, the number of updates made so far, is one of the chosen ones.
+        """Save if ``step``, the number of updates made so far, is one of the chosen ones."""
+        try:
+            number = operator.index(step)  # a tensor is never `in` a set of integers
+        except TypeError:
+            self._warn("step", f"expected the number of updates made so far, got {step!r}: nothing was recorded")
+            return
+        try:
+            self._record(number)
+        except Exception as error:  # whatever it is, a run of days must not end because somebody looks at it
+            self._warn(type(error).__name__, f"step {number} was not recorded: {reason_of(error)}")
 
-        Raises:
-            CheckpointError: the file cannot be written.
-        """
-        step = operator.index(step)  # a tensor is never `in` a set of integers
-        if step in self._steps:
-            write_checkpoint(self._directory, self._checkpoint(step))
-        if self._optimizer is not None:
-            self._last_rate = float(self._optimizer.param_groups[0]["lr"])
+    def _record(self, step: int) -> None:
+        repeated = step == self._step == self._saved
+        self._look_at_counts(step)
+        self._step, self._made = step, self._updates.made
+        self._first = step if self._first is None else self._first
+        if step not in self._steps:
+            return
+        if repeated:
+            self._warn("repeated", f"step {step} was recorded already; what was saved first stays")
+            return
+        write_checkpoint(self._directory, self._checkpoint(step))
+        self._updates.restart(self._optimizer)
+        self._saved = step
 
-    def _check(self, optimizer: torch.optim.Optimizer) -> None:
-        if not names_updated(optimizer, self._model):
-            raise ValueError("the optimizer updates no parameter of this model; was it made for another?")
-        if unknown := unknown_rule(optimizer):
-            self._optimizer = None
-            warnings.warn(
-                f"{unknown} is none of SGD, Adam and AdamW in their plain form: weights are recorded without "
-                "the optimizer and its moments, so windows in training steps cannot be used on them",
-                stacklevel=3,
+    def _look_at_counts(self, step: int) -> None:
+        """Warn where steps and updates do not go together."""
+        seen, expected = self._updates.made - self._made, step - (self._step or 0)
+        if self._step is None:
+            if seen > step:  # fewer may be: a run that was resumed
+                self._warn("count", f"step {step} came after {seen} updates; step is the number of updates made so far")
+        elif expected < 0:
+            self._updates.restart(self._optimizer)
+            self._saved = None
+            self._warn("back", f"step {step} comes after step {self._step}: files of the same steps are replaced")
+        elif seen != expected and self._updates.watching:
+            self._warn(
+                "count",
+                f"from record({self._step}) to record({step}) the optimizer was seen to make {seen} updates, not "
+                f"{expected}: step is the number of updates made so far (not of batches or epochs), and the optimizer "
+                "the one in use. Learning rates are not recorded where the numbers differ",
             )
-        else:
-            agreed(optimizer, "lr")
-            describe(optimizer, learning_rate=1.0)
 
     def _checkpoint(self, step: int) -> Checkpoint:
-        params = dict(self._model.named_parameters()) | dict(self._model.named_buffers())
-        if self._optimizer is None:
-            return Checkpoint(step, params)
-        made = updates_made(self._optimizer)
-        if made is not None and made != step:
-            warnings.warn(
-                f"the optimizer's own count of updates is {made - step:+d} from the recorder's step; pass "
-                "the number of updates made so far, or the bias correction of its moments will be wrong",
-                stacklevel=3,
-            )
-        rate = float(agreed(self._optimizer, "lr")) or self._last_rate
-        if not rate:
-            warnings.warn(
-                f"the learning rate at step {step} is 0: recorded without the optimizer, "
-                "so windows in training steps cannot be used there",
-                stacklevel=3,
-            )
-        return Checkpoint(
-            step,
-            params,
-            describe(self._optimizer, rate, self._batch_size) if rate else None,
-            first_moment=moments(self._optimizer, self._model, "momentum_buffer", "exp_avg"),
-            second_moment=moments(self._optimizer, self._model, "exp_avg_sq"),
+        """The state after ``step`` updates; weights alone where the optimiser cannot be recorded."""
+        kinds = {*acting_in_train_mode(self._model), *self._updates.train_mode}
+        bare = Checkpoint(step, state_of(self._model), train_mode=tuple(sorted(kinds)))
+        names = names_of(self._model)
+        if not self._is_recordable(names):
+            return bare
+        try:
+            return self._with_optimizer(bare, names)
+        except Exception as error:  # the weights are good all the same
+            self._warn("state", f"the optimizer could not be recorded at step {step}, weights alone: {error!r}")
+            return bare
+
+    def _with_optimizer(self, checkpoint: Checkpoint, names: dict[Tensor, str]) -> Checkpoint:
+        step, optimizer = checkpoint.step, self._optimizer
+        rule = optimizers.describe(optimizer, names, self._rates(), self._batch_size, self._clip_norm)
+        first = optimizers.moments(optimizer, names, "momentum_buffer", "exp_avg")
+        second = optimizers.moments(optimizer, names, "exp_avg_sq")
+        counts = optimizers.update_counts(optimizer, names)
+        in_use = step == self._first or self._updates.made > 0
+        if step > 0 and not first and in_use and (rule.name == "adam" or rule.momentum):
+            # Not to be mistaken for moments that were not recorded: this optimiser has made none yet.
+            first = optimizers.zero_moments(optimizer, names)
+            second = dict(first) if rule.name == "adam" else {}
+        self._look_at_rule(step, max(counts.values(), default=None))
+        since = () if self._saved is None else (step - self._saved, optimizers.group_sizes(optimizer, names))
+        return replace(
+            checkpoint,
+            optimizer=rule,
+            first_moment=first,
+            second_moment=second,
+            update_counts={name: count for name, count in counts.items() if count != step},
+            learning_rates=self._updates.learning_rates(*since) if since else (),
         )
+
+    def _rates(self) -> tuple[float, ...]:
+        """By parameter group: of the next update; where a schedule has come down to 0, of the last."""
+        now, last = numbers(rates_of(self._optimizer)), numbers(self._updates.last)
+        return now if any(now) or len(last) != len(now) else last
+
+    def _look_at_rule(self, step: int, counted: int | None) -> None:
+        """Warn where a checkpoint is true and yet does not say all."""
+        if counted is not None and abs(counted - step) == 1:
+            self._warn(
+                "off by one",
+                f"the optimizer's own count of updates is {counted - step:+d} from the recorder's step {step}; pass "
+                "the number of updates made so far, or batches will be taken for those of other updates",
+            )
+        if self._updates.moved():
+            self._warn(
+                "moved",
+                f"the learning rate was changed between record({self._saved}) and the update after it, so that the one "
+                "recorded with a checkpoint is not that of its next update; call scheduler.step() before the recorder. "
+                "The rates that updates really had are recorded with the checkpoint after them",
+            )
+        for key in sorted(self._updates.varied):
+            self._warn(
+                key,
+                f"{key} changes during this run: a checkpoint has that of its next update, and what repeats training "
+                "from there keeps it, which this run did not",
+            )
+
+    def _is_recordable(self, names: dict[Tensor, str]) -> bool:
+        """Whether the optimiser can be recorded; a warning says why not, or what is missing."""
+        if self._optimizer is None:
+            return False
+        if reason := optimizers.why_unrecorded(self._optimizer, names):
+            self._warn(
+                "optimizer",
+                f"{reason}: weights are recorded without the optimizer and its moments, so windows in training steps "
+                "cannot be used on them",
+            )
+            return False
+        if others := optimizers.foreign(self._optimizer, names):
+            self._warn(
+                "foreign",
+                f"the optimizer also updates {others} parameters that are not this model's; they are not recorded, and "
+                "what depends on them cannot be repeated",
+            )
+        return True
+
+    def _warn(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            level, frame = 2, sys._getframe(1)
+            while frame.f_back is not None and frame.f_code.co_filename == __file__:
+                level, frame = level + 1, frame.f_back
+            warnings.warn(message, stacklevel=level)

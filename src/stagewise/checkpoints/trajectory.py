@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stagewise.checkpoint import Checkpoint, CheckpointError
-from stagewise.task import Task
+
+if TYPE_CHECKING:
+    from stagewise.task import Task
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,19 @@ class Trajectory:
 
     @classmethod
     def from_checkpoints(cls, checkpoints: Iterable[Checkpoint]) -> Trajectory:
-        """Checkpoints held in memory, e.g. from a short training run in a notebook."""
-        by_step = {checkpoint.step: checkpoint for checkpoint in checkpoints}
+        """Checkpoints held in memory, e.g. from a short training run in a notebook.
+
+        Raises:
+            ValueError: two of the same step differ.
+        """
+        by_step: dict[int, Checkpoint] = {}
+        for checkpoint in checkpoints:
+            first = by_step.setdefault(checkpoint.step, checkpoint)
+            if first is not checkpoint and first.digest != checkpoint.digest:
+                raise ValueError(
+                    f"two different checkpoints are of step {checkpoint.step}; one run has one at a step: keep one of "
+                    "them, or make a trajectory of each run"
+                )
         return cls(tuple(sorted(by_step)), by_step.__getitem__)
 
     @classmethod
@@ -42,6 +56,24 @@ class Trajectory:
         return cls(tuple(files), partial(_read, files))
 
 
+def as_trajectory(source: Trajectory | str | Path) -> Trajectory:
+    """A trajectory as it is, or that of a folder of checkpoints.
+
+    Raises:
+        TypeError: it is neither.
+        FileNotFoundError: the folder is missing, or holds no checkpoint.
+        CheckpointError: the folder cannot be understood.
+    """
+    if isinstance(source, Trajectory):
+        return source
+    if isinstance(source, str | Path):
+        return Trajectory.from_directory(source)
+    raise TypeError(
+        f"expected a Trajectory or the path of a folder of checkpoints, got {type(source).__name__}; for checkpoints "
+        "in memory use Trajectory.from_checkpoints([...])"
+    )
+
+
 def _read(files: Mapping[int, Path], step: int) -> Checkpoint:
     """A function of this module, so that a trajectory can be sent to worker processes."""
     from stagewise.checkpoints.directory import read_checkpoint
@@ -49,11 +81,6 @@ def _read(files: Mapping[int, Path], step: int) -> Checkpoint:
     if step not in files:
         raise KeyError(f"no checkpoint of step {step}; there are {sorted(files)}")
     return read_checkpoint(files[step], step)
-
-
-def as_trajectory(run: Trajectory | str | Path) -> Trajectory:
-    """The trajectory, or that of a folder of checkpoints."""
-    return run if isinstance(run, Trajectory) else Trajectory.from_directory(run)
 
 
 def check_fits(task: Task, checkpoint: Checkpoint, source: str | Path = "") -> None:

@@ -76,10 +76,15 @@ def _is_state_dict(content: Any) -> bool:
 
 
 def _without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tied tensors once: the first name is the one that moves, a copy under the second would go stale."""
+    """Tied tensors once: the first name is the one that moves, a copy under the second would go stale.
+
+    Tensors are one only if they are the same numbers at the same place: of one shape and order, not slices, transposes,
+    conjugates or other views of one storage, nor empty.
+    """
     first: dict[Any, str] = {}
     for name, tensor in tensors.items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
+        view = (tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
+        place = (tensor.data_ptr(), *view) if tensor.numel() else name
         first.setdefault(place, name)
     return {name: tensors[name] for name in first.values()}
 

@@ -16,7 +16,7 @@ from stagewise.influence.pairs import Columns, Indices, Part, columns
 from stagewise.traces.diagnostics import diagnose
 
 # Verdicts under which a covariance of the draws says nothing about the posterior.
-_UNTRUSTED = ("not localised", "chains failed", "not converged", "cannot say")
+_UNTRUSTED = ("unusable", "not localised", "chains failed", "not converged", "cannot say", "unconstrained")
 
 
 class NoTrustedCheckpointError(ValueError):

@@ -17,7 +17,7 @@ from stagewise.groups import Labels, query_groups, train_groups
 from stagewise.labelled import Array, effect_dataset
 from stagewise.retraining.losses import paired_losses
 from stagewise.retraining.schedule import BatchOrder, Order, Schedule
-from stagewise.retraining.start import BatchingChoice, Start, check_order, decided, start_at
+from stagewise.retraining.start import BatchingChoice, Start, check_moves, check_order, decided, start_at
 from stagewise.task import Task
 from stagewise.usable import at_usable, chosen_steps
 
@@ -99,6 +99,7 @@ def window_ablation(
         """Effects ``(repeat, train, query)`` at a checkpoint."""
         try:
             start = start_at(task, run.load(step))
+            check_moves(start)
             if order is not None:
                 check_order(start, order)
             schedules = [Schedule.window(index, step, window, weight) for index in trained.indices]

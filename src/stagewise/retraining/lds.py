@@ -46,6 +46,17 @@ def lds(
 
     Raises:
         ValueError: the labels or replays do not match, there are fewer than four replays, or something is not finite.
+
+    Example:
+        >>> import numpy as np, xarray as xr, stagewise as sw
+        >>> coords = {"step": [0], "train": list("abcd"), "query": ["x"], "train_size": ("train", [1] * 4)}
+        >>> influence = xr.Dataset({"value": (("step", "train", "query"), -np.arange(4.0).reshape(1, 4, 1))}, coords)
+        >>> kept = xr.DataArray(~np.eye(4, dtype=bool), {"train": list("abcd")}, ("replay", "train"))
+        >>> losses = xr.DataArray(  # each replay lacks one group, and loses what the group had helped
+        ...     np.arange(4.0).reshape(1, 4, 1), {"step": [0], "query": ["x"]}, ("step", "replay", "query")
+        ... )
+        >>> sw.lds(influence, losses, kept).lds.item()
+        1.0
     """
     effect = predicted_effect(attribution, 0.0)["effect"]
     _check_dims(losses, kept)

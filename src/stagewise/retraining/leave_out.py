@@ -16,7 +16,7 @@ from stagewise.groups import Labels, query_groups, train_groups
 from stagewise.labelled import effect_dataset
 from stagewise.retraining.losses import Progress, losses_along, paired_losses
 from stagewise.retraining.schedule import LearningRate, Order, Schedule
-from stagewise.retraining.start import BatchingChoice, check_order, check_steps, decided, start_at
+from stagewise.retraining.start import BatchingChoice, check_moves, check_order, check_steps, decided, start_at
 from stagewise.task import Task
 
 
@@ -73,7 +73,8 @@ def retrain(
     """
     if not schedules or max_replays < 1:
         raise ValueError(f"need one schedule or more and max_replays >= 1, got {len(schedules)} and {max_replays}")
-    chosen, origin = check_steps(start, steps), start_at(task, start, learning_rate)
+    chosen, origin = check_steps(start, steps), start_at(task, start)
+    check_moves(origin, learning_rate)
     check_order(origin, order)
     way, parts = decided(origin.point, batching), []
     for first in range(0, len(schedules), max_replays):
@@ -102,8 +103,9 @@ def leave_out(
 
         effect[i, j] = mean loss of query group j, group i changed  -  the same, unchanged.
 
-    A sample's effect on itself is in it, where the queries hold training samples. All replays make the checkpoint's own updates. Its learning rate is held, as :func:`retrain` explains: if the
-    run's own rate changed, pass ``learning_rate``.
+    A sample's effect on itself is in it, where the queries hold training samples. All replays make the checkpoint's
+    own updates. Its learning rate is held, as :func:`retrain` explains: if the run's own rate changed, pass
+    ``learning_rate``.
 
     Args:
         task: the model, its losses and data.
@@ -144,11 +146,9 @@ def leave_out(
         raise ValueError(f"need max_replays >= 2, a changed replay and the unchanged one, got {max_replays}")
     if weight == 1:
         raise ValueError("weight is 1, with which nothing is changed; use another, e.g. 0 to leave each group out")
-    chosen, trained, origin = (
-        check_steps(start, steps),
-        train_groups(task, groups),
-        start_at(task, start, learning_rate),
-    )
+    chosen, trained = check_steps(start, steps), train_groups(task, groups)
+    origin = start_at(task, start)
+    check_moves(origin, learning_rate)
     check_order(origin, order)
     effect, loss = paired_losses(
         origin,

@@ -115,7 +115,7 @@ def _outcome(task: Task, run: Trajectory, order: Order | None, step: int, stop: 
     try:
         checkpoint, target = run.load(step), run.load(stop)
         rates, notes = _learning_rates(checkpoint, target)
-        start = start_at(task, checkpoint, rates or (lambda _: 0.0))
+        start = start_at(task, checkpoint)
         batches = _batches(start, order)
         if batches is None:
             return _Outcome(LIKE_RUN)

@@ -34,6 +34,13 @@ def predicted_effect(influence: xr.Dataset, weight: float) -> xr.Dataset:
 
     Raises:
         ValueError: ``value`` or ``train_size`` is missing.
+
+    Example:
+        >>> import xarray as xr, stagewise as sw
+        >>> coords = {"step": [0], "train": ["cat"], "query": ["cat"], "train_size": ("train", [10])}
+        >>> influence = xr.Dataset({"value": (("step", "train", "query"), [[[-0.5]]])}, coords)
+        >>> sw.predicted_effect(influence, weight=0.5).effect.item()  # half of ten samples gone: the loss rises
+        2.5
     """
     if "value" not in influence or "train_size" not in influence.coords:
         raise ValueError(
@@ -70,6 +77,13 @@ def measured_influence(effects: xr.Dataset) -> xr.Dataset:
 
     Raises:
         ValueError: ``effect``, ``train_size`` or ``weight`` is missing, or the weight was not changed.
+
+    Example:
+        >>> import xarray as xr, stagewise as sw
+        >>> coords = {"step": [0], "train": ["cat"], "query": ["cat"], "train_size": ("train", [10])}
+        >>> effects = xr.Dataset({"effect": (("step", "train", "query"), [[[2.5]]])}, coords, {"weight": 0.5})
+        >>> sw.measured_influence(effects).value.item()
+        -0.5
     """
     lacking = [
         name
@@ -116,6 +130,13 @@ def agreement(predicted: xr.DataArray, measured: xr.DataArray, seed: int = 0) ->
 
     Raises:
         ValueError: labels or steps of one are missing in the other, naming them, or an effect is not finite.
+
+    Example:
+        >>> import numpy as np, xarray as xr, stagewise as sw
+        >>> coords = {"step": [0], "train": list("abc"), "query": list("xy")}
+        >>> predicted = xr.DataArray(np.arange(6.0).reshape(1, 3, 2), coords, ("step", "train", "query"))
+        >>> sw.agreement(predicted, 2 * predicted).slope.values.round(6).tolist()  # twice what was predicted
+        [2.0]
     """
     p, m = _aligned(predicted, measured)
     other = ~same_label(measured["train"].values, measured["query"].values)

@@ -91,20 +91,16 @@ class Start:
         )
 
 
-def start_at(
-    task: Task, checkpoint: Checkpoint, learning_rate: LearningRate | None = None, *, curvature: bool = False
-) -> Start:
+def start_at(task: Task, checkpoint: Checkpoint, *, curvature: bool = False) -> Start:
     """Check a task and a checkpoint, and find what its next update depends on.
 
     Args:
         task: the task.
         checkpoint: as it was recorded.
-        learning_rate: of every update, if it is not held.
         curvature: whether second derivatives will be used.
 
     Raises:
-        ValueError: the losses cannot be used, the optimizer was not recorded, or nothing would move because the
-            learning rate is 0 and held.
+        ValueError: the losses cannot be used, or the optimizer was not recorded.
         CheckpointError: the checkpoint is of another model.
     """
     point, fitted = at(task, checkpoint, curvature=curvature)
@@ -112,13 +108,20 @@ def start_at(
     if optimizer.clip_norm is not None:
         # The norm that decides is that of all gradients, also of parameters that are not updated.
         point = replace(point, vector=ParameterVector.of(task))
-    rule = Rule.of(optimizer, point.vector)
-    if learning_rate is None and not rule.rates.any():
+    return Start(point, fitted, Rule.of(optimizer, point.vector))
+
+
+def check_moves(start: Start, learning_rate: LearningRate | None = None) -> None:
+    """Refuse a learning rate of 0 that is held.
+
+    Raises:
+        ValueError: no parameter would move.
+    """
+    if learning_rate is None and not start.rule.rates.any():
         raise ValueError(
-            f"the learning rate at step {fitted.step} is 0, as in front of a warm-up: no update follows that data "
+            f"the learning rate at step {start.step} is 0, as in front of a warm-up: no update follows that data "
             "could change. Start at a later step, or, where it is an argument, pass learning_rate, that of every update"
         )
-    return Start(point, fitted, rule)
 
 
 def check_order(start: Start, order: Order) -> None:

@@ -7,8 +7,8 @@ direction of sample weights d obeys
 
     r_{s+1} = (I - eta_s H_s) r_s  -  eta_s sum_{i in B_s} d_i(s) a_i grad l_i(w_s) / sum_{i in B_s} a_i,
 
-with r_start = 0 and a_i the sample's weight in the objective, and a query's loss changes by grad l_q(w_t) . r_t. Momentum and Adam
-carry derivatives of their moments along, and clipping that of the gradient's length.
+with r_start = 0 and a_i the sample's weight in the objective, and a query's loss changes by grad l_q(w_t) . r_t.
+Momentum and Adam carry derivatives of their moments along, and clipping that of the gradient's length.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from stagewise.groups import Labels, query_groups, train_groups
 from stagewise.labelled import influence_dataset
 from stagewise.retraining.losses import Progress, query_weights
 from stagewise.retraining.schedule import LearningRate, Order, Schedule
-from stagewise.retraining.start import Start, check_order, check_steps, start_at
+from stagewise.retraining.start import Start, check_moves, check_order, check_steps, start_at
 from stagewise.retraining.training import constant_spans, joined, sample_weights_of, slopes_of
 from stagewise.retraining.updates import Rule, TrainingState, update
 from stagewise.task import Task
@@ -89,7 +89,8 @@ def unroll(
     """
     if not schedules or max_replays < 1:
         raise ValueError(f"need one schedule or more and max_replays >= 1, got {len(schedules)} and {max_replays}")
-    chosen, origin = check_steps(start, steps), start_at(task, start, learning_rate, curvature=True)
+    chosen, origin = check_steps(start, steps), start_at(task, start, curvature=True)
+    check_moves(origin, learning_rate)
     check_order(origin, order)
     parts = []
     for first in range(0, len(schedules), max_replays):
@@ -118,8 +119,8 @@ def unrolled_influence(
 
         value[i, j] = d (mean loss of query group j) / d (weight of group i) / (samples in group i)
 
-    A sample's influence on itself is in it. The checkpoint's learning rate is held, as :func:`unroll` explains: if the run's own rate changed, pass
-    ``learning_rate``.
+    A sample's influence on itself is in it. The checkpoint's learning rate is held, as :func:`unroll` explains: if the
+    run's own rate changed, pass ``learning_rate``.
 
     Args:
         task: the model, its losses and data.

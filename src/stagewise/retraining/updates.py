@@ -63,7 +63,7 @@ class Rule:
                 "at that step"
             )
         if not self.rates.any():
-            return self.updated * rate
+            return self.updated.double() * rate
         if usual == 0:
             raise ValueError(
                 "learning_rate gives the rate of most parameters, which is 0 at the checkpoint while other groups have "
@@ -163,7 +163,8 @@ def update(
 def clipped(gradient: Tensor, norm: float) -> Tensor:
     """The gradients ``(replays, parameters)``, each no longer than ``norm``, as ``clip_grad_norm_`` scales them."""
     length = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
-    return gradient * (norm / (length + 1e-6)).clamp(max=1.0)
+    scaled: Tensor = gradient * (norm / (length + 1e-6)).clamp(max=1.0)
+    return scaled
 
 
 def _where_used(vector: ParameterVector, used: Tensor, after: TrainingState, before: TrainingState) -> TrainingState:

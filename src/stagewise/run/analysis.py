@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,74 +12,118 @@ import xarray as xr
 from torch.utils._pytree import tree_flatten
 
 from stagewise.checkpoints.trajectory import Trajectory
+from stagewise.evaluate import chunks
 from stagewise.groups import query_groups
 from stagewise.influence.bif import bif
 from stagewise.influence.damped import damped_influence
 from stagewise.influence.gradients import gradient_product
-from stagewise.report.results import Exemplar
+from stagewise.results import Exemplar
 from stagewise.retraining.ablation import window_ablation
-from stagewise.retraining.schedule import BatchOrder
+from stagewise.retraining.replay import replay
+from stagewise.retraining.schedule import BatchOrder, Order
 from stagewise.run.config import RunConfig
 from stagewise.run.progress import Progress
-from stagewise.task import Samples, Task
+from stagewise.task import Params, Samples, Task
 from stagewise.traces.store import TraceStore
+from stagewise.usable import at_usable, none_usable
+
+ESTIMATORS: dict[str, Callable[..., xr.Dataset]] = {
+    "gradient product": gradient_product,
+    "damped influence": damped_influence,
+}
 
 
 def mean_losses(task: Task, trajectory: Trajectory, steps: Sequence[int]) -> xr.Dataset:
-    """Mean loss of the training set and of every query group at every checkpoint, nats."""
+    """Mean loss of the training set and of every query group at every checkpoint that fits the model, nats."""
     groups = query_groups(task)
-    train, queries = [], []
-    for step in steps:
-        state = task.state() | {k: v.to(task.device) for k, v in trajectory.load(step).params.items()}
-        train.append(_losses(task, state, task.train).mean().item())
-        by_name = {name: _losses(task, state, data) for name, data in task.queries.items()}
-        queries.append(groups.mean(by_name).tolist())
+
+    def estimate(step: int) -> tuple[float, list[float]]:
+        state = task.fitted(trajectory.load(step)).params
+        losses, weights = _sample_losses(task, state, task.train)
+        found = {name: _sample_losses(task, state, data, name) for name, data in task.queries.items()}
+        values, shares = ({name: pair[k] for name, pair in found.items()} for k in (0, 1))
+        mean = groups.mean(values, shares)
+        return ((losses * weights).sum() / weights.sum()).item(), mean.tolist()
+
+    known = at_usable(trajectory, steps, estimate)
     return xr.Dataset(
-        {"train": ("step", train), "queries": (("step", "query"), queries)},
-        {"step": list(steps), "query": list(groups.labels)},
+        {
+            "train": ("step", [train for train, _ in known.results], {"units": "nats"}),
+            "queries": (("step", "query"), [queries for _, queries in known.results], {"units": "nats"}),
+        },
+        {"step": known.steps, "query": list(groups.labels)},
+        known.attrs,
     )
 
 
 def baselines(
     task: Task, trajectory: Trajectory, config: RunConfig, steps: Sequence[int], progress: Progress
-) -> dict[str, xr.Dataset]:
-    """The deterministic estimators of the same influence, by name."""
-    estimators: dict[str, Any] = {"gradient product": gradient_product, "damped influence": damped_influence}
+) -> tuple[dict[str, xr.Dataset], dict[str, str]]:
+    """The deterministic estimators of the same influence, by name; and why one is left out."""
     results: dict[str, xr.Dataset] = {}
+    left_out: dict[str, str] = {}
     for name in config.baselines:
-        rows = []
+        rows, reasons = [], {}
         for done, step in enumerate(steps, start=1):
-            rows.append(estimators[name](task, trajectory, config.posterior, steps=[step]))
+            try:
+                rows.append(ESTIMATORS[name](task, trajectory, config.posterior, steps=[step]))
+            except ValueError as error:
+                reasons[step] = str(error)
             progress(name, done, len(steps))
-        results[name] = xr.concat(rows, "step", combine_attrs="override")
-    return results
+        if rows:
+            results[name] = xr.concat(rows, "step", combine_attrs="override")
+            results[name].attrs["omitted"] = json.dumps({str(step): reason for step, reason in reasons.items()})
+        else:
+            left_out[name] = none_usable(reasons)
+    return results, left_out
 
 
 def measure(
     task: Task, trajectory: Trajectory, config: RunConfig, steps: Sequence[int], progress: Progress
-) -> xr.Dataset | None:
-    """Measured window effects, if asked for."""
-    settings = config.retraining
-    if settings is None:
-        return None
-    window = settings.window or config.posterior.window
-    if window is None:
-        raise ValueError("retraining needs a window: set retraining.window, or posterior.window instead of gamma")
-    order = None
-    if settings.recorded_order_seed is not None:
-        optimizer = trajectory.load(steps[0]).optimizer
-        size = (optimizer.batch_size if optimizer else None) or 0
-        order = BatchOrder(len(task.train), size, settings.recorded_order_seed)
-    return window_ablation(
+) -> dict[str, xr.Dataset]:
+    """Measured window effects, if asked for, and how well retraining repeats the run that they are to prove."""
+    settings, window = config.retraining, retraining_window(config)
+    if settings is None or window is None:
+        return {}
+    order = recorded_order(task, trajectory, config)
+    measured = window_ablation(
         task,
         trajectory,
         window=window,
         weight=settings.weight,
         steps=steps,
-        repeats=settings.orders,
+        repeats=settings.repeats,
         order=order,
         progress=lambda done, total: progress("retraining windows", done, total),
     )
+    repeated = replay(
+        task, trajectory, order, steps, progress=lambda done, total: progress("repeating the run", done, total)
+    )
+    return {"measured": measured, "replay": repeated}
+
+
+def retraining_window(config: RunConfig) -> int | None:
+    """Length of the windows that are retrained; None where nothing is.
+
+    Raises:
+        ValueError: retraining is asked for without a window.
+    """
+    if config.retraining is None:
+        return None
+    window = config.retraining.window or config.posterior.window
+    if window is None:
+        raise ValueError("retraining needs a window: set retraining.window, or posterior.window instead of gamma")
+    return window
+
+
+def recorded_order(task: Task, trajectory: Trajectory, config: RunConfig) -> Order | None:
+    """The run's own batches, if the configuration knows their seed."""
+    settings = config.retraining
+    if settings is None or settings.recorded_order_seed is None:
+        return None
+    sizes = (trajectory.load(step).optimizer for step in trajectory.steps)
+    size = next((optimizer.batch_size for optimizer in sizes if optimizer and optimizer.batch_size is not None), 0)
+    return BatchOrder(len(task.train), size, settings.recorded_order_seed)
 
 
 def exemplars(
@@ -145,7 +190,9 @@ def spread(steps: Sequence[int], count: int) -> list[int]:
 
 
 @torch.no_grad()
-def _losses(task: Task, state: dict[str, torch.Tensor], data: Samples) -> torch.Tensor:
-    """Loss of every sample, the mean over its tokens, on the CPU."""
-    losses = [task.losses(state, batch) for batch in data.batches(task.forward_batch, task.device)]
-    return torch.cat([loss if loss.ndim == 1 else loss.mean(1) for loss in losses]).cpu()
+def _sample_losses(
+    task: Task, state: Params, data: Samples, query: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and weight of every sample, on the CPU."""
+    parts = [task.sample_losses(state, batch, query) for batch in chunks(task, data)]
+    return torch.cat([loss for loss, _ in parts]).cpu(), torch.cat([weight for _, weight in parts]).cpu()

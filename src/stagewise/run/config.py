@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import importlib.util
-import os
+import inspect
 import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
+from stagewise.run import yaml12
+from stagewise.run.places import expanded, placed, portable, portable_task, task_place
 from stagewise.sampling.chains import Chains
 from stagewise.sampling.posterior import LocalPosterior
-from stagewise.task import Task
+from stagewise.traces.files import write_text
 
 Baseline = Literal["gradient product", "damped influence"]
 
@@ -36,27 +34,44 @@ class Retraining(_Settings):
     """The proof: retrain the window at every checkpoint with each train group's weight changed."""
 
     weight: float = Field(0.8, ge=0, description="weight of the group during the window; 1 is no change")
-    window: int | None = Field(None, gt=0, description="steps; default the posterior's window")
-    orders: int = Field(4, gt=0, description="batch orders to average over; one is enough for full batches")
+    window: int | None = Field(None, gt=0, description="number of updates; default the posterior's window")
+    repeats: int = Field(4, gt=0, description="batch orders to average over; one is enough for full batches")
     recorded_order_seed: int | None = Field(None, description="seed of the run's own BatchOrder, if it had one")
 
 
 class RunConfig(_Settings):
-    """Everything that `stagewise run` does. Paths are relative to the configuration file."""
+    """Everything that `stagewise run` does.
+
+    Paths are relative to the configuration file; ``~``, ``$VAR`` and ``${VAR}`` in them are put in.
+    """
 
     title: str = Field("stagewise run", description="headline of the report")
-    task: str = Field(description="where the Task comes from: 'file.py:function' or 'package.module:function'")
+    task: str = Field(
+        description="where the Task comes from: 'file.py:function', or 'package.module:function' where the package "
+        "is installed or lies beside the configuration"
+    )
     task_args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of that function")
     checkpoints: Path = Field(description="folder of checkpoints")
     out: Path = Field(description="run folder: traces, results and report")
     steps: tuple[int, ...] | None = Field(None, description="checkpoints to study; default all")
     posterior: LocalPosterior = Field(description="what is sampled: window (or gamma), n_beta, metric, ...")
     sampling: Chains = Field(default_factory=Chains, description="how: sampler, chains, draws, ...")
-    baselines: tuple[Baseline, ...] = Field(get_args(Baseline), description="estimators shown beside it")
+    baselines: tuple[Baseline, ...] = Field(
+        get_args(Baseline), description=f"estimators shown beside it, some of {', '.join(get_args(Baseline))}"
+    )
     retraining: Retraining | None = Field(None, description="measure window effects; needs recorded optimisers")
     exemplars: int = Field(6, ge=0, description="most helpful and harmful samples shown per query and step")
-    workers: int | None = Field(None, gt=0, description="processes; default one per core")
+    workers: int | None = Field(
+        None, gt=0, description="processes; default one per core, or one if the model lives on a GPU"
+    )
 
+    @field_validator("task", "checkpoints", "out", mode="before")
+    @classmethod
+    def _expand(cls, value: Any) -> Any:
+        return expanded(value) if isinstance(value, str) else value
+
+
+_SAVED_IN = "saved_in"  # in a saved configuration: the folder it was saved in
 
 _SECTIONS: dict[str, Any] = {"posterior": LocalPosterior, "sampling": Chains, "retraining": Retraining}
 
@@ -64,27 +79,34 @@ _SECTIONS: dict[str, Any] = {"posterior": LocalPosterior, "sampling": Chains, "r
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML configuration and apply overrides such as ``sampling.draws=200``.
 
+    A run folder that was moved runs from where it is: what its saved configuration names is looked for beside it
+    first, and then where it was when it was saved.
+
     Raises:
         ConfigError: the file cannot be read, or keys or values are not valid; an unknown key is told
             the nearest valid one.
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _parsed(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"cannot read the configuration {path}: it is not a text file ({error})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold keys and values, got {type(content).__name__}")
+    here = path.resolve().parent
+    folders = [here, *(Path(folder) for folder in [content.pop(_SAVED_IN, None)] if folder)]
     for override in overrides:
         _override(content, override)
     config = make_config(content, str(path))
-    base = path.resolve().parent
-    place = {name: Path(os.path.normpath(base / getattr(config, name))) for name in ("checkpoints", "out")}
-    module, _, function = config.task.rpartition(":")
-    task = f"{os.path.normpath(base / module)}:{function}" if module.endswith(".py") else config.task
-    return config.model_copy(update=place | {"task": task})
+    return config.model_copy(
+        update={
+            "task": task_place(config.task, folders),
+            "checkpoints": placed(config.checkpoints, folders),
+            "out": placed(config.out, [here]),
+        }
+    )
 
 
 def make_config(content: Mapping[str, Any], source: str = "configuration") -> RunConfig:
@@ -101,8 +123,15 @@ def make_config(content: Mapping[str, Any], source: str = "configuration") -> Ru
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write the resolved configuration; it runs again from there."""
-    path.write_text(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    """Write the resolved configuration into its run folder; it runs from there again, also after a move."""
+    folder = Path(path).absolute().parent
+    places = {
+        "task": portable_task(config.task, folder),
+        "checkpoints": portable(config.checkpoints, folder),
+        "out": portable(config.out, folder),
+        _SAVED_IN: str(folder),
+    }
+    write_text(path, yaml12.dump(plain(config) | places))
 
 
 def plain(config: RunConfig) -> dict[str, Any]:
@@ -128,48 +157,18 @@ def describe() -> str:
 
 def _documented(docstring: str) -> dict[str, str]:
     """The meanings in the Attributes section of a docstring."""
-    entries = re.split(r"\n {8}(?=\w+: )", docstring.partition("Attributes:")[2])
+    text = inspect.cleandoc(docstring)  # Python 3.13 has dedented it already
+    attributes = re.split(r"\n(?=\S)", text.partition("Attributes:")[2])[0]
+    entries = re.split(r"\n {4}(?=\w+: )", attributes)
     pairs = (" ".join(entry.split()).split(": ", 1) for entry in entries if ": " in entry)
     return {name: meaning.rstrip(".") for name, meaning in pairs}
 
 
-def load_task(reference: str, arguments: Mapping[str, Any]) -> Task:
-    """Import ``file.py:function`` or ``module:function`` and call it.
-
-    Raises:
-        ConfigError: it cannot be found, or does not return a Task.
-    """
-    module_name, separator, name = reference.rpartition(":")
-    if not separator:
-        raise ConfigError(f"task must be 'file.py:function' or 'module:function', got {reference!r}")
-    module = _import(module_name)
-    build: Callable[..., Any] | None = getattr(module, name, None)
-    if build is None:
-        raise ConfigError(f"task: {module_name} has no function {name!r}{_nearest(name, dir(module))}")
-    task = build(**arguments)
-    if not isinstance(task, Task):
-        raise ConfigError(f"task: {reference} returned {type(task).__name__}, expected a stagewise.Task")
-    return task
-
-
-def _import(name: str) -> ModuleType:
-    if not name.endswith(".py"):
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            raise ConfigError(f"task: there is no module {error.name!r} (importing {name!r})") from error
-    path = Path(name)
-    if not path.is_file():
-        raise ConfigError(f"task: there is no file {path}")
-    if str(path.parent) not in sys.path:  # so that it may import its neighbours, as when run as a script
-        sys.path.insert(0, str(path.parent))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"task: {path} cannot be imported")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # so that losses and models defined there can be pickled
-    spec.loader.exec_module(module)
-    return module
+def _parsed(text: str, source: str) -> Any:
+    try:
+        return yaml12.load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not valid YAML: {error}") from error
 
 
 def _override(content: dict[str, Any], override: str) -> None:
@@ -178,17 +177,20 @@ def _override(content: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set takes key=value, e.g. sampling.draws=200, got {override!r}")
     *parents, last = dotted.strip().split(".")
     for parent in parents:
-        content = content.setdefault(parent, {})
+        if content.get(parent) is None:
+            content[parent] = {}
+        content = content[parent]
         if not isinstance(content, dict):
             raise ConfigError(f"--set {dotted}: {parent} is not a section")
-    content[last] = yaml.safe_load(value)
+    content[last] = _parsed(value, f"--set {dotted}")
 
 
 def _explain(fault: Any) -> str:
     key = ".".join(str(part) for part in fault["loc"])
     if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{key}: unknown key{_nearest(str(fault['loc'][-1]), _keys(fault['loc'][:-1]))}"
-    return f"{key}: {fault['msg']} (got {fault['input']!r})" if key else str(fault["msg"])
+        return f"{key}: unknown key{nearest(str(fault['loc'][-1]), _keys(fault['loc'][:-1]))}"
+    meaning = str(fault["msg"]).removeprefix("Value error, ")
+    return f"{key}: {meaning} (got {fault['input']!r})" if key else meaning
 
 
 def _keys(location: Sequence[Any]) -> list[str]:
@@ -197,7 +199,8 @@ def _keys(location: Sequence[Any]) -> list[str]:
     return list(schema.model_fields) if issubclass(schema, BaseModel) else [f.name for f in fields(schema)]
 
 
-def _nearest(name: str, valid: Sequence[str]) -> str:
+def nearest(name: str, valid: Sequence[str]) -> str:
+    """The end of a message about a name that does not exist: the one that was probably meant, or those there are."""
     close = difflib.get_close_matches(name, [v for v in valid if not v.startswith("_")], n=1, cutoff=0.5)
     shown = [v for v in valid if not v.startswith("_")]
     return f"; did you mean {close[0]!r}?" if close else f"; valid are {', '.join(shown[:20])}"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.run.analysis import spread
-from stagewise.run.config import RunConfig, load_task
-from stagewise.run.engine import default_steps
+from stagewise.run.before import look
+from stagewise.run.config import RunConfig
+from stagewise.run.engine import default_workers, steps_to_sample
+from stagewise.run.preflight import preflight
+from stagewise.run.task_file import load_task
 from stagewise.sampling.chains import Chains, tune
 from stagewise.sampling.gradient import choose_batching, potential_gradient
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior
@@ -35,6 +37,7 @@ class Cost:
         disk: bytes of all traces.
         workers: processes.
         steps: sampler steps over all cells.
+        notes: what was understood of the data, and what will be left out.
     """
 
     cells: int
@@ -43,6 +46,7 @@ class Cost:
     disk: float
     workers: int
     steps: int
+    notes: tuple[str, ...] = ()
 
     def text(self) -> str:
         """For a person."""
@@ -52,25 +56,30 @@ class Cost:
             f"{self.cells} cells (checkpoint x chain block), {self.steps:,} sampler steps in all\n"
             f"time    about {duration} of sampling on {self.workers} worker(s), plus analysis and retraining\n"
             f"memory  about {self.memory / 2**20:,.0f} MiB for each worker, beside the libraries\n"
-            f"disk    about {self.disk / 2**20:,.0f} MiB of traces"
+            f"disk    about {self.disk / 2**20:,.0f} MiB of traces" + "".join(f"\n{note}" for note in self.notes)
         )
 
 
 def estimate(config: RunConfig) -> Cost:
-    """Cost of a configuration's sampling.
+    """Cost of a configuration's sampling, after trying on a few samples all that the run will need.
 
     Raises:
         ValueError: the configuration, task or checkpoints cannot be used.
     """
     task, trajectory = load_task(config.task, config.task_args), Trajectory.from_directory(config.checkpoints)
-    steps = list(config.steps or default_steps(trajectory, config.posterior))
-    return sampling_cost(
-        task, trajectory, config.posterior, config.sampling, steps, config.workers or os.cpu_count() or 1
-    )
+    steps = steps_to_sample(trajectory, config.steps)
+    usable, unusable = look(task, trajectory, config.posterior, steps)
+    missing = preflight(task, trajectory, config, list(usable))
+    workers = config.workers or default_workers(task)
+    cost = sampling_cost(task, trajectory, config.posterior, config.sampling, list(usable), workers)
+    notes = [repr(task)]
+    notes += [f"step {step} cannot be used: {reason}" for step, reason in unusable.items()]
+    notes += [f"without {name}: {reason}" for name, reason in missing.items()]
+    return replace(cost, notes=tuple(notes))
 
 
 def sampling_cost(
-    task: Task, trajectory: Trajectory, posterior: LocalPosterior, plan: Chains, steps: Sequence[int], workers: int
+    task: Task, trajectory: Trajectory, posterior: LocalPosterior, sampling: Chains, steps: Sequence[int], workers: int
 ) -> Cost:
     """Tune the sampler at three checkpoints and time one gradient and one draw there.
 
@@ -80,16 +89,17 @@ def sampling_cost(
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // workers))
     try:
-        probes = [_probe(posterior.at(task, trajectory.load(step)), plan) for step in spread(steps, _PROBES)]
+        probes = [_probe(posterior.at(task, trajectory.load(step)), sampling) for step in spread(steps, _PROBES)]
     finally:
         torch.set_num_threads(threads)
-    cells = len(steps) * plan.blocks
+    cells = len(steps) * sampling.blocks
     per_cell = sum(seconds for seconds, _ in probes) / len(probes)
     per_cell_steps = sum(count for _, count in probes) / len(probes)
-    samples = len(task.train) + sum(len(data) for data in task.queries.values())
-    traces = 4.0 * plan.chains * plan.draws * samples * _tokens(task) * (2 if plan.reflect else 1)
+    samples = len(task.candidates) + sum(len(data) for data in task.queries.values())
+    traces = 4.0 * sampling.chains * sampling.draws * samples * _tokens(task) * (2 if sampling.reflect else 1)
     parameters = sum(p.numel() for p in task.model.parameters())
-    memory = traces + 4.0 * parameters * plan.chains * 8
+    # Traces are kept as float32 changes, and put together as float64 at the end.
+    memory = 4 * traces + 4.0 * parameters * sampling.chains * 8
     return Cost(
         cells,
         per_cell * cells / min(workers, cells),
@@ -100,31 +110,33 @@ def sampling_cost(
     )
 
 
-def _probe(density: LocalDensity, plan: Chains) -> tuple[float, int]:
+def _probe(density: LocalDensity, sampling: Chains) -> tuple[float, int]:
     """Seconds and sampler steps of one cell at this checkpoint."""
     start = time.perf_counter()
-    tuning = tune(density, plan)
+    tuning = tune(density, sampling)
     tuned = time.perf_counter() - start
     if not tuning.localised and density.posterior.require_localised:
         return tuned, 0
-    count = tuning.burn_in + plan.draws * tuning.thinning
-    gradient, draw = _times(density, plan)
-    return tuned + count * gradient + plan.draws * draw, count
+    count = tuning.burn_in + sampling.draws * tuning.thinning
+    gradient, draw = _times(density, sampling)
+    return tuned + count * gradient + sampling.draws * draw, count
 
 
-def _times(density: LocalDensity, plan: Chains) -> tuple[float, float]:
+def _times(density: LocalDensity, sampling: Chains) -> tuple[float, float]:
     """Seconds of one gradient and of one draw of a block of chains."""
-    batching = choose_batching(density, plan.chains, plan.batch_size) if plan.batching == "auto" else plan.batching
-    u = torch.zeros(plan.chains, density.vector.size).to(density.anchor)
+    batching = sampling.batching
+    if batching == "auto":
+        batching = choose_batching(density, sampling.chains, sampling.batch_size)
+    u = torch.zeros(sampling.chains, density.vector.size).to(density.anchor)
     gradient = potential_gradient(
-        density, plan.chains, plan.batch_size, plan.control_variate, batching, torch.Generator()
+        density, sampling.chains, sampling.batch_size, sampling.control_variate, batching, torch.Generator()
     )
     gradient(u)
     start = time.perf_counter()
     for _ in range(3):
         gradient(u).potential.sum().item()
     middle = time.perf_counter()
-    Watch(density, batching, plan.reflect).draw(u)
+    Watch(density, batching, sampling.reflect).draw(u)
     return (middle - start) / 3, time.perf_counter() - middle
 
 

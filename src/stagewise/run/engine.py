@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 
-from stagewise.checkpoint import Checkpoint, tensors_digest
-from stagewise.checkpoints.trajectory import Trajectory
+from stagewise.checkpoint import Checkpoint
+from stagewise.checkpoints.trajectory import Trajectory, as_trajectory
+from stagewise.groups import Labels
+from stagewise.identity import Probe, identity, probe
+from stagewise.run.before import check_reusable, check_same_task, look
 from stagewise.run.progress import Progress, silent
-from stagewise.sampling.chains import Chains, sample_block
+from stagewise.sampling.chains import Chains, SamplerName, sample_block, unusable_block
 from stagewise.sampling.gradient import choose_batching
 from stagewise.sampling.posterior import LocalPosterior
 from stagewise.task import Task
@@ -25,7 +29,25 @@ from stagewise.traces.identity import read_identity
 from stagewise.traces.store import Cell, RunFolderError, TraceStore
 
 # Raised whenever a change alters the numbers a cell would hold: old cells must not be taken for new ones.
-NUMERICS_VERSION = "2"
+NUMERICS_VERSION = "3"
+
+
+class ChainSettings(TypedDict, total=False):
+    """The fields of :class:`stagewise.sampling.chains.Chains`, for editors."""
+
+    sampler: SamplerName
+    chains: int
+    blocks: int
+    draws: int
+    step_size: float | None
+    options: dict[str, float]
+    burn_in: int | None
+    thinning: int | None
+    batch_size: int | None
+    control_variate: bool
+    reflect: bool
+    batching: Literal["auto", "stacked", "loop"]
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -36,44 +58,56 @@ class Work:
         make_task: returns the task; called once in every worker.
         trajectory: the checkpoints.
         posterior: what is sampled.
-        plan: how; ``batching`` decided.
+        sampling: how; ``batching`` decided.
         store: where cells go.
+        unusable: reasons why there is no posterior, by step.
+        parts: identity of the task, which every worker's must have.
+        known: a step, and the probe that it must give there.
         threads: threads of a worker.
     """
 
     make_task: Callable[[], Task]
     trajectory: Trajectory
     posterior: LocalPosterior
-    plan: Chains
+    sampling: Chains
     store: TraceStore
+    unusable: dict[int, str]
+    parts: dict[str, str]
+    known: tuple[int, Probe]
     threads: int
 
 
 def sample(
     task: Task,
-    trajectory: Trajectory,
-    *,
+    trajectory: Trajectory | str | Path,
     posterior: LocalPosterior,
+    *,
     out: str | Path,
+    sampling: Chains | None = None,
     steps: Sequence[int] | None = None,
     workers: int = 1,
     progress: Progress = silent,
     make_task: Callable[[], Task] | None = None,
-    **plan: Any,
+    **settings: Unpack[ChainSettings],
 ) -> TraceStore:
     """Sample the local posterior at every checkpoint; what the run folder holds is not computed again.
 
+    A checkpoint at which there is no posterior (no record of its optimiser, a learning rate of 0, other parameters than
+    the model's, ...) is left out, and its verdict says why.
+
     Args:
         task: what is studied.
-        trajectory: the run's checkpoints.
+        trajectory: the run's checkpoints, or the folder they are in.
         posterior: what is sampled, e.g. ``LocalPosterior(window=30)``.
         out: run folder; a killed run continues where it was.
-        steps: checkpoints to sample, default all that the posterior can be defined at.
+        sampling: how it is sampled; default ``Chains()``.
+        steps: checkpoints to sample, default all.
         workers: processes. Above one, the task must be picklable and the calling script guarded by
             ``if __name__ == "__main__":``.
         progress: called with (what, done, in all) after every cell.
-        make_task: builds the task in a worker, where the task itself cannot be pickled.
-        **plan: the fields of :class:`stagewise.sampling.chains.Chains`: chains, draws, sampler, ...
+        make_task: builds the task in a worker, where the task itself cannot be pickled. It must build the same task
+            each time.
+        **settings: single fields of ``sampling``: chains, draws, sampler, ...
 
     Returns:
         The store of loss traces; :func:`stagewise.bif` reads it.
@@ -81,47 +115,78 @@ def sample(
     Raises:
         RunMismatchError: the folder holds traces of another model, data set, loss, posterior or sampler.
         RunLockedError: another process is sampling into the folder.
-        ValueError: the task, a checkpoint or a setting cannot be used.
+        ValueError: the task, a setting or every checkpoint cannot be used, or ``make_task`` builds another task each
+            time.
+
+    Example:
+        >>> traces = sample(task, "checkpoints", LocalPosterior(window=30), out="runs/a", draws=200)  # doctest: +SKIP
     """
-    chains = Chains(**plan)
-    chosen = default_steps(trajectory, posterior) if steps is None else list(steps)
-    if missing := sorted(set(chosen) - set(trajectory.steps)):
-        raise ValueError(f"steps {missing} have no checkpoint; there are {list(trajectory.steps)}")
-    out = Path(out)
-    chains = replace(chains, batching=_batching(task, trajectory, posterior, chains, out, chosen))
-    store = TraceStore.open(out, identity(task, posterior, chains))
+    sampling = replace(sampling or Chains(), **settings)
+    run = as_trajectory(trajectory)
+    chosen = steps_to_sample(run, steps)
+    usable, unusable = look(task, run, posterior, chosen)
+    last = max(usable)
+    known = last, probe(task, task.fitted(run.load(last)))
+    parts = identity(task)
+    if make_task is not None:
+        check_same_task(make_task(), parts, run, known)
+    sampling = replace(sampling, batching=_batching(task, run.load(last), posterior, sampling, Path(out)))
+    store = TraceStore.open(out, parts | _settings(posterior, sampling))
+    cells = [_cell(store, step, block, usable.get(step)) for step in chosen for block in range(sampling.blocks)]
     with store.lock():
         store.sweep()
-        cells = [
-            Cell(step, block, key)
-            for step in chosen
-            for block, key in enumerate(_keys(store, task, trajectory.load(step), chains.blocks))
-        ]
         todo = [cell for cell in cells if not store.is_complete(cell)]
+        check_reusable(store, task, run)
+        store.write_labels(_of_candidates(task), task.query_groups)
         progress("sampling", len(cells) - len(todo), len(cells))
         threads = max(1, torch.get_num_threads() // workers)
-        work = Work(make_task or partial(_return, task), trajectory, posterior, chains, store, threads)
+        build = make_task or partial(_return, task)
+        work = Work(build, run, posterior, sampling, store, unusable, parts, known, threads)
         for done, _ in enumerate(_computed(work, task, todo, workers), start=len(cells) - len(todo) + 1):
             progress("sampling", done, len(cells))
-        store.write_labels(task.train_groups, task.query_groups)
     return store
 
 
-def default_steps(trajectory: Trajectory, posterior: LocalPosterior) -> list[int]:
-    """All recorded steps, but for step 0 in Adam's metric: before its first update Adam has no second moments."""
-    metric = posterior.metric_for(trajectory.load(trajectory.steps[0]).optimizer)
-    return [step for step in trajectory.steps if step > 0 or metric != "adam"]
+def steps_to_sample(trajectory: Trajectory, steps: Sequence[int] | None = None) -> list[int]:
+    """The steps that are asked for, by default all.
+
+    Raises:
+        ValueError: a step has no checkpoint, or no step is asked for.
+    """
+    chosen = list(trajectory.steps if steps is None else steps)
+    missing = sorted(set(chosen) - set(trajectory.steps))
+    if missing or not chosen:
+        raise ValueError(f"steps {missing} have no checkpoint; there are {list(trajectory.steps)}")
+    return chosen
 
 
-def identity(task: Task, posterior: LocalPosterior, plan: Chains) -> dict[str, str]:
-    """What the numbers in a run folder depend on, beside the checkpoints; blocks may be added later."""
-    return task.identity() | {
+def default_workers(task: Task) -> int:
+    """One process per core that this one may use; a single one where the model lives on a GPU: all would share it."""
+    if task.device.type != "cpu":
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _settings(posterior: LocalPosterior, sampling: Chains) -> dict[str, str]:
+    """What the numbers in a run folder depend on beside the task and the checkpoints; blocks may be added later."""
+    return {
         "posterior": repr(posterior),
-        "sampling": repr(replace(plan, blocks=1, batching="auto")),
-        "batching": plan.batching,
+        "sampling": repr(replace(sampling, blocks=1, batching="auto")),
+        "batching": sampling.batching,
         "torch": torch.__version__.split("+")[0],
         "numerics": NUMERICS_VERSION,
     }
+
+
+def _cell(store: TraceStore, step: int, block: int, digest: str | None) -> Cell:
+    """A cell under the hash of all that decides its numbers; without a checkpoint's digest it has none."""
+    parts = [f"{name}={value}" for name, value in sorted(store.identity.items())]
+    parts += [digest or "unusable", str(step), str(block)]
+    return Cell(step, block, hashlib.sha256("\0".join(parts).encode()).hexdigest())
+
+
+def _of_candidates(task: Task) -> Labels | None:
+    return None if task.train_groups is None else task.train_groups[task.candidates.numpy()]
 
 
 def _computed(work: Work, task: Task, cells: Sequence[Cell], workers: int) -> Iterator[Cell]:
@@ -144,25 +209,38 @@ def _computed(work: Work, task: Task, cells: Sequence[Cell], workers: int) -> It
 
 
 def _compute(work: Work, cell: Cell, task: Task) -> None:
+    if reason := work.unusable.get(cell.step):
+        work.store.write(cell, unusable_block(cell.step, reason, work.sampling, cell.block))
+        return
     checkpoint = work.trajectory.load(cell.step)
-    work.store.write(cell, sample_block(task, checkpoint, work.posterior, work.plan, cell.block))
+    tree = sample_block(task, checkpoint, work.posterior, work.sampling, cell.block)
+    work.store.write(cell, tree, probe(task, task.fitted(checkpoint)))
 
 
-_worker: tuple[Work, Task] | None = None  # what this worker process computes with; set once when it starts
+_work: Work | None = None  # what this worker process computes with; set once when it starts
 
 
 def _start_worker(work: Work) -> None:
-    global _worker
+    global _work
     torch.set_num_threads(work.threads)
     quiet_vmap()
-    _worker = (work, work.make_task())
+    _work = work
 
 
 def _work_on(cell: Cell) -> None:
-    if _worker is None:
+    if _work is None:
         raise RuntimeError("a worker was given a cell before it was started")
-    work, task = _worker
-    _compute(work, cell, task)
+    _compute(_work, cell, _own_task())
+
+
+@cache
+def _own_task() -> Task:
+    """A worker's task, made with its first cell and not at its start, where an error would not reach the parent."""
+    if _work is None:
+        raise RuntimeError("a worker was asked for its task before it was started")
+    task = _work.make_task()
+    check_same_task(task, _work.parts, _work.trajectory, _work.known)
+    return task
 
 
 def quiet_vmap() -> None:
@@ -174,27 +252,11 @@ def _return(task: Task) -> Task:
     return task
 
 
-def _keys(store: TraceStore, task: Task, checkpoint: Checkpoint, blocks: int) -> list[str]:
-    """The content hash of every block of a checkpoint's chains."""
-    parts = [f"{name}={value}" for name, value in sorted(store.identity.items())]
-    own = {name: tensor for name, tensor in task.state().items() if name not in checkpoint.params}
-    parts += [checkpoint.digest, tensors_digest(own), str(checkpoint.step)]
-    return [hashlib.sha256("\0".join([*parts, str(block)]).encode()).hexdigest() for block in range(blocks)]
-
-
-def _batching(
-    task: Task,
-    trajectory: Trajectory,
-    posterior: LocalPosterior,
-    plan: Chains,
-    out: Path,
-    steps: Sequence[int],
-) -> Any:
+def _batching(task: Task, checkpoint: Checkpoint, posterior: LocalPosterior, sampling: Chains, out: Path) -> Any:
     """Stacked or loop: as asked, else as the run folder was begun, else whichever is faster here."""
-    if plan.batching != "auto":
-        return plan.batching
+    if sampling.batching != "auto":
+        return sampling.batching
     try:
         return read_identity(out)["batching"]
     except (RunFolderError, KeyError):
-        density = posterior.at(task, trajectory.load(steps[-1]))
-        return choose_batching(density, plan.chains, plan.batch_size)
+        return choose_batching(posterior.at(task, checkpoint), sampling.chains, sampling.batch_size)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from stagewise.report.results import Exemplar
+from stagewise.results import Exemplar
 
 _PACKAGES = ("stagewise", "torch", "numpy", "scipy", "xarray", "zarr", "arviz-stats")
 
@@ -67,12 +67,24 @@ def load_results(folder: Path) -> tuple[dict[str, xr.Dataset], list[Exemplar]]:
 
 
 def _to_json(dataset: xr.Dataset) -> dict[str, Any]:
+    """Values as nested lists, with the type and shape that lists do not tell: of no rows, or of text."""
     content: dict[str, Any] = dataset.to_dict(data="list")
+    for part in ("coords", "data_vars"):
+        for name, entry in content[part].items():
+            entry["dtype"], entry["shape"] = str(dataset[name].dtype), list(dataset[name].shape)
     return content
 
 
 def _from_json(content: Mapping[str, Any]) -> xr.Dataset:
-    return xr.Dataset.from_dict(dict(content))
+    variables = {
+        part: {name: _variable(entry) for name, entry in content[part].items()} for part in ("coords", "data_vars")
+    }
+    return xr.Dataset(variables["data_vars"], variables["coords"], content["attrs"])
+
+
+def _variable(entry: Mapping[str, Any]) -> xr.Variable:
+    values = np.array(entry["data"], entry["dtype"]).reshape(entry["shape"])
+    return xr.Variable(entry["dims"], values, entry["attrs"])
 
 
 def _exemplar_to_json(exemplar: Exemplar) -> dict[str, Any]:

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import xarray as xr
-import yaml
 
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.dynamics.events import events
 from stagewise.influence.bif import NoTrustedCheckpointError, bif
-from stagewise.report.contents import write_report
-from stagewise.report.results import Results
-from stagewise.run import analysis
-from stagewise.run.config import RunConfig, load_task, save_config
-from stagewise.run.engine import default_steps, sample
+from stagewise.reporting.contents import write_report
+from stagewise.results import Results
+from stagewise.run import analysis, yaml12
+from stagewise.run.before import look
+from stagewise.run.config import RunConfig, save_config
+from stagewise.run.engine import default_workers, sample, steps_to_sample
 from stagewise.run.folder import load_results, provenance, save_results
+from stagewise.run.preflight import preflight
 from stagewise.run.progress import Progress, silent
+from stagewise.run.task_file import load_task
 from stagewise.traces.diagnostics import diagnose_run
 from stagewise.traces.store import TraceStore
 
@@ -37,31 +38,33 @@ def run(config: RunConfig, progress: Progress = silent) -> Results:
     """
     make_task = partial(load_task, config.task, config.task_args)
     task, trajectory = make_task(), Trajectory.from_directory(config.checkpoints)
-    steps = list(config.steps or default_steps(trajectory, config.posterior))
-    plan = {field.name: getattr(config.sampling, field.name) for field in fields(config.sampling)}
+    steps = steps_to_sample(trajectory, config.steps)
+    usable, _ = look(task, trajectory, config.posterior, steps)
+    left_out = preflight(task, trajectory, config, list(usable))
     store = sample(
         task,
         trajectory,
         posterior=config.posterior,
         out=config.out,
         steps=steps,
-        workers=config.workers or os.cpu_count() or 1,
+        workers=config.workers or default_workers(task),
         progress=progress,
         make_task=make_task,
-        **plan,
+        sampling=config.sampling,
     )
     save_config(config, config.out / "config.yaml")
     (config.out / "provenance.json").write_text(json.dumps(provenance(), indent=1), encoding="utf-8")
 
     datasets = {"losses": analysis.mean_losses(task, trajectory, steps)}
+    wanted = config.model_copy(update={"baselines": tuple(n for n in config.baselines if n not in left_out)})
+    found, failed = analysis.baselines(task, trajectory, wanted, list(usable), progress)
+    datasets |= {f"baseline {name}": result for name, result in found.items()}
+    datasets |= analysis.measure(task, trajectory, config, list(usable), progress)
+    notes = [f"Without {name}: {reason}" for name, reason in (left_out | failed).items()]
+    datasets["losses"].attrs |= {"task": repr(task), "notes": json.dumps(notes)}
     influence = _influence(store)
-    for name, result in analysis.baselines(task, trajectory, config, steps, progress).items():
-        datasets[f"baseline {name}"] = result
-    measured = analysis.measure(task, trajectory, config, steps, progress)
-    if measured is not None:
-        datasets["measured"] = measured
-    found = [] if influence is None else analysis.exemplars(task, store, influence, config.exemplars)
-    save_results(config.out, datasets, found)
+    chosen = [] if influence is None else analysis.exemplars(task, store, influence, config.exemplars)
+    save_results(config.out, datasets, chosen)
     return report(config.out)
 
 
@@ -75,7 +78,7 @@ def report(folder: str | Path) -> Results:
     folder = Path(folder)
     store = TraceStore.read_only(folder)
     datasets, found = load_results(folder)
-    settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    settings = yaml12.load((folder / "config.yaml").read_text(encoding="utf-8"))
     influence = _influence(store)
     results = Results(
         title=settings["title"],
@@ -90,6 +93,8 @@ def report(folder: str | Path) -> Results:
             if name.startswith("baseline ")
         },
         measured=datasets.get("measured"),
+        replay=datasets.get("replay"),
+        notes=json.loads(datasets["losses"].attrs.get("notes", "[]")),
         exemplars=found,
         config=settings,
         provenance=json.loads((folder / "provenance.json").read_text(encoding="utf-8")),
@@ -100,10 +105,11 @@ def report(folder: str | Path) -> Results:
 
 @dataclass(frozen=True)
 class Checkup:
-    """The doctor's findings: a row of words per checkpoint, and what to change."""
+    """The doctor's findings: a row of words per checkpoint, what to change, and whether retraining repeats the run."""
 
     rows: list[tuple[str, ...]]
     advice: list[str]
+    replay: str = ""
 
 
 def checkup(folder: str | Path) -> Checkup:
@@ -125,7 +131,16 @@ def checkup(folder: str | Path) -> Checkup:
         rows.append((str(step), str(one["verdict"].item()), *numbers, chains))
         if text := str(one["advice"].item()):
             advice.append(f"step {step}: {text}")
-    return Checkup(rows, advice)
+    return Checkup(rows, advice, _repeats(Path(folder)))
+
+
+def _repeats(folder: Path) -> str:
+    """What the replay of the run said; empty where nothing was retrained yet."""
+    try:
+        replay = load_results(folder)[0].get("replay")
+    except FileNotFoundError:
+        return ""
+    return "" if replay is None else str(replay.attrs["verdict"])
 
 
 def _influence(store: TraceStore) -> xr.Dataset | None:

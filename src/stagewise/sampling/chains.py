@@ -148,8 +148,8 @@ def sample_block(
         Groups ``train`` (the candidates, by their number in the training set) and ``queries/<name>`` with
         ``loss (chain, draw, sample[, token])`` in nats, the same at the reflected points (``loss_reflected``) and at
         the checkpoint (``loss_anchor``), the ``share`` of every loss in the mean over its data set (in the training
-        objective), and attribute ``is_training_set``, true of a query set whose samples are the candidates; group
-        ``chains`` with
+        objective), and the attributes ``is_training_set``, true of a query set whose samples are the candidates, and
+        ``own_loss``, true of one on which something else than the training loss is measured; group ``chains`` with
         the ``status`` of every chain; attributes with every number that was chosen. A chain that left the
         posterior is ``"diverged"``, and its later draws are the losses at the checkpoint. Where the posterior
         does not exist nothing is drawn and every chain's status is ``"not_localised"``.
@@ -170,7 +170,8 @@ def sample_block(
     # An effect of a sample on itself is known by its position: the same samples in the same order.
     for name, data in task.queries.items():
         if f"queries/{name}" in traces:
-            tree[f"queries/{name}"].attrs["is_training_set"] = data.digest == task.candidate_samples.digest
+            same = data.digest == task.candidate_samples.digest
+            tree[f"queries/{name}"].attrs |= {"is_training_set": same, "own_loss": name in task.query_losses}
     return tree
 
 

@@ -38,7 +38,7 @@ class Study:
 
 
 def _digits(folder: Path, progress: Progress) -> Iterator[Outcome]:
-    from stagewise.report.findings import findings
+    from stagewise.reporting.findings import findings
     from stagewise.run.pipeline import run
     from stagewise.studies.digits.study import study
 

@@ -2,17 +2,21 @@
 
 A cell is a tree of numbers with the groups
 
-* ``train`` and ``queries/<name>``: ``loss (chain, draw, sample[, token])`` in nats, float32; ``loss_anchor
-  (sample[, token])`` at the checkpoint itself; optionally ``loss_reflected``, the losses at ``2 w* - w``;
+* ``train`` (the candidates) and ``queries/<name>``: ``loss (chain, draw, sample[, token])`` in nats, float64;
+  ``loss_anchor (sample[, token])`` at the checkpoint itself; ``share``, of every loss in the mean over the data set
+  (in the training objective); optionally ``loss_reflected``, the losses at ``2 w* - w``;
 * ``chains``: ``status (chain)``, ``"ok"`` or the reason why a chain must be left out.
 
 The root attributes are the facts of the cell. The loss groups are absent where nothing could be drawn
-(``localised=False``).
+(``localised=False``, or ``unusable="..."`` at a checkpoint at which there is no posterior).
+
+On disk a cell is packed: losses are float32 *changes* from ``loss_anchor``, so that those that are large beside their
+fluctuations keep them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +24,9 @@ import numpy as np
 import xarray as xr
 
 # What defines the posterior must agree among the blocks of a step, or their chains could not be pooled.
-_POSTERIOR = ("n_beta", "gamma", "kappa", "window", "metric", "localised")
+_POSTERIOR = ("n_beta", "gamma", "kappa", "window", "metric", "localised", "unusable")
+_DRAWN = ("loss", "loss_reflected")
+_RELATIVE = "relative_to"  # attribute of packed losses
 
 Facts = dict[str, Any]
 
@@ -54,8 +60,38 @@ def loss_groups(tree: xr.DataTree) -> dict[str, xr.Dataset]:
     return {node.path.strip("/"): node.to_dataset() for node in tree.subtree if "loss" in node.data_vars}
 
 
+def pack(tree: xr.DataTree) -> xr.DataTree:
+    """A cell as it is stored: losses as float32 changes from those at the checkpoint."""
+
+    def packed(loss: xr.DataArray, anchor: xr.DataArray) -> xr.DataArray:
+        return (loss - anchor).astype(np.float32).assign_attrs(loss.attrs | {_RELATIVE: "loss_anchor"})
+
+    return _with_losses(tree, packed)
+
+
+def unpack(tree: xr.DataTree) -> xr.DataTree:
+    """What :func:`pack` has packed, as it was."""
+
+    def unpacked(change: xr.DataArray, anchor: xr.DataArray) -> xr.DataArray:
+        attrs = {name: value for name, value in change.attrs.items() if name != _RELATIVE}
+        return (change.astype(np.float64) + anchor).assign_attrs(attrs)
+
+    return _with_losses(tree, unpacked)
+
+
+def _with_losses(tree: xr.DataTree, function: Callable[[xr.DataArray, xr.DataArray], xr.DataArray]) -> xr.DataTree:
+    """The tree with ``function(loss, loss_anchor)`` in the place of every loss of a draw."""
+    groups = {node.path: node.to_dataset() for node in tree.subtree}
+    for path, group in groups.items():
+        # Nothing at all, or a diverged chain: what is not finite stays so, without a word.
+        with np.errstate(invalid="ignore", over="ignore"):
+            drawn = {name: function(group[name], group["loss_anchor"]) for name in _DRAWN if name in group}
+        groups[path] = group.assign(drawn)
+    return xr.DataTree.from_dict(groups)
+
+
 def check_cell(tree: xr.DataTree) -> None:
-    """Refuse a tree that is not a cell.
+    """Refuse a tree that is not a cell, packed or not.
 
     Raises:
         ValueError: a group, variable or coordinate is missing or malformed, or a chain is called ok although
@@ -67,8 +103,10 @@ def check_cell(tree: xr.DataTree) -> None:
     if chains["status"].dims != ("chain",) or "chain" not in chains.coords:
         raise ValueError(f"'chains/status' needs the dimension and coordinate 'chain', got {chains['status'].dims}")
     groups = loss_groups(tree)
-    if "train" not in groups and tree.attrs.get("localised", True):
-        raise ValueError("a cell without 'train/loss' must say why: set the attribute localised=False")
+    if "train" not in groups and tree.attrs.get("localised", True) and not tree.attrs.get("unusable"):
+        raise ValueError(
+            "a cell without 'train/loss' must say why: set the attribute localised=False, or unusable to the reason"
+        )
     for path, group in groups.items():
         _check_losses(path, group, chains)
 
@@ -79,14 +117,15 @@ def _check_losses(path: str, group: xr.Dataset, chains: xr.Dataset) -> None:
         raise ValueError(f"'{path}/loss' needs the dimensions (chain, draw, sample[, token]), got {dims}")
     if "chain" not in group.coords or not group["chain"].equals(chains["chain"]):
         raise ValueError(f"'{path}' needs the same coordinate 'chain' as 'chains/status'")
-    expected = {"loss": dims, "loss_anchor": dims[2:]}
+    expected = {"loss": dims, "loss_anchor": dims[2:], "share": dims[2:]}
     if "loss_reflected" in group:
         expected["loss_reflected"] = dims
     ok = (chains["status"] == "ok").values
     for name, wanted in expected.items():
-        if name not in group or group[name].dims != wanted or group[name].dtype != np.float32:
+        dtype = np.dtype(np.float32 if name in group and _RELATIVE in group[name].attrs else np.float64)
+        if name not in group or group[name].dims != wanted or group[name].dtype != dtype:
             got = f"{group[name].dtype} {group[name].dims}" if name in group else "nothing"
-            raise ValueError(f"'{path}/{name}' must be float32 {wanted}, got {got}")
+            raise ValueError(f"'{path}/{name}' must be {dtype} {wanted}, got {got}")
         values = group[name].values
         if not np.isfinite(values[ok] if "chain" in wanted else values).all():
             raise ValueError(

@@ -1,12 +1,15 @@
 """Can these chains be trusted, and if not, what to change: one verdict per step.
 
 The statistics of chains come from ``arviz-stats``. They look at series of mean losses, one per data set: the
-mean training loss and the mean loss of each query set, over the chains that ended ok.
+mean loss of the candidates and that of each query set, over the chains that ended ok. All is computed from changes
+since the checkpoint: losses may be large beside them.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import arviz_stats
 import numpy as np
@@ -30,13 +33,16 @@ def diagnose(tree: xr.DataTree) -> xr.Dataset:
         Scalars. Always there:
 
         * ``chains_ok``, ``chains_failed``, ``draws`` (per chain), ``localised``;
-        * ``verdict``: the first that applies, in order of severity, of ``"not localised"``,
-          ``"chains failed"``, ``"cannot say"``, ``"not converged"``, ``"beyond first order"``, ``"ok"``;
+        * ``verdict``: the first that applies, in order of severity, of ``"unusable"``, ``"not localised"``,
+          ``"chains failed"``, ``"cannot say"``, ``"not converged"``, ``"unconstrained"``, ``"beyond first order"``,
+          ``"ok"``;
         * ``advice``: the reason and what to change; empty if ok.
 
         There unless nothing was drawn:
 
-        * ``loss_rise``: mean training loss over draws minus that at the checkpoint, in nats.
+        * ``loss_rise``: mean training loss (of the candidates) over draws minus that at the checkpoint, in nats;
+        * ``query_spread``: the largest standard deviation over the draws of the loss of any query sample, in units of
+          the largest of any training sample. Query sets with a loss of their own are not looked at.
 
         There unless the verdict on convergence is "cannot say":
 
@@ -62,21 +68,30 @@ def diagnose(tree: xr.DataTree) -> xr.Dataset:
         "localised": bool(tree.attrs.get("localised", True)),
     }
     numbers = _numbers(groups) if drawn else {}
-    verdict, advice = judge(facts | numbers, status.tolist(), tree.attrs)
+    loosest = _loosest(groups) if drawn else None
+    if loosest is not None:
+        numbers["query_spread"] = loosest.ratio
+    known = facts | numbers | ({} if loosest is None else {"loosest": loosest.name})
+    verdict, advice = judge(known, status.tolist(), tree.attrs)
     result = xr.Dataset(facts | numbers | {"verdict": verdict, "advice": advice})
     for name in {"loss_rise", "loss_rise_stderr", "mcse_mean"} & set(result):
-        result[name].attrs["unit"] = "nats"
+        result[name].attrs["units"] = "nats"
     return result
 
 
-def diagnose_run(store: TraceStore) -> xr.Dataset:
+def diagnose_run(traces: TraceStore | str | Path) -> xr.Dataset:
     """:func:`diagnose` for every step of a run, stacked along ``step``.
 
     A number that some steps have and others lack is NaN where it lacks; the verdict of that step says why.
 
+    Args:
+        traces: a run folder, or its store.
+
     Raises:
-        ValueError: the store holds no complete cell yet.
+        RunFolderError: it is no run folder.
+        ValueError: it holds no complete cell yet.
     """
+    store = TraceStore.read_only(traces) if isinstance(traces, str | Path) else traces
     if not store.steps:
         raise ValueError(f"{store.root} holds no complete cell yet; run the sampling first")
     results = [diagnose(store.load(step)) for step in store.steps]
@@ -98,17 +113,33 @@ def even_share(groups: dict[str, xr.Dataset]) -> float:
 
 
 def _even_share(group: xr.Dataset) -> float:
-    even, odd = (
-        (group["loss"] + sign * group["loss_reflected"]).var(_DIMS, skipna=False, dtype=float).sum().item()
-        for sign in (1, -1)
-    )
+    there, mirrored = _change(group, "loss"), _change(group, "loss_reflected")
+    even, odd = ((there + sign * mirrored).var(_DIMS, skipna=False).sum().item() for sign in (1, -1))
     return even / (even + odd) if even + odd > 0 else 0.0
 
 
+class _Loosest(NamedTuple):
+    """The query sample whose loss varies most, and by how much more than any training sample's."""
+
+    name: str
+    ratio: float
+
+
+def _loosest(groups: dict[str, xr.Dataset]) -> _Loosest | None:
+    """None where there is nothing to compare."""
+    queries = {path: g for path, g in groups.items() if path != "train" and not g.attrs.get("own_loss")}
+    spread = {path: _sample_means(group).std(_DIMS, skipna=False).values for path, group in queries.items()}
+    known = _sample_means(groups["train"]).std(_DIMS, skipna=False).max().item()
+    if not spread or not known > 0:
+        return None
+    path = max(spread, key=lambda path: float(spread[path].max()))
+    sample = int(spread[path].argmax())
+    return _Loosest(f"sample {sample} of {path.removeprefix('queries/')!r}", float(spread[path][sample]) / known)
+
+
 def _numbers(groups: dict[str, xr.Dataset]) -> dict[str, float]:
-    series = xr.concat([_mean(group["loss"]) for group in groups.values()], xr.Variable("series", list(groups)))
-    anchor = _mean(groups["train"]["loss_anchor"])
-    numbers = {"loss_rise": (series.sel(series="train").mean() - anchor).item()}
+    series = xr.concat([_mean(group) for group in groups.values()], xr.Variable("series", list(groups)))
+    numbers = {"loss_rise": series.sel(series="train").mean().item()}
     if series.sizes["chain"] >= MIN_CHAINS and series.sizes["draw"] >= MIN_DRAWS:
         numbers |= _convergence(series)
     reflected = {path: group for path, group in groups.items() if "loss_reflected" in group}
@@ -117,9 +148,24 @@ def _numbers(groups: dict[str, xr.Dataset]) -> dict[str, float]:
     return numbers
 
 
-def _mean(loss: xr.DataArray) -> xr.DataArray:
-    """Mean over samples and tokens, in float64."""
-    return loss.mean([dim for dim in loss.dims if dim not in _DIMS], skipna=False, dtype=float)
+def _change(group: xr.Dataset, name: str) -> xr.DataArray:
+    return group[name] - group["loss_anchor"]
+
+
+def _mean(group: xr.Dataset) -> xr.DataArray:
+    """Change of the mean loss over a data set, every loss by its share."""
+    return _weighted(_change(group, "loss"), group["share"], [*group["share"].dims])
+
+
+def _sample_means(group: xr.Dataset) -> xr.DataArray:
+    """Change of the loss of every sample, its tokens by their share."""
+    change = _change(group, "loss")
+    return _weighted(change, group["share"], ["token"]) if "token" in change.dims else change
+
+
+def _weighted(change: xr.DataArray, share: xr.DataArray, dims: Sequence[Hashable]) -> xr.DataArray:
+    total = share.sum(dims)
+    return (change * share).sum(dims, skipna=False) / total.where(total > 0, 1.0)
 
 
 def _convergence(series: xr.DataArray) -> dict[str, float]:

@@ -57,10 +57,21 @@ def explain_write(root: Path) -> Iterator[None]:
 
 @contextmanager
 def explain_read(root: Path, what: str) -> Iterator[None]:
-    """Turn whatever goes wrong while reading cells into an error that says what to do."""
+    """Turn damage that is met while reading cells into an error that says what to do.
+
+    What is no damage of the folder is passed on: too little memory, or a system that does not let us read.
+    """
     try:
         yield
+    except (RunFolderError, MemoryError):
+        raise
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+            raise _damaged(root, what, error) from error
+        raise RunFolderError(f"{root}: {what} cannot be read: {error}") from error
     except Exception as error:
-        raise RunFolderError(
-            f"{root}: {what} cannot be read ({error}); delete it and run again to compute it anew"
-        ) from error
+        raise _damaged(root, what, error) from error
+
+
+def _damaged(root: Path, what: str, error: Exception) -> RunFolderError:
+    return RunFolderError(f"{root}: {what} cannot be read ({error}); delete it and run again to compute it anew")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from stagewise.traces.files import RunFolderError, write_text
 
-_FORMAT = "stagewise traces 1"
+_FORMAT = "stagewise traces 2"
 
 
 class RunMismatchError(ValueError):
@@ -37,7 +37,10 @@ def read_identity(root: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunFolderError(f"{path} cannot be read as the identity of a run: {error!r}") from error
     if found != _FORMAT:
-        raise RunFolderError(f"{root} has the format {found!r}, this version reads {_FORMAT!r}")
+        raise RunFolderError(
+            f"{root} has the format {found!r}, this version of stagewise reads {_FORMAT!r}; read it with the version "
+            "that wrote it, or give this run another folder (out=...)"
+        )
     return identity
 
 

@@ -15,16 +15,17 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xarray as xr
 
 from stagewise.groups import Labels
-from stagewise.traces.cells import Cell, Facts, check_cell, join_blocks, join_facts
+from stagewise.traces.cells import Cell, Facts, check_cell, join_blocks, join_facts, pack, unpack
 from stagewise.traces.files import PARTIAL, RunFolderError, explain_read, explain_write, fsync, fsync_tree, write_text
 from stagewise.traces.identity import RunMismatchError, check_identity, read_identity, write_identity
 from stagewise.traces.lock import RunLockedError, run_lock
@@ -34,6 +35,8 @@ __all__ = ["Cell", "RunFolderError", "RunLockedError", "RunMismatchError", "Trac
 
 _CELL_NAME = re.compile(r"(\d{8,})-(\d{4,})")
 _SWEPT = ".swept-"
+
+Numbers = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,13 @@ class TraceStore:
             )
         return True
 
-    def write(self, cell: Cell, tree: xr.DataTree) -> None:
+    def write(self, cell: Cell, tree: xr.DataTree, probe: Mapping[str, Sequence[float]] | None = None) -> None:
         """Write a cell: complete when this returns, absent if interrupted. Writing it again changes nothing.
+
+        Args:
+            cell: which.
+            tree: what it holds, see :mod:`stagewise.traces.cells`.
+            probe: numbers by which the task can be known again, see :meth:`evidence`.
 
         Raises:
             ValueError: the tree is not a cell, see :mod:`stagewise.traces.cells`.
@@ -124,7 +132,7 @@ class TraceStore:
         partial = self._cells / f"{PARTIAL}{cell.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         try:
             with self._writing():
-                write_tree(tree, partial, asdict(cell))
+                write_tree(pack(tree), partial, asdict(cell) | {"probe": dict(probe or {})})
                 fsync_tree(partial)
                 self._publish(partial, cell)
         finally:
@@ -147,6 +155,26 @@ class TraceStore:
         """Steps with at least one complete cell, ascending."""
         return tuple(sorted({step for step, _ in self._folders()}))
 
+    @property
+    def blocks(self) -> tuple[tuple[int, int], ...]:
+        """(step, block) of every complete cell, ascending."""
+        return tuple(sorted(self._folders()))
+
+    def evidence(self, step: int, block: int) -> tuple[dict[str, list[float]], dict[str, Numbers]]:
+        """By what the task of a cell can be known again, without its draws.
+
+        Returns:
+            The probe it was written with, and ``loss_anchor`` by data set.
+
+        Raises:
+            RunFolderError: the cell is damaged or is not there.
+        """
+        folder = self._cells / Cell(step, block, "any").name
+        with explain_read(self.root, f"cells/{folder.name}"):
+            groups = {node.path.strip("/"): node.to_dataset() for node in read_tree(folder, "loss_anchor").subtree}
+            anchors = {path: group["loss_anchor"].values for path, group in groups.items() if "loss_anchor" in group}
+            return read_label(folder)["probe"], anchors
+
     def load(self, step: int) -> xr.DataTree:
         """All chains of a step, in memory: its complete blocks one after the other along ``chain``.
 
@@ -161,14 +189,18 @@ class TraceStore:
             with explain_read(self.root, f"cells/{folder.name}"):
                 trees.append(read_tree(folder))
                 check_cell(trees[-1])
-        with explain_read(self.root, f"step {step}"):
-            return join_blocks(trees)
+        # Joined as they are: chains of all blocks are relative to one and the same anchor.
+        with self._explain_blocks(step):
+            return unpack(join_blocks(trees))
 
     def attrs(self, step: int) -> Facts:
         """The facts of a step, without reading its traces; raises like :meth:`load`."""
-        folders = self._blocks(step)
-        with explain_read(self.root, f"step {step}"):
-            return join_facts([read_attrs(folder) for folder in folders])
+        facts = []
+        for folder in self._blocks(step):
+            with explain_read(self.root, f"cells/{folder.name}"):
+                facts.append(read_attrs(folder))
+        with self._explain_blocks(step):
+            return join_facts(facts)
 
     def write_labels(self, train: Labels | None, queries: Mapping[str, Labels | None]) -> None:
         """Keep the group labels beside the traces; they decide no traced number and may change between runs.
@@ -234,6 +266,16 @@ class TraceStore:
             if not self.is_complete(cell):  # or else another worker wrote the same cell first
                 raise
         fsync(self._cells)
+
+    @contextmanager
+    def _explain_blocks(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise RunFolderError(
+                f"{self.root}: the blocks of step {step} are not of one run ({error}); give each run a folder of its "
+                f"own (out=...), or delete those of this step that are no longer wanted: cells/{step:08d}-*"
+            ) from error
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ MAX_RHAT = 1.1
 MAX_DRIFT = 4.0
 MIN_ESS_PER_CHAIN = 5
 MAX_EVEN_SHARE = 0.2
+MAX_QUERY_SPREAD = 10.0
 _GOOD_EVEN_SHARE = 0.05
 
 Numbers = Mapping[str, Any]
@@ -30,12 +31,16 @@ def judge(numbers: Numbers, statuses: Sequence[str], settings: Settings) -> tupl
         numbers: the diagnostics of a step; those that could not be computed are absent.
         statuses: how every chain ended.
         settings: the facts of the step (``step_size``, ``burn_in``, ``thinning``, ``n_beta``,
-            ``largest_window``, ...), used where known to turn "more" into a number.
+            ``largest_window``, ``unusable``, ...), used where known to turn "more" into a number.
     """
     for verdict, rule in _RULES.items():
         if advice := rule(numbers, statuses, settings):
             return verdict, advice
     return "ok", ""
+
+
+def _unusable(_numbers: Numbers, _statuses: Sequence[str], settings: Settings) -> str:
+    return str(settings.get("unusable") or "")
 
 
 def _not_localised(numbers: Numbers, _statuses: Sequence[str], settings: Settings) -> str:
@@ -83,6 +88,17 @@ def _not_converged(numbers: Numbers, _statuses: Sequence[str], settings: Setting
     return ""
 
 
+def _unconstrained(numbers: Numbers, _statuses: Sequence[str], _settings: Settings) -> str:
+    ratio = numbers.get("query_spread", 0.0)
+    if ratio <= MAX_QUERY_SPREAD:
+        return ""
+    return (
+        f"the loss of {numbers['loosest']} varies {ratio:.3g} times as much over the draws as that of any training "
+        "sample: the posterior reaches where the training data hold nothing. Leave the parameters that only such "
+        "samples use out (parameters=...), or use a shorter window; a larger n_beta does not help"
+    )
+
+
 def _beyond_first_order(numbers: Numbers, _statuses: Sequence[str], settings: Settings) -> str:
     share = numbers.get("even_share", 0.0)
     if share <= MAX_EVEN_SHARE:
@@ -96,10 +112,12 @@ def _beyond_first_order(numbers: Numbers, _statuses: Sequence[str], settings: Se
 
 
 _RULES: dict[str, Callable[[Numbers, Sequence[str], Settings], str]] = {
+    "unusable": _unusable,
     "not localised": _not_localised,
     "chains failed": _chains_failed,
     "cannot say": _cannot_say,
     "not converged": _not_converged,
+    "unconstrained": _unconstrained,
     "beyond first order": _beyond_first_order,
 }
 

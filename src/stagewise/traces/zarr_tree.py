@@ -33,7 +33,7 @@ def write_tree(tree: xr.DataTree, folder: Path, label: Mapping[str, Any]) -> Non
     """
     groups = {node.path.strip("/"): _encode_group(node) for node in tree.subtree}
     contents = {path: list(variables) for path, (variables, _) in groups.items()}
-    attrs = groups[""][1] | {_LABEL: {**label, "contents": contents}}
+    attrs = groups[""][1] | {_LABEL: _to_json(dict(label) | {"contents": contents})}
     # The root is written first and never again: while it stands, so does all that was written after it.
     root = zarr.create_group(folder, zarr_format=3, attributes=attrs)
     for path, (variables, attrs) in groups.items():
@@ -52,8 +52,12 @@ def write_tree(tree: xr.DataTree, folder: Path, label: Mapping[str, Any]) -> Non
             )
 
 
-def read_tree(folder: Path) -> xr.DataTree:
+def read_tree(folder: Path, only: str | None = None) -> xr.DataTree:
     """Read what :func:`write_tree` wrote, into memory.
+
+    Args:
+        folder: the group.
+        only: name of the only arrays to read; default all.
 
     Raises:
         Exception: something is missing or damaged; what is raised depends on the damage.
@@ -63,7 +67,8 @@ def read_tree(folder: Path) -> xr.DataTree:
     for path, names in read_label(folder)["contents"].items():
         group: Any = root[path] if path else root
         attrs = {name: value for name, value in _from_json(dict(group.attrs)).items() if name != _LABEL}
-        groups[path or "/"] = xr.Dataset({name: _decode(group[name]) for name in names}, attrs=attrs)
+        wanted = [name for name in names if only in (None, name)]
+        groups[path or "/"] = xr.Dataset({name: _decode(group[name]) for name in wanted}, attrs=attrs)
     return xr.DataTree.from_dict(groups)
 
 
@@ -75,7 +80,7 @@ def read_attrs(folder: Path) -> dict[str, Any]:
 
 def read_label(folder: Path) -> dict[str, Any]:
     """The label it was written with, and its ``contents``: names of the arrays by group."""
-    return cast(dict[str, Any], dict(_open(folder).attrs)[_LABEL])
+    return cast(dict[str, Any], _from_json(dict(_open(folder).attrs)[_LABEL]))
 
 
 def _open(folder: Path) -> zarr.Group:
@@ -125,7 +130,7 @@ def _chunks(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(max(chunk, 1) for chunk in chunks)
 
 
-def _to_json(attrs: Mapping[Hashable, Any]) -> dict[str, Any]:
+def _to_json(attrs: Mapping[Any, Any]) -> dict[str, Any]:
     """Attributes for any JSON reader; NaN and infinity, which JSON lacks, become ``{"float": "nan"}``."""
     return {str(name): _plain(value, name) for name, value in attrs.items()}
 

@@ -7,18 +7,18 @@ from pathlib import Path
 
 from stagewise.run.cost import sampling_cost
 from stagewise.sampling.chains import Chains
-from stagewise.studies.hierarchy.lab import INSTANT_GAMMA, Lab
-from stagewise.studies.hierarchy.localisation import LOOSE
+from stagewise.studies.hierarchy.lab import INSTANT_GAMMA, LOOSE_GAMMA, Lab
+from stagewise.studies.hierarchy.settings import FULL, Settings
 
 
-def cost(folder: Path) -> str:
+def cost(folder: Path, settings: Settings = FULL) -> str:
     """Predicted cost as text; one short training run is made, nothing is sampled."""
-    lab = Lab(folder)
-    plan = Chains(chains=lab.size.chains, draws=lab.size.draws, batching="stacked")
-    posteriors = [lab.window_posterior, lab.posterior(INSTANT_GAMMA), lab.posterior(LOOSE)]
-    run = lab.single
+    lab = Lab(folder, settings)
+    sampling = Chains(chains=settings.chains, draws=settings.draws, batching="stacked")
+    posteriors = [lab.window_posterior, lab.posterior(INSTANT_GAMMA), lab.posterior(LOOSE_GAMMA)]
+    run = lab.aligned_float32
     parts = [
-        sampling_cost(run.task, run.trajectory, posterior, plan, lab.steps, lab.size.workers)
+        sampling_cost(run.task, run.trajectory, posterior, sampling, lab.steps, settings.workers)
         for posterior in posteriors
     ]
     total = replace(

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
-from stagewise.report import style
-from stagewise.studies.hierarchy.tree import Floats
+from stagewise.reporting import style
+from stagewise.studies.hierarchy.theory.tree import Floats
 
 TIME = "training time t = step × learning rate"
 LEVEL_COLOURS = {1: "#cc4788", 2: "#46a2d0", 3: "#2a35b0"}

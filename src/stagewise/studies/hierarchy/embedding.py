@@ -11,17 +11,18 @@ from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 
 from stagewise.dynamics.stages import Transition
-from stagewise.report import style
-from stagewise.report.page import Plate
+from stagewise.reporting import style
+from stagewise.reporting.page import Plate
 from stagewise.studies.hierarchy import drawing
-from stagewise.studies.hierarchy.lab import EVERY_TIME, LAST, RATE, Lab
-from stagewise.studies.hierarchy.timing import Timing
-from stagewise.studies.hierarchy.tree import Floats
+from stagewise.studies.hierarchy.lab import Lab
+from stagewise.studies.hierarchy.settings import EVERY_TIME, LAST, RATE
+from stagewise.studies.hierarchy.theory.tree import Floats
+from stagewise.studies.hierarchy.turns import Turns
 
 _EVERY = 10
 
 
-def embedding(lab: Lab, onsets: Sequence[Transition], timings: Sequence[Timing]) -> Plate:
+def embedding(lab: Lab, onsets: Sequence[Transition], turns: Sequence[Turns]) -> Plate:
     """Two-dimensional scaling of all (item, time) pairs jointly, and the tree unfolding along one direction."""
     hidden = lab.aligned.representations(list(range(0, LAST + 1, _EVERY)))
     # Classical scaling of Euclidean distances is principal components of the points.
@@ -35,7 +36,7 @@ def embedding(lab: Lab, onsets: Sequence[Transition], timings: Sequence[Timing])
         "of its level at 10% of its final value, with its 5–20% band. Triangles: when influence between the items that "
         "it parts is most harmful: as the branch begins to open, well before it is half open."
     )
-    marks = {"o": [RATE * onset.step for onset in onsets], "^": [RATE * timing.harm.step for timing in timings]}
+    marks = {"o": [RATE * onset.step for onset in onsets], "^": [RATE * of_kind.peak.step for of_kind in turns]}
     bands = [(RATE * onset.lower, RATE * onset.upper) for onset in onsets]
     return Plate("embedding", caption, _draw(lab, points, _unfolded(hidden), marks, bands))
 

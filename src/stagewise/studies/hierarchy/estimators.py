@@ -12,19 +12,20 @@ import numpy as np
 import torch
 import xarray as xr
 
+from stagewise.baselines.source import source
+from stagewise.baselines.tracin import tracin
 from stagewise.influence.bif import bif
 from stagewise.influence.damped import damped_influence
 from stagewise.influence.gradients import gradient_product
-from stagewise.retraining.source import source
-from stagewise.retraining.tracin import tracin
 from stagewise.retraining.unrolling import unrolled_influence
 from stagewise.sampling.curvature import extreme_curvature
 from stagewise.sampling.posterior import LocalPosterior
-from stagewise.studies.hierarchy.lab import EVERY_TIME, RATE, WINDOW, Lab
+from stagewise.studies.hierarchy.lab import Lab
 from stagewise.studies.hierarchy.network import Run, record
-from stagewise.studies.hierarchy.response import first_order_response
-from stagewise.studies.hierarchy.theory import leave_one_out
-from stagewise.studies.hierarchy.tree import Floats
+from stagewise.studies.hierarchy.settings import EVERY_TIME, RATE, WINDOW
+from stagewise.studies.hierarchy.theory.removal import leave_one_out
+from stagewise.studies.hierarchy.theory.response import first_order_response
+from stagewise.studies.hierarchy.theory.tree import Floats
 
 Estimates = dict[str, xr.Dataset]
 """Influence by name: ``value`` (step, train, query), nats per unit weight, negative = helpful."""
@@ -33,7 +34,7 @@ Estimates = dict[str, xr.Dataset]
 def whole_run(lab: Lab, run: Run, steps: Sequence[int]) -> Estimates:
     """Of all training up to each step."""
     first, second = run.layers([0])
-    modes, strengths = lab.strengths(run, EVERY_TIME[:1])
+    modes, strengths = lab.predicted_strengths(run, EVERY_TIME[:1])
     response = first_order_response(modes, strengths[0], EVERY_TIME)
     exact = leave_one_out(lab.items.targets.T, first[0], second[0], RATE * np.array(steps))
     return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,25 +12,17 @@ import torch
 import xarray as xr
 
 from stagewise.influence.bif import bif
-from stagewise.report.page import Section
 from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.scores import measured_influence
 from stagewise.run.engine import sample
 from stagewise.run.progress import Progress, silent
 from stagewise.sampling.posterior import LocalPosterior
 from stagewise.studies.hierarchy.network import Run, Start, optimizer, record, task
-from stagewise.studies.hierarchy.theory import Modes, mode_matrix
-from stagewise.studies.hierarchy.tree import KINGDOMS, Floats, Items
+from stagewise.studies.hierarchy.settings import FULL, LAST, RATE, WINDOW, Settings
+from stagewise.studies.hierarchy.theory.modes import Modes, mixed_strengths
+from stagewise.studies.hierarchy.theory.tree import KINGDOMS, Floats, Items
 from stagewise.traces.store import TraceStore
 
-RATE = 0.004
-"""Learning rate per sample: training time t = step x RATE."""
-LAST = 2000
-"""Steps of a run: t = 8."""
-EVERY_TIME: Floats = np.linspace(0, RATE * LAST, LAST + 1)
-"""The time at every step."""
-WINDOW = 25
-"""Steps of a time window: 0.1 of t, short beside the stages."""
 N_BETA_PER_SAMPLE = 1000.0
 """Of the posteriors that are set by a window. Ten is the default; the even share of its draws, which needs no ground
 truth, is far above what the diagnostics allow here, and they ask for more."""
@@ -39,77 +30,8 @@ truth, is far above what the diagnostics allow here, and they ask for more."""
 INSTANT_GAMMA = 1e3
 """Of a posterior so tight that its influence is -1/gamma times the product of gradients."""
 
-KINDS = {1: "cross", 2: "cousin", 3: "sibling"}
-"""What pairs are called that part on a level of a tree of depth three."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """How much is computed. The default is the study; tests take less.
-
-    Attributes:
-        checkpoints: about how many checkpoints are sampled.
-        chains: chains at each.
-        draws: draws of each chain.
-        workers: processes that sample.
-    """
-
-    checkpoints: int = 60
-    chains: int = 64
-    draws: int = 192
-    workers: int = 2
-
-    @property
-    def steps(self) -> list[int]:
-        """The checkpoints: three in four of them before t = 4, where the transitions are."""
-        early = np.linspace(0.06 * LAST, LAST / 2, 3 * self.checkpoints // 4, endpoint=False)
-        late = np.linspace(LAST / 2, LAST, self.checkpoints - len(early))
-        return [int(step) for step in np.unique(np.concatenate([early, late]).round())]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the study's table: a number that was computed, and what it should reach.
-
-    Attributes:
-        what: what is compared.
-        value: the number, as text with its unit or interval.
-        target: what it should reach, as text; empty if it is only reported.
-        reached: whether it does; None if it is only reported.
-    """
-
-    what: str
-    value: str
-    target: str = ""
-    reached: bool | None = None
-
-    @classmethod
-    def at_least(cls, what: str, value: float, bound: float, digits: int = 4) -> Check:
-        """A number that should be at least ``bound``."""
-        return cls(what, f"{value:.{digits}f}", f"≥ {bound:g}", bool(value >= bound))
-
-    @classmethod
-    def at_most(cls, what: str, value: float, bound: float, form: str = ".4f") -> Check:
-        """A number that should be at most ``bound``."""
-        return cls(what, f"{value:{form}}", f"≤ {bound:g}", bool(value <= bound))
-
-
-@dataclass(frozen=True)
-class Claim:
-    """Something that has been said about influence over training, and what is found here, with the numbers."""
-
-    said: str
-    found: str
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """One part of the study: what it shows, what it found, the numbers it is held to, and claims that it tests."""
-
-    section: Section
-    findings: Sequence[str]
-    checks: Sequence[Check]
-    claims: Sequence[Claim] = ()
+LOOSE_GAMMA = 20.0
+"""Of a posterior that reaches far beyond first order."""
 
 
 class Lab:
@@ -117,16 +39,16 @@ class Lab:
 
     Args:
         folder: where sampled traces are kept; a killed study continues from there.
-        size: how much is computed.
+        settings: how much is computed.
         progress: called with (what, done, in all).
     """
 
-    def __init__(self, folder: Path, size: Size | None = None, progress: Progress = silent) -> None:
-        self.folder, self.size, self.progress = folder, size or Size(), progress
+    def __init__(self, folder: Path, settings: Settings = FULL, progress: Progress = silent) -> None:
+        self.folder, self.settings, self.progress = folder, settings, progress
         self.items = Items.of(KINGDOMS)
         self.level = self.items.tree.split_level()
         self.off_diagonal = self.level > 0
-        self.steps = self.size.steps
+        self.steps = settings.steps
         self.times = RATE * np.array(self.steps)
 
     @cached_property
@@ -144,36 +66,41 @@ class Lab:
         network = task(self.items, start=start, dtype=dtype)
         return record(network, optimizer(self.items, "sgd", RATE), LAST + WINDOW, self.steps)
 
-    def strengths(self, run: Run, times: Floats) -> tuple[Modes, Floats]:
+    def predicted_strengths(self, run: Run, times: Floats) -> tuple[Modes, Floats]:
         """Modes of the data, and their strengths ``(time, mode, mode)`` by the theory."""
         modes = Modes.of(self.items.white_targets())
         first, second = run.layers([0])
-        return modes, mode_matrix(modes.s, modes.initial(first[0], second[0]), times)
+        return modes, mixed_strengths(modes.s, modes.initial(first[0], second[0]), times)
 
     @cached_property
-    def windows(self) -> xr.Dataset:
+    def measured_windows(self) -> xr.Dataset:
         """Influence measured by leaving each item out during a window from every checkpoint of the aligned run."""
         run = self.aligned
         effects = window_ablation(run.task, run.trajectory, window=WINDOW, weight=0.0, order=run.order)
         return measured_influence(effects)
 
     @cached_property
-    def sampled(self) -> xr.Dataset:
+    def sampled_windows(self) -> xr.Dataset:
         """The Bayesian influence function of that window, sampled at every checkpoint of the aligned run."""
         return bif(self.window_traces)
 
     @cached_property
     def window_traces(self) -> TraceStore:
         """The loss traces behind it."""
-        return self.sample(self.single, self.window_posterior, "window")
+        return self.sample(self.aligned_float32, self.window_posterior, "window")
 
     @cached_property
     def instant_traces(self) -> TraceStore:
         """Loss traces of a tight posterior, whose influence is that of an instant, times 1/gamma."""
-        return self.sample(self.single, self.posterior(INSTANT_GAMMA), f"gamma {INSTANT_GAMMA:g}")
+        return self.sample(self.aligned_float32, self.posterior(INSTANT_GAMMA), f"gamma {INSTANT_GAMMA:g}")
 
     @cached_property
-    def single(self) -> Run:
+    def loose_traces(self) -> TraceStore:
+        """Loss traces of a posterior far beyond first order."""
+        return self.sample(self.aligned_float32, self.posterior(LOOSE_GAMMA), f"gamma {LOOSE_GAMMA:g}")
+
+    @cached_property
+    def aligned_float32(self) -> Run:
         """The aligned run in float32, for sampling: twice as fast, and as exact as draws can tell."""
         return self.run("aligned", dtype=torch.float32)
 
@@ -188,7 +115,8 @@ class Lab:
 
     def sample(self, run: Run, posterior: LocalPosterior, name: str, **changes: Any) -> TraceStore:
         """Sample a posterior at every checkpoint of a run, all chains of a checkpoint stacked."""
-        plan: dict[str, Any] = {"chains": self.size.chains, "draws": self.size.draws, "batching": "stacked"} | changes
+        sizes = {"chains": self.settings.chains, "draws": self.settings.draws}
+        sampling: dict[str, Any] = sizes | {"batching": "stacked"} | changes
         folder = self.folder / name.replace(" ", "-")
         _check_steps(folder, run.trajectory.steps)
 
@@ -200,9 +128,9 @@ class Lab:
             run.trajectory,
             posterior=posterior,
             out=folder,
-            workers=self.size.workers,
+            workers=self.settings.workers,
             progress=progress,
-            **plan,
+            **sampling,
         )
 
     def matrix(self, dataset: xr.Dataset, variable: str = "value") -> Floats:
@@ -217,14 +145,14 @@ class Lab:
 
 
 def _check_steps(folder: Path, steps: Sequence[int]) -> None:
-    """Refuse a folder of another size of the study before anything is added to it."""
+    """Refuse a folder of a study of other settings before anything is added to it."""
     if not (folder / "identity.json").exists():  # nothing yet, or killed before there was anything
         return
     there = TraceStore.read_only(folder).steps
     if not set(there) <= set(steps):
         raise ValueError(
             f"{folder} holds traces of other checkpoints ({len(there)} from {there[0]} to {there[-1]}): it is of a "
-            "study of another size; choose another folder"
+            "study of other settings; choose another folder"
         )
 
 

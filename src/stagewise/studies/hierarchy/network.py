@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from stagewise.checkpoint import Checkpoint, Optimizer
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.retraining.schedule import BatchOrder, Schedule
+from stagewise.retraining.start import start_at
 from stagewise.retraining.training import train
 from stagewise.retraining.updates import TrainingState
-from stagewise.studies.hierarchy.tree import Floats, Items
+from stagewise.studies.hierarchy.theory.tree import Floats, Items
 from stagewise.task import Task
 from stagewise.vector import ParameterVector
 
@@ -70,7 +71,7 @@ def network(items: Items, width: int, start: Start, a0: float, seed: int) -> nn.
     outputs, inputs = items.targets.T.shape
     generator = np.random.default_rng(seed)
     if start == "aligned":
-        first, second = _aligned(correlations(items), width, a0, generator)
+        first, second = _aligned(input_output_correlation(items), width, a0, generator)
     else:
         first = generator.standard_normal((width, inputs)) * np.sqrt(2 * a0 / width)
         second = generator.standard_normal((outputs, width)) * np.sqrt(2 * a0 / width)
@@ -81,7 +82,7 @@ def network(items: Items, width: int, start: Start, a0: float, seed: int) -> nn.
     return model.eval()
 
 
-def correlations(items: Items) -> Floats:
+def input_output_correlation(items: Items) -> Floats:
     """Sum over training samples of target x input^T: ``(feature, item)``."""
     total = np.zeros(items.targets.T.shape)
     np.add.at(total.T, items.shown, items.shown_targets)
@@ -165,15 +166,14 @@ def record(task: Task, optimizer: Optimizer, last: int, kept: Sequence[int]) -> 
     """
     if outside := sorted(step for step in kept if not 0 <= step <= last):
         raise ValueError(f"checkpoints must lie between step 0 and {last}, got {outside}")
-    vector = ParameterVector.of(task)
-    start, wanted = Checkpoint(0, task.state(), optimizer), set(kept)
-    state = TrainingState.from_checkpoint(start, vector)
-    weights, checkpoints = [state.params[0]], [start] if 0 in wanted else []
+    first, wanted = Checkpoint(0, task.state(), optimizer), set(kept)
+    start = start_at(task, first)
+    weights, checkpoints = [start.params], [first] if 0 in wanted else []
 
     def keep(step: int, state: TrainingState) -> None:
         weights.append(state.params[0])
         if step in wanted:
-            checkpoints.append(state.checkpoint(step, optimizer, vector, {}))
+            checkpoints.append(start.recorded(step, state))
 
-    train(task, vector, state, optimizer, [Schedule()], batch_order(task, optimizer), range(last), keep)
+    train(start, start.state(), [Schedule()], batch_order(task, optimizer), range(last), keep)
     return Run(task, optimizer, torch.stack(weights).detach(), Trajectory.from_checkpoints(checkpoints))

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-from stagewise.report.page import Page, Section, write_page
-from stagewise.report.tables import Table
+from stagewise.reporting.page import Page, Section, write_page
+from stagewise.reporting.tables import Table
 from stagewise.run.folder import provenance
 from stagewise.run.progress import Progress, silent
-from stagewise.studies.hierarchy.adam import adam
-from stagewise.studies.hierarchy.attribution import attribution
-from stagewise.studies.hierarchy.lab import RATE, WINDOW, Experiment, Lab, Size
-from stagewise.studies.hierarchy.learning import learning
-from stagewise.studies.hierarchy.leaving_out import leaving_out
-from stagewise.studies.hierarchy.localisation import localisation
-from stagewise.studies.hierarchy.stages import stages
-from stagewise.studies.hierarchy.symmetry import symmetry
-from stagewise.studies.hierarchy.two_phases import two_phases
-from stagewise.studies.hierarchy.windows import windows
+from stagewise.studies.hierarchy.experiment import Experiment
+from stagewise.studies.hierarchy.experiments.adam import adam
+from stagewise.studies.hierarchy.experiments.attribution import attribution
+from stagewise.studies.hierarchy.experiments.learning import learning
+from stagewise.studies.hierarchy.experiments.leaving_out import leaving_out
+from stagewise.studies.hierarchy.experiments.localisation import localisation
+from stagewise.studies.hierarchy.experiments.symmetry import symmetry
+from stagewise.studies.hierarchy.experiments.transitions import transitions
+from stagewise.studies.hierarchy.experiments.two_phases import two_phases
+from stagewise.studies.hierarchy.experiments.windows import windows
+from stagewise.studies.hierarchy.lab import Lab
+from stagewise.studies.hierarchy.settings import FULL, RATE, WINDOW, Settings
 
 TITLE = "The semantic hierarchy: influence in a network that learns a tree of concepts"
 EXPERIMENTS: tuple[Callable[[Lab], Experiment], ...] = (
     learning,
     windows,
     leaving_out,
-    stages,
+    transitions,
     attribution,
     localisation,
     adam,
@@ -36,30 +37,41 @@ EXPERIMENTS: tuple[Callable[[Lab], Experiment], ...] = (
 )
 
 
-def study(folder: Path, progress: Progress = silent, size: Size | None = None) -> list[Experiment]:
+def study(
+    folder: Path,
+    progress: Progress = silent,
+    settings: Settings = FULL,
+    experiments: Sequence[Callable[[Lab], Experiment]] = EXPERIMENTS,
+) -> list[Experiment]:
     """Carry out all experiments and write the report; what ``folder`` holds of sampled traces is not sampled again.
 
     Args:
         folder: for traces, ``checks.json`` and ``report.html``.
         progress: called with (what, done, in all).
-        size: how much is computed.
+        settings: how much is computed.
+        experiments: what is carried out, in the order of the page.
 
     Raises:
-        ValueError: the folder holds traces of another version or size of the study.
+        ValueError: the folder holds traces of another version or other settings of the study.
     """
-    lab, parts = Lab(folder, size, progress), []
-    for done, experiment in enumerate(EXPERIMENTS, start=1):
+    lab, parts = Lab(folder, settings, progress), []
+    for done, experiment in enumerate(experiments, start=1):
         parts.append(experiment(lab))
-        progress("experiments", done, len(EXPERIMENTS))
+        progress("experiments", done, len(experiments))
     folder.mkdir(parents=True, exist_ok=True)
-    checks = [asdict(check) for part in parts for check in part.checks]
-    (folder / "checks.json").write_text(json.dumps(checks, indent=1), encoding="utf-8")
+    checks = [check.as_plain() for part in parts for check in part.checks]
+    text = json.dumps(checks, indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / "checks.json").write_text(text, encoding="utf-8")
     write_page(_page(lab, parts), folder)
     return parts
 
 
 def _page(lab: Lab, parts: Sequence[Experiment]) -> Page:
-    settings = asdict(lab.size) | {"learning_rate_per_sample": RATE, "window": WINDOW, "checkpoints_sampled": lab.steps}
+    settings = lab.settings.as_plain() | {
+        "learning_rate_per_sample": RATE,
+        "window": WINDOW,
+        "checkpoints_sampled": lab.steps,
+    }
     return Page(
         TITLE,
         f"during the {WINDOW} training steps after a checkpoint (or during what a figure says)",
@@ -74,7 +86,7 @@ def _page(lab: Lab, parts: Sequence[Experiment]) -> Page:
 def checks_table(parts: Sequence[Experiment]) -> Table:
     """Every number that the study is held to, or only reports."""
     verdict = {True: "yes", False: "no", None: ""}
-    rows = [[c.what, c.value, c.target, verdict[c.reached]] for part in parts for c in part.checks]
+    rows = [[c.what, c.text, c.target_text, verdict[c.reached]] for part in parts for c in part.checks]
     held = [c.reached for part in parts for c in part.checks if c.reached is not None]
     title = f"{sum(held)} of {len(held)} targets are reached; lines without a target are reported only"
     columns = ["What is compared", "Value", "Target", "Reached"]

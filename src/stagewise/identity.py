@@ -1,0 +1,146 @@
+"""Is this the task that a run folder was sampled with?
+
+:func:`identity` says what can be said without evaluating anything, part by part. But no text proves that a function is
+the same: what counts may be the state of an object, an entry of a table, an attribute of the model, a helper that is
+imported late. So numbers stand beside it, :func:`probe`: the losses of a few samples at the checkpoint and away from
+it, and how the objective changes along fixed directions, for what changes gradients only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import pad
+
+from stagewise.checkpoint import Checkpoint
+from stagewise.content import content_digest
+from stagewise.data import Samples
+from stagewise.evaluate import Point, chunks, mean_gradient
+from stagewise.task import Task
+from stagewise.vector import ParameterVector
+
+Probe = dict[str, list[float]]
+"""Numbers by the part of the task they are of."""
+
+GRADIENT = "gradient of the objective"
+
+_FEW = 8
+_AWAY = 0.1  # of the size of a parameter
+# A number is the same up to this share of the spread of its kind, and to so many times what the last bits of the
+# weights change: devices, libraries and thread counts add in different orders.
+_RELATIVE = 1e-4
+_ROUNDINGS = 30
+
+
+def identity(task: Task) -> dict[str, str]:
+    """What a stored number depends on, one hash per part, so that a mismatch can name the part."""
+    parts = {
+        "model": content_digest(task.pure.module),
+        "loss": content_digest(task.loss),
+        "objective": task.objective,
+        "training data": task.train.digest,
+        "candidates": content_digest(task.candidates),
+    }
+    parts |= {f"query {name!r}": data.digest for name, data in task.queries.items()}
+    return parts | {f"query loss {name!r}": content_digest(loss) for name, loss in task.query_losses.items()}
+
+
+def probe(task: Task, checkpoint: Checkpoint, *, rounded: bool = False) -> Probe:
+    """Numbers that change when the model or a loss does.
+
+    Args:
+        task: the task.
+        checkpoint: as :meth:`Task.fitted` returns it.
+        rounded: with the last bits of all weights changed, to see what rounding does.
+
+    Returns:
+        By data set, the losses of a few samples at the checkpoint and at a place away from it; and the derivatives of
+        the objective on a few samples, at both places along two directions.
+    """
+    vector = ParameterVector.of(task)
+    point, anchor = Point(task, vector, checkpoint.params), vector.flatten(checkpoint.params)
+    size = vector.flatten({name: _size(checkpoint.params[name]) for name in vector.names}, anchor)
+    places = [anchor, anchor + _AWAY * size * _noise(anchor, 0)]
+    if rounded:
+        places = [place * (1 + torch.finfo(place.dtype).eps * _noise(place, 1).sign()) for place in places]
+    numbers: Probe = {}
+    for name, data, query in _data_sets(task):
+        batch = data.batch(data.few(_FEW), task.device)
+        with torch.no_grad():
+            numbers[name] = [loss for u in places for loss in point.sample_losses(u, batch, query)[0].tolist()]
+    slopes = [mean_gradient(point, u, task.train, task.train.few(_FEW)) for u in places]
+    numbers[GRADIENT] = [float(slope @ (size * _noise(anchor, seed))) for slope in slopes for seed in (2, 3)]
+    return numbers
+
+
+def changes(stored: Probe, now: Probe, rounded: Probe) -> list[str]:
+    """The parts whose numbers are no longer the same, beyond what rounding does."""
+    return [
+        part
+        for part in sorted({*stored, *now})
+        if part not in stored
+        or part not in now
+        or not same(np.array(stored[part]), np.array(now[part]), rounding(now[part], rounded[part]))
+    ]
+
+
+def rounding(now: list[float], rounded: list[float]) -> float:
+    """How much numbers may differ because the last bits of the weights do."""
+    differences = np.abs(np.array(now) - np.array(rounded))
+    return _ROUNDINGS * float(differences[np.isfinite(differences)].max(initial=0.0))
+
+
+def same(stored: NDArray[Any], now: NDArray[Any], noise: float) -> bool:
+    """Whether numbers of one kind are the same; those that are not finite are so in both."""
+    if stored.shape != now.shape:
+        return False
+    finite = now[np.isfinite(now)]
+    if not finite.size:
+        return np.array_equal(stored, now, equal_nan=True)
+    single = (finite == finite.astype(np.float32)).all()
+    last_bits = 4 * float(np.finfo(np.float32 if single else np.float64).eps) * np.abs(finite).max()
+    return np.allclose(stored, now, rtol=0, atol=_RELATIVE * np.ptp(finite) + noise + last_bits, equal_nan=True)
+
+
+@torch.no_grad()
+def all_losses(task: Task, checkpoint: Checkpoint) -> dict[str, NDArray[np.float64]]:
+    """The losses of the candidates (``"train"``) and of every query set (``"queries/<name>"``) at a checkpoint.
+
+    ``(sample[, token])``; shorter samples are padded with 0.
+    """
+    sets: dict[str, tuple[Samples, str | None]] = {"train": (task.candidate_samples, None)}
+    sets |= {f"queries/{name}": (data, name) for name, data in task.queries.items()}
+    found = {}
+    for path, (data, query) in sets.items():
+        parts = [task.losses(checkpoint.params, batch, query) for batch in chunks(task, data)]
+        width = max(part.shape[-1] if part.ndim == 2 else 0 for part in parts)
+        padded = [pad(part, (0, width - part.shape[-1])) if width else part for part in parts]
+        found[path] = torch.cat(padded).double().cpu().numpy()
+    return found
+
+
+def part_of(path: str) -> str:
+    """The name of a data set's part, from its path in a cell."""
+    return "training data" if path == "train" else f"query {path.removeprefix('queries/')!r}"
+
+
+def _data_sets(task: Task) -> Iterator[tuple[str, Samples, str | None]]:
+    """Every data set under the name of its part, and whose loss is measured on it."""
+    yield "training data", task.train, None
+    for name, data in task.queries.items():
+        yield f"query {name!r}", data, name
+
+
+def _size(tensor: Tensor) -> Tensor:
+    """Of a parameter's entries, for each of them."""
+    return (tensor.square().mean().sqrt() + 0.01).expand(tensor.shape)
+
+
+def _noise(like: Tensor, seed: int) -> Tensor:
+    """The same numbers in every process and on every device."""
+    return torch.randn(len(like), generator=torch.Generator().manual_seed(seed)).to(like)

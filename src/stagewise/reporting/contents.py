@@ -1,0 +1,175 @@
+"""The report of a run: what stands in it, in which order and with which captions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import xarray as xr
+
+from stagewise.reporting import check_figures, figures, tables
+from stagewise.reporting.exemplar_figure import PER_SIDE, exemplar_grid
+from stagewise.reporting.findings import clearest_flips, findings
+from stagewise.reporting.page import Page, Plate, Section, write_page
+from stagewise.reporting.tables import Table
+from stagewise.reporting.words import count, label_text, number, quoted
+from stagewise.results import Exemplar, Results, others
+
+_SHOWN_FLIPS = 15
+
+
+def sections(results: Results) -> list[Section]:
+    """All of the report but the findings, the configuration and the provenance."""
+    return [
+        Section("The training run", [_losses(results)]),
+        Section("Influence over training", [*_influence(results)]),
+        Section("Held against retraining", [*_comparison(results)]),
+        Section("Samples that mattered most", [*_exemplars(results.exemplars)]),
+        Section("Can the chains be trusted?", [*_chains(results)]),
+    ]
+
+
+def _shading(results: Results) -> str:
+    return " Shaded: checkpoints whose chains cannot be trusted." if results.omitted else ""
+
+
+def _losses(results: Results) -> Plate:
+    queries = results.losses.sizes["query"]
+    lines = "grey" if queries > figures.MAX_QUERIES else "in colour"
+    caption = (
+        "Mean loss on the training set (black; dots are the checkpoints) and on "
+        f"{count(queries, 'query', 'queries')} ({lines}).{_shading(results)}"
+    )
+    return Plate("losses", caption, figures.loss_curves(results.losses, results.trusted))
+
+
+def _influence(results: Results) -> Iterator[Plate | Table]:
+    influence, events = results.answered, results.events
+    if influence is None:
+        yield Plate("influence", "There are no influence curves, because no checkpoint could be answered.")
+        return
+    drawn = figures.influence_curves(influence, events, results.trusted)
+    yield Plate("influence", _curves_caption(influence) + _shading(results), drawn)
+    steps = figures.eventful_steps(influence, events)
+    yield Plate("heatmaps", _matrices_caption(influence, steps), figures.influence_heatmaps(influence, steps))
+    if results.correlation is not None and set(steps) <= set(results.correlation["step"].values.tolist()):
+        caption = (
+            "The same as minus the correlation of losses, which has no unit: how alike groups are, whatever the "
+            "size of their losses."
+        )
+        yield Plate("correlations", caption, figures.influence_heatmaps(results.correlation, steps))
+    if flips := clearest_flips(influence, events)[:_SHOWN_FLIPS]:
+        yield tables.events_table(flips, "The clearest sign flips between different groups")
+    if events:
+        yield tables.events_table(events, f"All {count(len(events), 'event')}")
+    else:
+        yield Plate("events", "There is no table of events: no curve has a sign that noise could not have made.")
+
+
+def _curves_caption(influence: xr.Dataset) -> str:
+    shown, queries = len(figures.strongest_queries(influence)), influence.sizes["query"]
+    which = "each query" if shown == queries else f"the {shown} most influenced of {queries} queries"
+    most = min(figures.MAX_CURVES, influence.sizes["train"])
+    groups = "the train group" if most == 1 else f"the {most} train groups that reach furthest from zero"
+    own = "" if others(influence).all() else " (that of a group on itself, always large, is in the next figure)"
+    return (
+        f"Influence on {which} of {groups}{own}. Below zero a group is helpful: more weight on it lowers the loss of "
+        "the query. Values are means over pairs of one training sample and one query sample; bands are pointwise 95% "
+        "intervals. Diamonds mark sign flips, triangles peaks that noise cannot have made; the bar through a mark is "
+        "the 95% interval of its step."
+    )
+
+
+def _matrices_caption(influence: xr.Dataset, steps: Sequence[int]) -> str:
+    caption = (
+        f"Influence of every train group (rows) on every query (columns) at {count(len(steps), 'checkpoint')}, those "
+        "with most flips and peaks where there are any. Blue is helpful, red harmful; a dot marks cells within two "
+        "standard errors of zero."
+    )
+    own = " The colours are scaled to pairs of different labels; the influence of a group on itself may lie beyond."
+    return caption if others(influence).all() else caption + own
+
+
+def _comparison(results: Results) -> Iterator[Plate | Table]:
+    scores = results.agreements
+    if results.measured is None:
+        reason = "No effect was measured by retraining, so predictions are not held against anything here."
+        yield Plate("measured", reason)
+        return
+    if not scores:
+        yield Plate("measured", "Retraining and the estimates of influence have no checkpoint in common.")
+        return
+    first, shared = next(iter(scores.items()))
+    if results.predicted is not None:
+        steps = [int(shared["step"][k]) for k in figures.evenly(shared.sizes["step"], check_figures.MAX_SCATTERS)]
+        drawn = check_figures.predicted_against_measured(results.predicted, results.measured, shared, steps)
+        yield Plate("predicted-measured", _scatter_caption(results.measured), drawn)
+    caption = (
+        "Agreement with retraining at every checkpoint: correlation over pairs of groups, and slope of measured on "
+        f"predicted effects (1 = the right size). The band is the 95% bootstrap interval of {label_text(first)} over "
+        "groups. A curve that leaves the panel is off by more than the axis shows."
+    )
+    drawn = check_figures.agreement_over_training(scores, results.trusted)
+    yield Plate("agreement", caption + _shading(results), drawn)
+    yield tables.agreement_table(scores)
+
+
+def _scatter_caption(measured: xr.Dataset) -> str:
+    weight, window = float(measured.attrs["weight"]), int(measured.attrs["window"])
+    own = "" if others(measured).all() else " Pairs of a group with itself count only in “all pairs”."
+    return (
+        f"Change of the query losses after {count(window, 'training step')} with one train group at weight "
+        f"{number(weight)}: measured by training again (vertical) against predicted, influence × group size × change "
+        "of weight (horizontal). One point per train group and query; bars are one standard error; on the grey line "
+        f"a prediction is right in nats. The extremes are named train→query.{own}"
+    )
+
+
+def _exemplars(exemplars: Sequence[Exemplar]) -> Iterator[Plate | Table]:
+    if not exemplars:
+        yield Plate("exemplars", "Single training samples were not looked at in this run.")
+    by_query = sorted(exemplars, key=lambda exemplar: str(exemplar.query))
+    for k, (query, group) in enumerate(groupby(by_query, key=lambda exemplar: exemplar.query)):
+        chosen = list(group)
+        if any(exemplar.images is None for exemplar in chosen):
+            yield tables.exemplars_table(chosen)
+            continue
+        caption = (
+            f"Training samples that mattered most for {quoted(query)} at {count(len(chosen), 'checkpoint')}: up to "
+            f"{PER_SIDE} most helpful on the left, up to {PER_SIDE} most harmful on the right, each with its label and "
+            "its influence ± one standard error. Extremes picked from many samples look larger than they are."
+        )
+        yield Plate(f"exemplars-{k + 1}", caption, exemplar_grid(chosen))
+
+
+def _chains(results: Results) -> Iterator[Plate | Table]:
+    diagnostics = results.diagnostics
+    if not diagnostics.sizes["step"]:
+        yield Plate("chains", "There are no diagnostics, because no checkpoint was sampled.")
+        return
+    if check_figures.panels_there(diagnostics):
+        caption = (
+            "What the verdicts rest on; dashed lines are thresholds. R-hat compares chains (1 = they agree). Effective "
+            "draws are what draws are worth without their autocorrelation. The rise of the loss says how far the "
+            "posterior reaches, the share beyond first order how much of it a linear picture misses."
+        )
+        drawn = check_figures.chain_diagnostics(diagnostics, results.trusted)
+        yield Plate("chains", caption + _shading(results), drawn)
+    else:
+        yield Plate("chains", "There is no figure of the chains: not one of their diagnostics could be computed.")
+    yield tables.diagnostics_table(diagnostics)
+
+
+def write_report(results: Results, folder: Path | str) -> Path:
+    """Write the report of a run into the folder; see :func:`stagewise.reporting.page.write_page`."""
+    window = None if results.influence is None else results.influence.attrs.get("window")
+    page = Page(
+        results.title,
+        f"during the {window} training steps after a checkpoint" if window else "around a checkpoint",
+        findings(results),
+        sections(results),
+        results.config,
+        results.provenance,
+    )
+    return write_page(page, folder)

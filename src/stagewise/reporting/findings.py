@@ -1,0 +1,206 @@
+"""The results in plain sentences, each with its numbers and their doubt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import xarray as xr
+
+from stagewise.dynamics.curves import critical, degrees
+from stagewise.dynamics.events import Event
+from stagewise.reporting.words import (
+    count,
+    enumeration,
+    interval,
+    plus_minus,
+    quoted,
+    score,
+    step_number,
+    steps,
+)
+from stagewise.results import Results, headline, others
+
+LEVEL = 0.95
+_CASES = 3
+_MIN_PAIRS = 3
+_CAUTION = "beyond first order"
+
+
+def findings(results: Results) -> list[str]:
+    """What the results say, the plainest first: effects, sign flips, agreement with retraining, trust.
+
+    "±" is one standard error. Nothing is said that noise could have made: effects and flips hold for all
+    pairs and steps together with probability 95%. Where there is nothing to report, that is said.
+    """
+    return [
+        *_effects(results),
+        *_flips(results),
+        *_agreement(results),
+        *_repeated(results),
+        *_trust(results),
+        *results.notes,
+    ]
+
+
+def clearest_flips(influence: xr.Dataset, events: Sequence[Event]) -> list[Event]:
+    """The sign flips between different labels, those first whose curves reach far to both sides of zero."""
+
+    def reach(event: Event) -> float:
+        curve = influence["value"].sel(train=event.train, query=event.query)
+        return float(min(curve.max(), -curve.min()))
+
+    flips = [event for event in events if event.kind == "flip" and _between_others(influence, event)]
+    return sorted(flips, key=reach, reverse=True)
+
+
+def _between_others(influence: xr.Dataset, event: Event) -> bool:
+    row, column = (influence[d].values.tolist().index(getattr(event, d)) for d in ("train", "query"))
+    return bool(others(influence)[row, column])
+
+
+def _effects(results: Results) -> Iterator[str]:
+    predicted, measured = results.predicted, results.measured
+    if predicted is None or measured is None or results.answered is None:
+        yield "No prediction was put to the test by retraining, so no effect in nats is claimed here."
+        return
+    cases = _clearest_effects(predicted, degrees(results.answered))
+    if not cases:
+        size = int(others(predicted).sum()) * predicted.sizes["step"]
+        yield f"Not one of {count(size, 'predicted effect')} between groups can be told from noise."
+    for step, train, query in cases:
+        yield _effect(predicted, measured, step, train, query)
+
+
+def _clearest_effects(predicted: xr.Dataset, degrees: float) -> list[tuple[int, str, str]]:
+    """The largest effects that noise cannot have made, one per train group: (step, train, query)."""
+    effect = predicted["effect"].transpose("step", "train", "query")
+    error = predicted["effect_stderr"].transpose("step", "train", "query").values
+    certain = np.abs(effect.values) > critical((1 - LEVEL) / effect.size, degrees) * error
+    size = np.abs(effect.values) * (certain & others(predicted))
+    cases: dict[str, tuple[int, str, str]] = {}
+    for flat in np.argsort(-size, axis=None, kind="stable"):
+        place = np.unravel_index(flat, size.shape)
+        if size[place] == 0 or len(cases) == _CASES:
+            break
+        step, train, query = (effect[dim].values[k] for dim, k in zip(effect.dims, place, strict=True))
+        cases.setdefault(str(train), (int(step), train, query))
+    return list(cases.values())
+
+
+def _effect(predicted: xr.Dataset, measured: xr.Dataset, step: int, train: str, query: str) -> str:
+    where = {"step": step, "train": train, "query": query}
+    guess, error = (predicted[name].sel(where).item() for name in ("effect", "effect_stderr"))
+    truth = measured["effect"].sel(where).item()
+    doubt = measured["effect_stderr"].sel(where).item() if "effect_stderr" in measured else 0.0
+    weight, window = float(measured.attrs["weight"]), int(measured.attrs["window"])
+    return (
+        f"{_change(weight)} train group {quoted(train)} during steps {step_number(step)} to "
+        f"{step_number(step + window)} would have {'raised' if guess > 0 else 'lowered'} the loss on "
+        f"{quoted(query)} by {plus_minus(abs(guess), error)} nats; retraining measured a "
+        f"{'rise' if truth > 0 else 'fall'} of {plus_minus(abs(truth), doubt)}."
+    )
+
+
+def _change(weight: float) -> str:
+    if weight == 0:
+        return "Leaving out"
+    return (
+        f"{'Taking' if weight < 1 else 'Adding'} {abs(1 - weight):.0%} of the weight {'from' if weight < 1 else 'to'}"
+    )
+
+
+def _flips(results: Results) -> Iterator[str]:
+    influence = results.answered
+    if influence is None:
+        return
+    clearest = clearest_flips(influence, results.events)
+    curves = count(int(others(influence).sum()), "influence curve")
+    if not clearest:
+        yield f"Not one of {curves} between groups changed its sign beyond doubt."
+        return
+    changed = len({(event.train, event.query) for event in clearest})
+    yield f"{changed} of {curves} between groups changed {'its' if changed == 1 else 'their'} sign during training."
+    for train, query in list(dict.fromkeys((event.train, event.query) for event in clearest))[:_CASES]:
+        yield _turns([event for event in clearest if (event.train, event.query) == (train, query)])
+
+
+def _turns(flips: Sequence[Event]) -> str:
+    """All sign flips of one curve, with their 95% intervals."""
+    first, *later = sorted(flips, key=lambda flip: flip.step)
+    turn = "harmful to helpful" if first.detail["sign"] < 0 else "helpful to harmful"
+    times = [interval(first.lower, first.upper)]
+    times += [f"{'back' if k % 2 == 0 else 'again'} {interval(e.lower, e.upper)}" for k, e in enumerate(later)]
+    return f"Train group {quoted(first.train)} turned from {turn} for {quoted(first.query)} {enumeration(times)}."
+
+
+def _agreement(results: Results) -> Iterator[str]:
+    if not results.agreements or results.answered is None:
+        return
+    own, *rest = results.agreements
+    scores = results.agreements[own]
+    pairs = scores[headline(scores, "correlation")].attrs["pairs"]
+    if pairs < _MIN_PAIRS:
+        were = "was" if pairs == 1 else "were"
+        yield f"{count(pairs, 'pair')} of groups {were} retrained, too few for a correlation."
+        return
+    r, slope = (_median_and_range(scores, name) for name in ("correlation", "slope"))
+    yield (
+        f"Over {count(scores.sizes['step'], 'retrained checkpoint')} and {count(pairs, 'pair')} of groups at each, "
+        f"measured effects and those predicted by {own} correlate with a median of {r}; the median slope measured / "
+        f"predicted, 1 if the size in nats is right, is {slope}."
+    )
+    if rest:
+        numbers = [f"{_median(results.agreements[name], 'correlation')} ({name})" for name in rest]
+        yield f"For comparison, the median correlation of other estimators: {enumeration(numbers)}."
+
+
+def _repeated(results: Results) -> Iterator[str]:
+    """Whether it is this run that the retraining repeats."""
+    if results.measured is not None and results.replay is not None:
+        yield f"Is it this run that was retrained? {_sentence(str(results.replay.attrs['verdict']))}"
+
+
+def _sentence(words: str) -> str:
+    return f"{words[:1].upper()}{words[1:]}."
+
+
+def _median(scores: xr.Dataset, name: str) -> str:
+    return score(scores[headline(scores, name)].median().item())
+
+
+def _median_and_range(scores: xr.Dataset, name: str) -> str:
+    values = scores[headline(scores, name)]
+    if scores.sizes["step"] == 1:
+        lower, upper = (scores[headline(scores, name) + end].item() for end in ("_lower", "_upper"))
+        return f"{_median(scores, name)} (95% interval {score(lower)} to {score(upper)})"
+    return f"{_median(scores, name)} (from {score(values.min().item())} to {score(values.max().item())})"
+
+
+def _trust(results: Results) -> Iterator[str]:
+    total = results.trusted.sizes["step"]
+    if not total:
+        yield "No checkpoint has been sampled, so there is nothing to trust or to doubt."
+        return
+    yield f"{total - len(results.omitted)} of {count(total, 'checkpoint')} can be answered."
+    causes: dict[str, dict[int, str]] = {}
+    for step, reason in results.omitted.items():
+        verdict, _, advice = reason.partition(": ")
+        causes.setdefault(verdict, {})[step] = advice
+    for verdict, remedies in causes.items():
+        where = f"{count(len(remedies), 'checkpoint')} cannot be answered ({steps([*remedies])})"
+        yield f"{where}: {verdict}; {_remedy(remedies)}."
+    verdicts = results.diagnostics["verdict"].values
+    doubtful = results.diagnostics.isel(step=np.flatnonzero(verdicts == _CAUTION))
+    caution = dict(zip(doubtful["step"].values.tolist(), doubtful["advice"].values.tolist(), strict=True))
+    if caution:
+        yield (
+            f"At {count(len(caution), 'answered checkpoint')} the posterior reaches {_CAUTION} ({steps([*caution])}), "
+            f"so sizes there may be off: {_remedy(caution)}."
+        )
+
+
+def _remedy(advice: dict[int, str]) -> str:
+    """The advice that some steps share, or else that of the first of them."""
+    step, first = next(iter(advice.items()))
+    return first if len(set(advice.values())) == 1 else f"at step {step_number(step)}, {first}"

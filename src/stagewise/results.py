@@ -1,0 +1,183 @@
+"""What a report is made of: the results of a run, and the few numbers that all of its parts derive from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from stagewise.dynamics.events import Event
+from stagewise.groups import same_label
+from stagewise.retraining.scores import agreement, predicted_effect
+
+_DIMS = {"step", "train", "query"}
+
+
+@dataclass(frozen=True, eq=False)
+class Exemplar:
+    """The most helpful and the most harmful training samples of one query at one step.
+
+    Attributes:
+        query: label of the query.
+        step: the checkpoint.
+        samples: index of each sample in the training set, in any order.
+        labels: what to call each sample, e.g. its class or its text.
+        values: influence of each sample on the query, in nats per unit weight; negative = helpful.
+        stderrs: standard error of each value.
+        images: ``(sample, height, width)`` or ``(sample, height, width, 3)`` in [0, 1], if the data are images.
+    """
+
+    query: str
+    step: int
+    samples: Sequence[int]
+    labels: Sequence[str]
+    values: Sequence[float]
+    stderrs: Sequence[float]
+    images: NDArray[np.floating[Any]] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """Everything a report shows. It is only read.
+
+    Attributes:
+        title: headline of the report.
+        losses: ``train`` (step) and ``queries`` (step, query), mean losses at the checkpoints in nats.
+        diagnostics: along ``step``, one entry per sampled checkpoint: ``verdict``, ``advice`` and the numbers behind
+            them, as from :func:`stagewise.traces.diagnostics.diagnose_run`.
+        influence: ``value``, ``stderr`` (step, train, query) between groups, nats per unit weight, negative =
+            helpful; coordinate ``train_size``; attribute ``omitted``, JSON of {step: reason}. None if no checkpoint
+            could be answered.
+        correlation: the same as minus the correlation of losses, without unit.
+        events: of the influence curves.
+        baselines: other estimators by name, as ``influence``, with stderr 0 where they have no noise.
+        measured: ``effect`` and perhaps ``effect_stderr`` (step, train, query) in nats, from retraining with each train
+            group at the weight ``attrs["weight"]`` during ``attrs["window"]`` steps.
+        replay: how well unchanged retraining repeats the run, see :func:`stagewise.retraining.replay.replay`.
+        notes: sentences on what had to be left out.
+        exemplars: single training samples that matter most.
+        config: the configuration of the run, of plain values.
+        provenance: where the numbers come from (versions, hashes, times), of plain values.
+
+    Raises:
+        ValueError: a dataset lacks a variable or a dimension.
+    """
+
+    title: str
+    losses: xr.Dataset
+    diagnostics: xr.Dataset
+    influence: xr.Dataset | None
+    correlation: xr.Dataset | None = None
+    events: Sequence[Event] = ()
+    baselines: Mapping[str, xr.Dataset] = field(default_factory=dict)
+    measured: xr.Dataset | None = None
+    replay: xr.Dataset | None = None
+    notes: Sequence[str] = ()
+    exemplars: Sequence[Exemplar] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require("losses", self.losses, {"train": {"step"}, "queries": {"step", "query"}})
+        _require("diagnostics", self.diagnostics, {"verdict": {"step"}, "advice": {"step"}})
+        matrices = {"influence": self.influence, "correlation": self.correlation, **self.baselines}
+        for name, dataset in matrices.items():
+            if dataset is not None:
+                _require(name, dataset, {"value": _DIMS, "stderr": _DIMS})
+        if self.measured is not None:
+            _require("measured", self.measured, {"effect": _DIMS})
+            if "weight" not in self.measured.attrs or "window" not in self.measured.attrs:
+                raise ValueError(
+                    "measured must say in its attributes 'weight' and 'window' what was changed for how long, "
+                    f"got {sorted(self.measured.attrs)}"
+                )
+
+    @cached_property
+    def answered(self) -> xr.Dataset | None:
+        """The influence, or None where not a single checkpoint has one."""
+        return self.influence if self.influence is not None and self.influence.sizes["step"] else None
+
+    @cached_property
+    def omitted(self) -> dict[int, str]:
+        """Checkpoints whose chains cannot be trusted, and why."""
+        attrs = {} if self.influence is None else self.influence.attrs
+        reasons = {int(step): str(reason) for step, reason in json.loads(attrs.get("omitted", "{}")).items()}
+        answered = set() if self.influence is None else set(self.influence["step"].values.tolist())
+        for step, verdict, advice in zip(
+            *(self.diagnostics[n].values for n in ("step", "verdict", "advice")), strict=True
+        ):
+            if step not in answered:
+                reasons.setdefault(int(step), f"{verdict}: {advice}")
+        return dict(sorted(reasons.items()))
+
+    @cached_property
+    def trusted(self) -> xr.DataArray:
+        """For every checkpoint whether it can be answered: bool (step)."""
+        answered = [] if self.influence is None else self.influence["step"].values.tolist()
+        steps = sorted({*answered, *self.omitted})
+        return xr.DataArray([step not in self.omitted for step in steps], {"step": steps}, ("step",), "trusted")
+
+    @cached_property
+    def estimators(self) -> dict[str, xr.Dataset]:
+        """All estimates of influence by name, the report's own first."""
+        own = {} if self.answered is None else {estimator(self.answered): self.answered}
+        return own | {name: data for name, data in self.baselines.items() if data.sizes["step"]}
+
+    @cached_property
+    def predicted(self) -> xr.Dataset | None:
+        """Predicted effect of the measured change, at the checkpoints where it was measured; None if there are none."""
+        if self.measured is None or self.answered is None:
+            return None
+        return _predict(self.answered, self.measured)
+
+    @cached_property
+    def agreements(self) -> dict[str, xr.Dataset]:
+        """Agreement of every estimator with retraining, at the checkpoints it shares with the measurement."""
+        scores = {}
+        for name, influence in self.estimators.items():
+            predicted = None if self.measured is None else _predict(influence, self.measured)
+            if predicted is not None and self.measured is not None:
+                measured = self.measured["effect"].sel(step=predicted["step"])
+                scores[name] = agreement(predicted["effect"], measured)
+        return scores
+
+
+def estimator(influence: xr.Dataset) -> str:
+    """What the estimator of an influence is called in a figure."""
+    name = str(influence.attrs.get("estimator", "influence"))
+    return "BIF" if name == "bif" else name
+
+
+def others(matrix: xr.Dataset) -> NDArray[np.bool_]:
+    """(train, query): the pairs of different labels, whatever the query set; all pairs if there are no such.
+
+    The influence of a group on itself is large and no surprise; next to it nothing else can be seen.
+    """
+    different = ~same_label(matrix["train"].values, matrix["query"].values)
+    return np.asarray(different if different.any() else np.ones_like(different))
+
+
+def headline(scores: xr.Dataset, name: str) -> str:
+    """The variable of an agreement to report: without the pairs of a group with itself, where that leaves any."""
+    better = f"{name}_off_diagonal"
+    return better if better in scores and scores[better].attrs["pairs"] > 0 else name
+
+
+def _predict(influence: xr.Dataset, measured: xr.Dataset) -> xr.Dataset | None:
+    shared = np.intersect1d(influence["step"].values, measured["step"].values)
+    if not len(shared):
+        return None
+    return predicted_effect(influence.sel(step=shared), float(measured.attrs["weight"]))
+
+
+def _require(name: str, dataset: xr.Dataset, variables: Mapping[str, set[str]]) -> None:
+    for variable, dims in variables.items():
+        got = set(dataset[variable].dims) if variable in dataset else None
+        if got != dims:
+            raise ValueError(f"{name} must hold {variable!r} with dimensions {sorted(dims)}, got {got or 'none'}")

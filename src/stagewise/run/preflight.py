@@ -1,0 +1,72 @@
+"""All that a run will need after the sampling, tried on a few samples before it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from stagewise.checkpoints.trajectory import Trajectory
+from stagewise.groups import query_groups, train_groups
+from stagewise.retraining.ablation import window_ablation
+from stagewise.retraining.start import check_order, start_at
+from stagewise.run.analysis import ESTIMATORS, recorded_order, retraining_window
+from stagewise.run.config import RunConfig
+from stagewise.task import Task
+
+_FEW = 8
+
+
+def preflight(task: Task, trajectory: Trajectory, config: RunConfig, steps: Sequence[int]) -> dict[str, str]:
+    """Try groups, names, batch order, retraining and baselines.
+
+    Args:
+        task: the task.
+        trajectory: the run's checkpoints.
+        config: what is asked for.
+        steps: the checkpoints at which there is a posterior.
+
+    Returns:
+        The baselines that cannot be computed for this model or loss, with the reasons: the run goes on without them.
+
+    Raises:
+        ValueError: what was asked for cannot be done, with the setting to change.
+    """
+    query_groups(task)
+    window, small = retraining_window(config), miniature(task)
+    if window is not None:
+        train_groups(task)
+        order = recorded_order(task, trajectory, config)
+        start = start_at(task, trajectory.load(steps[-1]))
+        if order is not None:
+            check_order(start, order)
+        try:
+            window_ablation(small, trajectory, window=1, steps=[steps[-1]])
+        except ValueError as error:
+            raise ValueError(f"retraining is not possible here: {error}. Without it: -s retraining=null") from error
+    missing: dict[str, str] = {}
+    for name in config.baselines:
+        try:
+            ESTIMATORS[name](small, trajectory, config.posterior, steps=[steps[-1]])
+        except ValueError as error:
+            missing[name] = str(error)
+    return missing
+
+
+def miniature(task: Task) -> Task:
+    """The same task with a few of its samples."""
+    rows = task.candidates[torch.linspace(0, len(task.candidates) - 1, min(_FEW, len(task.candidates))).long()]
+    few = {name: data.few(_FEW) for name, data in task.queries.items()}
+    return Task(
+        task.model,
+        task.loss,
+        train=task.train.subset(rows),
+        queries={name: data.subset(few[name]) for name, data in task.queries.items()},
+        train_groups=None if task.train_groups is None else task.train_groups[rows.numpy()].tolist(),
+        query_groups={
+            name: labels[few[name].numpy()].tolist() for name, labels in task.query_groups.items() if labels is not None
+        },
+        query_losses=task.query_losses,
+        objective=task.objective,
+        forward_batch=task.forward_batch,
+    )

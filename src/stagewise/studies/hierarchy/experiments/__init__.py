@@ -1,0 +1,1 @@
+"""The experiments of the study, one a file: ``name(lab) -> Experiment``."""

@@ -1,0 +1,125 @@
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from stagewise.dynamics import events
+from stagewise.reporting.findings import findings
+
+
+def text(results):
+    return "\n".join(findings(results)).replace("\u00a0", " ")
+
+
+def with_values(results, value, stderr=1e-6, effect=None):
+    """The same run with other influence and other measured effects; nothing else to go by."""
+    influence = results.influence.drop_vars("replicates")
+    influence["value"] = influence["value"].dims, value
+    influence["stderr"] = influence["value"].dims, np.full_like(value, stderr)
+    measured = results.measured.sel(step=influence["step"]).drop_vars("effect_stderr")
+    measured["effect"] = measured["effect"].dims, -28 * value if effect is None else effect
+    return replace(
+        results, influence=influence, measured=measured, events=events(influence), baselines={}, exemplars=()
+    )
+
+
+@pytest.fixture
+def value(results):
+    return 1e-5 * np.random.default_rng(0).normal(size=results.influence["value"].shape)
+
+
+def test_the_largest_effect_is_told_with_its_numbers_and_their_signs(results, value):
+    value[4, 8, 3], effect = -7.5e-4, -28 * value
+    effect[4, 8, 3] = 0.0193
+    # influence -0.00075, 140 samples, weight 0.8: +0.021; the stderr 5e-5 becomes 0.0014
+    assert (
+        "Taking 20% of the weight from train group “8” during steps 90 to 120 would have raised the loss on “3” by "
+        "0.0210 ± 0.0014 nats; retraining measured a rise of 0.0193." in text(with_values(results, value, 5e-5, effect))
+    )
+
+
+def test_a_measurement_that_contradicts_the_prediction_is_told_as_it_is(results, value):
+    value[0, 1, 2], effect = 1e-3, -28 * value
+    effect[0, 1, 2] = 0.011
+    assert re.search(
+        "“1” during steps 20 to 50 would have lowered .* measured a rise of 0.011",
+        text(with_values(results, value, effect=effect)),
+    )
+
+
+@pytest.mark.parametrize(("weight", "words"), [(0, "Leaving out train"), (1.5, "Adding 50% of the weight to train")])
+def test_the_change_of_weight_is_named(results, weight, words):
+    measured = results.measured.assign_attrs(weight=weight)
+    assert words in text(replace(results, measured=measured))
+
+
+def test_no_effect_is_claimed_that_noise_could_have_made(results, value):
+    quiet = text(with_values(results, value, stderr=1e-5))
+    assert "Not one of 900 predicted effects between groups can be told from noise." in quiet
+    assert "Not one of 90 influence curves between groups changed its sign beyond doubt." in quiet
+    assert "would have" not in quiet
+
+
+def test_the_influence_of_a_group_on_itself_is_no_headline(results, value):
+    value[:, range(10), range(10)] = -1.0
+    value[2, 0, 5] = 1e-3
+    told = [line for line in text(with_values(results, value)).split("\n") if "would have" in line]
+    assert told
+    for line in told:
+        train, query = re.findall("“(.)”", line)
+        assert train != query
+
+
+def test_flips_are_told_with_direction_and_interval(results, value):
+    value[:] = 1e-7
+    value[:, 4, 9] = 1e-3 * np.array([1, 1, 1, -1, -1, -1, -1, 1, 1, 1])
+    told = text(with_values(results, value))
+    assert "1 of 90 influence curves between groups changed its sign during training." in told
+    # The answered steps are 20, 30, 45, 65, 90, 130, 190, 280, ...
+    turned = "Train group “4” turned from harmful to helpful for “9” between steps 45 and 65"
+    assert f"{turned} and back between steps 190 and 280." in told
+
+
+def test_agreement_is_the_median_over_checkpoints(results):
+    pairs = ~np.eye(10, dtype=bool)
+    r, slope = [], []
+    for step in results.influence["step"].values:
+        x = results.influence["value"].sel(step=step).values[pairs] * 140 * -0.2
+        y = results.measured["effect"].sel(step=step).values[pairs]
+        r.append(np.corrcoef(x, y)[0, 1])
+        slope.append(x @ y / (x @ x))
+    told = text(results)
+    assert "Over 10 retrained checkpoints and 90 pairs of groups at each" in told
+    assert f"a median of {np.median(r):.2f} (from {min(r):.2f} to {max(r):.2f})" in told
+    assert f"is {np.median(slope):.2f} (from {min(slope):.2f} to {max(slope):.2f})." in told
+
+
+def test_one_checkpoint_has_an_interval_instead_of_a_range(results):
+    one = replace(results, measured=results.measured.sel(step=[90]))
+    assert "Over 1 retrained checkpoint and 90 pairs" in text(one)
+    assert re.search(r"a median of 0\.\d\d \(95% interval 0\.\d\d to 0\.\d\d\)", text(one))
+
+
+def test_what_cannot_be_answered_is_counted_with_its_remedy(results):
+    told = text(results)
+    assert "10 of 14 checkpoints can be answered." in told
+    assert "3 checkpoints cannot be answered (steps 0, 5 and 10): not localised; the loss curves" in told
+    assert "1 checkpoint cannot be answered (step 400): not converged; chains disagree" in told
+    assert "At 1 answered checkpoint the posterior reaches beyond first order (step 20)" in told
+
+
+def test_without_data_it_says_so_and_claims_nothing(results):
+    bare = replace(results, influence=None, correlation=None, events=[], baselines={}, measured=None)
+    told = text(bare)
+    assert "No prediction was put to the test by retraining" in told
+    assert "0 of 14 checkpoints can be answered." in told
+    assert "turned" not in told
+    unsampled = replace(bare, diagnostics=bare.diagnostics.isel(step=[]))
+    assert "No checkpoint has been sampled" in text(unsampled)
+
+
+def test_a_single_pair_has_no_correlation(make):
+    told = text(make(steps=[30], labels=["a"]))
+    assert "1 pair of groups was retrained, too few for a correlation." in told
+    assert "median" not in told

@@ -1,0 +1,120 @@
+"""What a dry run promises, with a clock that only moves when work is done."""
+
+from types import SimpleNamespace
+
+import pytest
+import springs
+import torch
+
+from stagewise.checkpoints.directory import write_checkpoint
+from stagewise.run import cost
+from stagewise.run.config import make_config
+from stagewise.run.cost import Cost, estimate, sampling_cost
+from stagewise.sampling.chains import Chains
+from stagewise.sampling.posterior import LocalPosterior
+
+SAMPLING = Chains(chains=5, draws=7, blocks=2, burn_in=11, thinning=3, batching="loop")
+SAMPLES = len(springs.TRAIN) + len(springs.NEAR) + len(springs.FAR)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """2 s for tuning, 3 s for a gradient of all chains, 5 s for a draw."""
+    clock = SimpleNamespace(now=100.0, perf_counter=lambda: clock.now)
+
+    def takes(seconds, call):
+        def timed(*args):
+            clock.now += seconds
+            return call(*args)
+
+        return timed
+
+    watch = SimpleNamespace(draw=takes(5, lambda _: None))
+    gradient = takes(3, lambda _: SimpleNamespace(potential=torch.zeros(1)))
+    monkeypatch.setattr(cost, "time", clock)
+    monkeypatch.setattr(cost, "tune", takes(2, cost.tune))
+    monkeypatch.setattr(cost, "potential_gradient", lambda *_: gradient)
+    monkeypatch.setattr(cost, "Watch", lambda *_: watch)
+    return clock
+
+
+def predicted(task=None, sampling=SAMPLING, steps=(0, 10, 20), workers=1, posterior=None):
+    posterior = posterior or LocalPosterior(window=3)
+    return sampling_cost(task or springs.task(), springs.trajectory(), posterior, sampling, steps, workers)
+
+
+def test_time_is_that_of_tuning_gradients_and_draws_of_all_cells(clock):
+    per_cell = 2 + (11 + 7 * 3) * 3 + 7 * 5
+    assert predicted().seconds == per_cell * 6
+    assert predicted(steps=[10]).seconds == per_cell * 2
+
+
+@pytest.mark.parametrize(("workers", "at_once"), [(2, 2), (4, 4), (50, 6)])
+def test_time_is_shared_by_workers_but_not_by_more_than_there_are_cells(clock, workers, at_once):
+    found = predicted(workers=workers)
+    assert found.seconds == pytest.approx(predicted().seconds / at_once)
+    assert found.workers == workers
+
+
+def test_cells_and_sampler_steps_are_counted_over_checkpoints_and_blocks(clock):
+    found = predicted(steps=[0, 20])
+    assert found.cells == 4
+    assert found.steps == 4 * (11 + 7 * 3)
+
+
+@pytest.mark.parametrize(
+    ("loss", "reflect", "numbers"), [(springs.losses, True, 2), (springs.losses, False, 1), (springs.by_token, True, 4)]
+)
+def test_memory_and_disk_follow_the_number_of_losses_that_are_kept(clock, loss, reflect, numbers):
+    sampling = Chains(chains=5, draws=7, blocks=2, burn_in=11, thinning=3, batching="loop", reflect=reflect)
+    found = predicted(springs.task(loss), sampling)
+    traces = 4 * 5 * 7 * SAMPLES * numbers  # float32
+    assert found.disk == pytest.approx(0.9 * traces * 6)
+    assert found.memory == pytest.approx(traces + 4 * 2 * 5 * 8)  # eight vectors of two parameters for every chain
+
+
+def test_a_checkpoint_without_a_posterior_costs_its_tuning_only(clock):
+    saddle = springs.task(lambda model, batch: -springs.losses(model, batch))
+    found = predicted(saddle, posterior=LocalPosterior(gamma=0.1, n_beta=1.0))
+    assert found.steps == 0
+    assert found.seconds == 2 * 6
+
+
+def test_threads_are_given_back_as_they_were(clock):
+    before = torch.get_num_threads()
+    predicted(workers=2)
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(59.4, "about 59 seconds"), (90.0, "about 1.5 minutes"), (7200.0, "about 120.0 minutes")]
+)
+def test_text_names_units_and_sizes(seconds, shown):
+    text = Cost(6, seconds, 3.0 * 2**20, 5000.0 * 2**20, 2, 12345).text()
+    assert shown in text
+    assert "6 cells (checkpoint x chain block), 12,345 sampler steps" in text
+    assert "2 worker(s)" in text
+    assert "about 3 MiB for each worker" in text
+    assert "about 5,000 MiB of traces" in text
+
+
+@pytest.fixture
+def configured(tmp_path):
+    run = springs.trajectory()
+    for step in run.steps:
+        write_checkpoint(tmp_path, run.load(step))
+    content = {"task": f"{springs.__file__}:task", "checkpoints": str(tmp_path), "out": "o", "posterior": {"window": 3}}
+    return content | {"sampling": {"chains": 5, "draws": 7, "blocks": 2, "batching": "loop"}}
+
+
+def test_estimate_is_that_of_the_configured_steps_and_workers(clock, configured):
+    assert estimate(make_config(configured)).cells == 6
+    found = estimate(make_config(configured | {"steps": [10], "workers": 3}))
+    assert (found.cells, found.workers) == (2, 3)
+
+
+def test_estimate_refuses_a_step_without_checkpoint_as_the_run_does(configured):
+    with pytest.raises(ValueError, match=r"steps \[7\] have no checkpoint"):
+        estimate(make_config(configured | {"steps": [7]}))
+    with pytest.raises(ValueError, match="no checkpoint"):
+        estimate(make_config(configured | {"steps": []}))

@@ -1,0 +1,43 @@
+"""Which steps are sampled, and by how many processes."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import springs
+import torch
+
+from stagewise.checkpoint import Checkpoint, Optimizer
+from stagewise.checkpoints.trajectory import Trajectory
+from stagewise.run.engine import default_workers, steps_to_sample
+from stagewise.sampling.posterior import LocalPosterior
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps"])
+def test_one_worker_uses_a_gpu_that_all_would_have_to_share(device):
+    assert default_workers(SimpleNamespace(device=torch.device(device))) == 1
+
+
+def test_every_core_that_this_process_may_use_gets_a_worker(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 3}, raising=False)
+    assert default_workers(springs.task()) == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    assert default_workers(springs.task()) == 5
+
+
+def test_steps_are_those_asked_for_in_their_order_or_all():
+    run, posterior = springs.trajectory(), LocalPosterior(window=3)
+    assert steps_to_sample(run, posterior, [20, 0]) == [20, 0]
+    assert steps_to_sample(run, posterior) == [0, 10, 20]
+    for steps in ([0, 7], []):
+        with pytest.raises(ValueError, match="no checkpoint"):
+            steps_to_sample(run, posterior, steps)
+
+
+def test_the_start_of_an_adam_run_is_left_out_only_in_adams_metric():
+    adam = Optimizer("adam", 0.1)
+    run = Trajectory.from_checkpoints(Checkpoint(step, {"w": torch.zeros(2)}, adam) for step in (0, 1))
+    assert steps_to_sample(run, LocalPosterior(window=3)) == [1]
+    assert steps_to_sample(run, LocalPosterior(window=3, metric="euclidean")) == [0, 1]
+    assert steps_to_sample(run, LocalPosterior(window=3), [0]) == [0]
