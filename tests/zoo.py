@@ -239,9 +239,7 @@ def zoo():
             lambda m, b: functional.cross_entropy(m(b[0].float()).float(), b[1], reduction="none"),
             vectors(),
         ),
-        "casts inside": lambda: Animal(
-            CastsInside(), cross_entropy, vectors()
-        ),
+        "casts inside": lambda: Animal(CastsInside(), cross_entropy, vectors()),
         "class weights": lambda: Animal(
             flat(5, 8, 3),
             lambda m, b, w=torch.tensor([1.0, 2.0, 0.5]): functional.cross_entropy(m(b[0]), b[1], w, reduction="none"),

@@ -8,6 +8,7 @@ gradients. And every loss is finite. What disagrees is named, before anything is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -231,7 +232,7 @@ def _check_gradients(task: Task, params: Mapping[str, Tensor]) -> None:
     if not _agree(task, both, params, batch):
         pure, plain = both(task.pure.reference(params), params, batch)
         sizes = [params[name].numel() for name in task.trainable]
-        errors = [(a - b).norm().item() for a, b in zip(pure.split(sizes), plain.split(sizes), strict=True)]
+        errors = [(a - b).norm().item() for a, b in zip(torch.split(pure, sizes), torch.split(plain, sizes), strict=True)]
         name = list(task.trainable)[errors.index(max(errors))]
         raise ValueError(
             f"train: the gradient by {name!r} is not that of loss(model, batch).backward(); the model keeps this "
@@ -250,10 +251,11 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _graph(value: Tensor) -> Iterator[Any]:
     """All nodes of a value's graph."""
-    seen, stack = {None}, [value.grad_fn]
+    seen: set[Any] = set()
+    stack: list[Any] = [value.grad_fn]
     while stack:
         node = stack.pop()
-        if node in seen:
+        if node is None or node in seen:
             continue
         seen.add(node)
         yield node

@@ -45,7 +45,7 @@ def _own_names(model: PureModel, checkpoint: Checkpoint, where: str) -> dict[str
     first: dict[str, str] = {}
     for name, short in bare.items():
         other = first.setdefault(model.canonical[short], name)
-        if not torch.equal(checkpoint.params[name], checkpoint.params[other]):
+        if name != other and not torch.equal(checkpoint.params[name], checkpoint.params[other]):
             raise CheckpointError(
                 f"{where}: {other!r} and {name!r} are one tensor of the model, but differ in the checkpoint; is it of "
                 "a model whose weights are not tied?"
@@ -89,11 +89,11 @@ def _lifted_type(tensor: Tensor) -> torch.dtype:
 
 
 def _bare(name: str, known: Mapping[str, str]) -> str:
-    """The name without the wrappers' prefixes, wherever they stand."""
+    """The name without the wrappers' prefixes, wherever they stand, and without Lightning's in front."""
     for prefix in _WRAPPERS:
         if name not in known:
             name = name.replace(prefix, "")
-    return name
+    return name if name in known else name.removeprefix("model.")
 
 
 def _some(names: Sequence[str]) -> str:

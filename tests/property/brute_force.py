@@ -92,7 +92,9 @@ class BruteForce:
         metric = choice.posterior.metric or ("adam" if adam and choice.posterior.window else "euclidean")
         rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
         usual, pieces, window = self._usual_rate(), [], choice.posterior.window
-        slope = dict(zip(self.moving, torch.split(self._clipped(), [p.numel() for p in self.moving.values()]), strict=True))
+        slope = dict(
+            zip(self.moving, torch.split(self._clipped(), [p.numel() for p in self.moving.values()]), strict=True)
+        )
         touched = self.sample_gradients[self.weights > 0].abs().sum(0) > 0
         touched = dict(zip(self.moving, torch.split(touched, [p.numel() for p in self.moving.values()]), strict=True))
         for name, parameter in self.moving.items():
@@ -182,4 +184,3 @@ class BruteForce:
             up, down = (self.after(updates, group, 1 + sign * step) for sign in (1, -1))
             rows.append((up - down) / (2 * step * len(group)))
         return torch.stack(rows)
-

@@ -237,7 +237,8 @@ NETWORKS: dict[str, Network] = {
     "encoder layer": Network(encoder_layer, "sequence", 2),
     "scaled attention": Network(scaled_attention, "sequence", 3, per_token=True),
     "mean of words": Network(
-        lambda: Through(lambda m, i: m.head(m.words(i).mean(1)), words=nn.Embedding(WORDS, 3), head=nn.Linear(3, 3)), "words"
+        lambda: Through(lambda m, i: m.head(m.words(i).mean(1)), words=nn.Embedding(WORDS, 3), head=nn.Linear(3, 3)),
+        "words",
     ),
     "sparse words": Network(
         lambda: Through(
@@ -254,18 +255,25 @@ NETWORKS: dict[str, Network] = {
     "positions": Network(positions, "words", WORDS, per_token=True),
     "conv 1d": Network(
         lambda: Through(
-            lambda m, x: m.head(torch.tanh(m.conv(x.transpose(1, 2))).mean(2)), conv=nn.Conv1d(2, 3, 2), head=nn.Linear(3, 3)
+            lambda m, x: m.head(torch.tanh(m.conv(x.transpose(1, 2))).mean(2)),
+            conv=nn.Conv1d(2, 3, 2),
+            head=nn.Linear(3, 3),
         ),
         "sequence",
     ),
     "conv 2d": Network(
-        lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)), "image", dtype=torch.float64
+        lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)),
+        "image",
+        dtype=torch.float64,
     ),
     "average pool": Network(
-        lambda: nn.Sequential(nn.Conv2d(1, 3, 3), nn.Softplus(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(3, 3)), "image"
+        lambda: nn.Sequential(nn.Conv2d(1, 3, 3), nn.Softplus(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(3, 3)),
+        "image",
     ),
     "parameter list": Network(
-        lambda: Through(lambda m, x: torch.tanh(x @ m.ws[0]) @ m.ws[1], ws=nn.ParameterList([weight(3, 4), weight(4, 3)]))
+        lambda: Through(
+            lambda m, x: torch.tanh(x @ m.ws[0]) @ m.ws[1], ws=nn.ParameterList([weight(3, 4), weight(4, 3)])
+        )
     ),
     "parameter dict": Network(
         lambda: Through(
@@ -289,13 +297,17 @@ NETWORKS: dict[str, Network] = {
     ),
     "PReLU": Network(mlp(nn.PReLU)),
     "residual": Network(
-        lambda: Through(lambda m, x: m.head(x + m.body(x)), body=nn.Sequential(nn.Linear(3, 3), nn.GELU()), head=nn.Linear(3, 3)),
+        lambda: Through(
+            lambda m, x: m.head(x + m.body(x)), body=nn.Sequential(nn.Linear(3, 3), nn.GELU()), head=nn.Linear(3, 3)
+        ),
         dtype=torch.float64,
     ),
     "data parallel": Network(lambda: nn.DataParallel(mlp(nn.Tanh)())),
     "many words, few used": Network(
         lambda: Through(
-            lambda m, i: m.head(torch.tanh(m.words(i).mean(1))), words=nn.Embedding(WORDS + 4, 2, padding_idx=0), head=nn.Linear(2, 3)
+            lambda m, i: m.head(torch.tanh(m.words(i).mean(1))),
+            words=nn.Embedding(WORDS + 4, 2, padding_idx=0),
+            head=nn.Linear(2, 3),
         ),
         "words",
     ),

@@ -1,43 +1,289 @@
-"""Which steps are sampled, and by how many processes."""
+"""How a run folder is filled: in one process or several, whole or continued, with or without usable checkpoints."""
 
-import os
-from types import SimpleNamespace
+import json
+import typing
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
-import springs
 import torch
+from torch import nn
+from torch.nn import functional
 
-from stagewise.checkpoint import Checkpoint, Optimizer
+from stagewise.checkpoint import Checkpoint, CheckpointError, Optimizer
+from stagewise.checkpoints.directory import write_checkpoint
 from stagewise.checkpoints.trajectory import Trajectory
-from stagewise.run.engine import default_workers, steps_to_sample
+from stagewise.influence.bif import bif
+from stagewise.run import engine
+from stagewise.run.engine import ChainSettings, sample
+from stagewise.sampling.chains import Chains, sample_block
 from stagewise.sampling.posterior import LocalPosterior
+from stagewise.task import Task
+from stagewise.traces.diagnostics import diagnose_run
+from stagewise.traces.store import RunMismatchError, TraceStore
+
+POSTERIOR = LocalPosterior(window=5, n_beta=200.0)
+SHORT = Chains(chains=2, draws=8, burn_in=5, thinning=2, batching="loop")
+SGD = Optimizer("sgd", 0.05, batch_size=0)
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps"])
-def test_one_worker_uses_a_gpu_that_all_would_have_to_share(device):
-    assert default_workers(SimpleNamespace(device=torch.device(device))) == 1
+def losses(model, batch):
+    return functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
-def test_every_core_that_this_process_may_use_gets_a_worker(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 3}, raising=False)
-    assert default_workers(springs.task()) == 3
-    monkeypatch.delattr(os, "sched_getaffinity")
-    monkeypatch.setattr(os, "cpu_count", lambda: 5)
-    assert default_workers(springs.task()) == 5
+def shifted(offset, model, batch):
+    return losses(model, batch) + offset
 
 
-def test_steps_are_those_asked_for_in_their_order_or_all():
-    run, posterior = springs.trajectory(), LocalPosterior(window=3)
-    assert steps_to_sample(run, posterior, [20, 0]) == [20, 0]
-    assert steps_to_sample(run, posterior) == [0, 10, 20]
-    for steps in ([0, 7], []):
-        with pytest.raises(ValueError, match="no checkpoint"):
-            steps_to_sample(run, posterior, steps)
+def make_task(offset=0.0, split_seed=0, model_seed=0, **more):
+    generator = torch.Generator().manual_seed(0)
+    inputs, targets = torch.randn(24, 4, generator=generator).double(), torch.arange(24) % 3
+    rows = torch.randperm(24, generator=(split_seed and torch.Generator().manual_seed(split_seed)) or generator)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(model_seed)
+        model = nn.Linear(4, 3).double().eval()
+    train, query = rows[:18], rows[18:]
+    labels = {"train_groups": targets[train], "query_groups": {"q": targets[query]}}
+    return Task(
+        model,
+        partial(shifted, offset),
+        train=(inputs[train], targets[train]),
+        queries={"q": (inputs[query], targets[query])},
+        **(labels | more),
+    )
 
 
-def test_the_start_of_an_adam_run_is_left_out_only_in_adams_metric():
-    adam = Optimizer("adam", 0.1)
-    run = Trajectory.from_checkpoints(Checkpoint(step, {"w": torch.zeros(2)}, adam) for step in (0, 1))
-    assert steps_to_sample(run, LocalPosterior(window=3)) == [1]
-    assert steps_to_sample(run, LocalPosterior(window=3, metric="euclidean")) == [0, 1]
-    assert steps_to_sample(run, LocalPosterior(window=3), [0]) == [0]
+def unseeded_task():
+    return make_task(split_seed=int(torch.seed() % 1000) + 1)
+
+
+def checkpoint(step, optimizer=SGD, **changed):
+    params = {name: tensor.detach().clone() for name, tensor in make_task().model.state_dict().items()}
+    return Checkpoint(step, params | changed, optimizer)
+
+
+RUN = Trajectory.from_checkpoints([checkpoint(0), checkpoint(5), checkpoint(9)])
+
+
+def sampled(out, task=None, run=RUN, **more):
+    return sample(task or make_task(), run, POSTERIOR, out=out, sampling=SHORT, **more)
+
+
+# What a cell holds.
+
+
+def test_the_numbers_of_a_golden_cell_change_only_with_the_number_of_their_version():
+    golden = json.loads((Path(__file__).parent / "golden_cell.json").read_text())
+    tree = sample_block(make_task(), checkpoint(5), POSTERIOR, SHORT)
+    now = {
+        "loss": tree["train/loss"].values[0, :3, 0].tolist(),
+        "loss_reflected": tree["queries/q/loss_reflected"].values[1, -1, :3].tolist(),
+        "loss_anchor": tree["queries/q/loss_anchor"].values[:3].tolist(),
+        "share": tree["train/share"].values[:1].tolist(),
+        "curvature": [tree.attrs[name] for name in ("curvature_min", "curvature_max", "step_size", "gamma")],
+    }
+    same = set(now) == set(golden["numbers"]) and all(
+        np.allclose(now[name], golden["numbers"][name], rtol=1e-6, atol=1e-6) for name in now
+    )
+    content = json.dumps({"numerics": engine.NUMERICS_VERSION, "numbers": now}, indent=1)
+    if golden["numerics"] != engine.NUMERICS_VERSION:
+        pytest.fail(f"NUMERICS_VERSION was raised; write the new numbers into golden_cell.json:\n{content}")
+    if not same:
+        pytest.fail(
+            f"cells hold other numbers than before: raise NUMERICS_VERSION, and write golden_cell.json:\n{content}"
+        )
+
+
+def test_a_constant_in_the_loss_has_no_influence(tmp_path):
+    plain, offset = (bif(sampled(tmp_path / str(o), make_task(o)), trusted_only=False) for o in (0.0, 1e7))
+    for name in ("value", "stderr"):
+        np.testing.assert_allclose(offset[name], plain[name], rtol=1e-4)
+    assert (np.abs(plain["value"]) > 0).all()
+
+
+def test_workers_give_the_bits_that_one_process_gives(tmp_path):
+    alone, together = sampled(tmp_path / "a", steps=[0, 5]), sampled(tmp_path / "b", steps=[0, 5], workers=2)
+    for step in (0, 5):
+        assert alone.load(step).identical(together.load(step))
+
+
+# How it is called.
+
+
+def test_settings_are_a_chains_or_single_fields_of_it_and_the_run_may_be_a_folder(tmp_path):
+    for step in RUN.steps:
+        write_checkpoint(tmp_path / "checkpoints", RUN.load(step))
+    for number, folder in enumerate((tmp_path / "checkpoints", str(tmp_path / "checkpoints"))):
+        store = sample(
+            make_task(), folder, posterior=POSTERIOR, out=tmp_path / str(number), sampling=SHORT, chains=3, draws=2
+        )
+        assert store.steps == (0, 5, 9)
+        assert dict(store.load(5)["train/loss"].sizes) == {"chain": 3, "draw": 2, "sample": 18}
+    fields = {"chains": 2, "draws": 8, "burn_in": 5, "thinning": 2, "batching": "loop"}
+    by_field = sample(make_task(), RUN, POSTERIOR, out=tmp_path / "fields", steps=[5], **fields)
+    assert by_field.load(5).identical(sampled(tmp_path / "chains", steps=[5]).load(5))
+    with pytest.raises(TypeError, match="chain"):
+        sample(make_task(), RUN, POSTERIOR, out=tmp_path / "mistyped", chain=3)
+
+
+def test_editors_are_told_every_setting_of_the_chains():
+    hints = typing.get_type_hints(Chains)
+    assert typing.get_type_hints(ChainSettings) == {field.name: hints[field.name] for field in fields(Chains)}
+
+
+@pytest.mark.parametrize("steps", [[5, 7], []])
+def test_steps_without_a_checkpoint_are_refused_with_those_there_are(tmp_path, steps):
+    with pytest.raises(ValueError, match=r"there are \[0, 5, 9\]"):
+        sampled(tmp_path / "out", steps=steps)
+    assert not (tmp_path / "out").exists()
+
+
+# Continued runs.
+
+
+def test_what_is_there_is_not_sampled_again(tmp_path, monkeypatch):
+    visited = []
+
+    def spy(task, checkpoint, *rest):
+        visited.append(checkpoint.step)
+        return sample_block(task, checkpoint, *rest)
+
+    monkeypatch.setattr(engine, "sample_block", spy)
+    sampled(tmp_path, steps=[5])
+    seen = []
+    sampled(tmp_path, progress=lambda *state: seen.append(state))
+    assert visited == [5, 0, 9]
+    assert seen == [("sampling", done, 3) for done in (1, 2, 3)]
+
+
+def test_labels_are_there_before_the_first_cell_and_are_those_of_the_candidates(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "sample_block", killed)
+    task = make_task(candidates=[3, 7])
+    with pytest.raises(KeyboardInterrupt):
+        sampled(tmp_path, task)
+    labels = TraceStore.read_only(tmp_path).labels
+    assert labels["train"] == [str(task.train_groups[3]), str(task.train_groups[7])]
+    assert labels["queries"] == {"q": task.query_groups["q"].tolist()}
+
+
+def test_new_labels_replace_those_of_a_folder_that_is_reused(tmp_path):
+    sampled(tmp_path, steps=[5])
+    store = sampled(tmp_path, make_task(train_groups=["a", "b"] * 9), steps=[5])
+    assert store.labels["train"] == ["a", "b"] * 9
+
+
+def test_labels_stay_as_they_are_where_the_task_is_refused(tmp_path):
+    before = sampled(tmp_path, steps=[5]).labels
+    with pytest.raises(RunMismatchError):
+        sampled(tmp_path, make_task(offset=1.0, train_groups=["a", "b"] * 9), steps=[5])
+    assert TraceStore.read_only(tmp_path).labels == before
+
+
+def test_other_weights_under_the_same_step_are_refused(tmp_path):
+    sampled(tmp_path)
+    other = Trajectory.from_checkpoints([checkpoint(5, bias=torch.ones(3).double())])
+    with pytest.raises(RunMismatchError, match=r"step 5, block 0.*weights of the checkpoint"):
+        sampled(tmp_path, run=other)
+    with pytest.raises(RunMismatchError):  # also where another step is asked for
+        both = Trajectory.from_checkpoints([other.load(5), checkpoint(20)])
+        sampled(tmp_path, run=both, steps=[20])
+
+
+# Checkpoints that cannot be used.
+
+
+def unreadable(step):
+    if step == 9:
+        raise CheckpointError("step_9.pt cannot be read: unexpected end")
+    return RUN.load(step)
+
+
+BAD = {
+    "learning rate 0": (checkpoint(9, replace(SGD, learning_rate=0.0)), "the learning rate at step 9 is 0"),
+    "no optimiser": (checkpoint(9, None), "no record of its optimiser"),
+    "another model": (checkpoint(9, weight=torch.zeros(3, 5).double()), "'weight' has shape (3, 5)"),
+    "not finite": (checkpoint(9, bias=torch.full((3,), torch.nan).double()), "loss of sample 0 is not finite"),
+}
+
+
+@pytest.mark.parametrize("bad", list(BAD))
+def test_a_checkpoint_that_cannot_be_used_is_left_out_with_its_reason_and_the_others_are_sampled(tmp_path, bad):
+    last, reason = BAD[bad]
+    run = Trajectory.from_checkpoints([checkpoint(0), checkpoint(5), last])
+    store = sampled(tmp_path, run=run, blocks=2)
+    verdicts = diagnose_run(store)
+    assert store.steps == (0, 5, 9)
+    assert verdicts["verdict"].values[-1] == "unusable"
+    assert reason in verdicts["advice"].values[-1]
+    assert "unusable" not in verdicts["verdict"].values[:-1]
+    assert store.load(9)["chains/status"].values.tolist() == ["unusable"] * 4
+    influence = bif(store, trusted_only=False)
+    assert influence["step"].values.tolist() == [0, 5]
+    assert reason in json.loads(influence.attrs["omitted"])["9"]
+    assert sampled(tmp_path, run=run, blocks=2).steps == (0, 5, 9)  # and goes on like any other
+
+
+def test_a_file_that_cannot_be_read_is_left_out_too(tmp_path):
+    store = sampled(tmp_path, run=Trajectory((0, 5, 9), unreadable))
+    assert "unexpected end" in diagnose_run(store)["advice"].values[-1]
+
+
+def test_nothing_is_written_where_no_checkpoint_can_be_used_and_one_reason_is_said_once(tmp_path):
+    run = Trajectory.from_checkpoints([checkpoint(0, None), checkpoint(5, None)])
+    with pytest.raises(ValueError, match="no record of its optimiser") as error:
+        sampled(tmp_path / "out", run=run)
+    assert str(error.value).count("no record of its optimiser") == 1
+    run = Trajectory.from_checkpoints([checkpoint(0, None), checkpoint(5, replace(SGD, learning_rate=0.0))])
+    with pytest.raises(ValueError, match=r"step 0: .*no record of its optimiser.*step 5: the learning rate") as error:
+        sampled(tmp_path / "out", run=run)
+    assert not (tmp_path / "out").exists()
+
+
+# A task that is built again.
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_unseeded_split_is_refused_before_any_cell_is_computed(tmp_path, workers):
+    with pytest.raises(ValueError, match=r"task\(\) is not deterministic.*query 'q' and training data differ.*seed"):
+        sampled(tmp_path, unseeded_task(), make_task=unseeded_task, workers=workers)
+    assert not list(tmp_path.glob("cells/*"))
+
+
+def task_of_another_process(seed_here):
+    """The same each time it is built in this process, and another one in a worker."""
+    return make_task(split_seed=1 if torch.multiprocessing.parent_process() is None else 2 + seed_here)
+
+
+def test_a_worker_whose_task_is_another_one_computes_nothing(tmp_path):
+    build = partial(task_of_another_process, 0)
+    with pytest.raises(ValueError, match=r"task\(\) is not deterministic: .*training data differ"):
+        sampled(tmp_path, build(), make_task=build, workers=2)
+    assert not list(tmp_path.glob("cells/*"))
+
+
+def task_with_another_constant():
+    """Only numbers tell it from the first."""
+    task = make_task()
+    task.loss = Constant()
+    return task
+
+
+class Constant:
+    made = 0
+
+    def __init__(self):
+        Constant.made += 1
+        self.constant = float(Constant.made)
+
+    def __call__(self, model, batch):
+        return losses(model, batch) * self.constant
+
+
+def test_a_loss_that_is_another_one_each_time_is_found_by_its_numbers(tmp_path):
+    with pytest.raises(ValueError, match=r"not deterministic: its gradient of the objective, query 'q' and training"):
+        sampled(tmp_path, task_with_another_constant(), make_task=task_with_another_constant)

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from stagewise.checkpoint import Checkpoint, Optimizer
-from stagewise.sampling import Chains, LocalPosterior, sample_block
 from stagewise.evaluate import dense, hessian_product, spread_rows
+from stagewise.sampling import Chains, LocalPosterior, sample_block
 from stagewise.sampling.curvature import extreme_curvature
 from stagewise.sampling.gradient import batch_loss
 from stagewise.task import Task
@@ -35,7 +35,9 @@ def network(hidden, seed=0, n=40):
 
 def dense_spectrum(density):
     batch = density.task.train.batch(slice(None))
-    hessian = torch.autograd.functional.hessian(lambda u: batch_loss(density)(u, batch), torch.zeros_like(density.anchor))
+    hessian = torch.autograd.functional.hessian(
+        lambda u: batch_loss(density)(u, batch), torch.zeros_like(density.anchor)
+    )
     return hessian, torch.linalg.eigvalsh(hessian)
 
 

@@ -35,7 +35,9 @@ def files(root):
         make_cell(),
         make_cell(tokens=(4,), reflected=True),
         make_cell(statuses=("ok", "diverged")),
+        make_cell(offset=1e7),
         make_empty_cell(largest_window=7.5),
+        make_empty_cell(status="unusable", unusable="no record of its optimiser"),
         make_cell(curvature_min=-math.inf, kappa=float("nan"), seeds=(1, 2), hot={"a": [1.5, None, math.inf]}),
         make_cell(n_beta=np.float64(3.5), draws=np.int64(7), localised=np.bool_(True), sizes=np.array([1, 2])),
     ],
@@ -65,6 +67,42 @@ def test_losses_of_a_diverged_chain_are_kept_even_if_not_finite(store):
     assert bits(store.load(10))[0]["/train/loss"] == bits(tree)[0]["/train/loss"]
 
 
+def test_losses_that_are_large_beside_their_fluctuations_keep_them_in_half_the_bytes(store):
+    store.write(Cell(10, 0, "k"), make_cell(offset=1e7))
+    loaded, plain = store.load(10)["train"], make_cell()["train"]
+    fluctuations = loaded["loss"] - loaded["loss_anchor"]
+    np.testing.assert_allclose(fluctuations, plain["loss"] - plain["loss_anchor"], atol=1e-8)
+    on_disk = zarr.open_group(store.root / "cells/00000010-0000/train", mode="r")["loss"]
+    assert on_disk.dtype == np.float32
+    assert abs(on_disk[...]).max() < 10  # changes, and so it says
+    assert on_disk.attrs["relative_to"] == "loss_anchor"
+
+
+def test_chains_of_several_blocks_are_relative_to_one_anchor(store):
+    # Another device may round large anchors otherwise; the chains of its block must not stand apart for that.
+    other = make_cell(block=1, offset=1e7)
+    for name in ("loss", "loss_anchor"):
+        other["train"][name].values[...] += 1.0
+    store.write(Cell(10, 0, "a"), make_cell(offset=1e7))
+    store.write(Cell(10, 1, "b"), other)
+    expected = make_cell(block=1, offset=1e7)["train/loss"]
+    np.testing.assert_allclose(store.load(10)["train/loss"].sel(chain=[2, 3]), expected, atol=1e-6)
+
+
+def test_the_evidence_of_a_cell_is_its_probe_and_the_losses_at_the_checkpoint_without_its_draws(store):
+    numbers = {"training data": [0.1 + 0.2, -1e300], "gradient": [5e-324, math.nan]}
+    store.write(Cell(10, 0, "k"), make_cell(), numbers)
+    draws = store.root / "cells/00000010-0000/train/loss/c.0.0.0"
+    draws.unlink()
+    probe, anchors = store.evidence(10, 0)
+    assert repr(probe) == repr(numbers)
+    assert set(anchors) == {"train", "queries/val"}
+    np.testing.assert_array_equal(anchors["train"], make_cell()["train/loss_anchor"])
+    assert "probe" not in store.attrs(10)
+    with pytest.raises(RunFolderError, match="00000011-0000 cannot be read"):
+        store.evidence(11, 0)
+
+
 def test_attributes_on_disk_are_json_for_any_reader(store):
     store.write(Cell(10, 0, "k"), make_cell(curvature_min=-math.inf, kappa=float("nan")))
 
@@ -79,7 +117,7 @@ def test_xarray_reads_a_cell_by_itself_and_sees_the_status_as_flags(store):
     store.write(Cell(10, 0, "k"), make_cell(statuses=("ok", "diverged")))
     path = store.root / "cells" / "00000010-0000"
     tree = xr.open_datatree(path, engine="zarr", consolidated=False, chunks=None)
-    np.testing.assert_array_equal(tree["train/loss"], make_cell()["train/loss"])
+    np.testing.assert_array_equal(tree["train/loss"] + tree["train/loss_anchor"], make_cell()["train/loss"])
     status = tree["chains/status"]
     assert status.dtype == np.int8
     meanings = status.attrs["flag_meanings"].split()
@@ -142,7 +180,8 @@ def test_blocks_that_do_not_fit_are_refused(store, second, message):
             store.write(Cell(10, 1, "k"), second)
         return
     store.write(Cell(10, 1, "k"), second)
-    with pytest.raises(RunFolderError, match=f"step 10 cannot be read.*{message}"):
+    # Nothing is damaged: the advice is not to compute all again.
+    with pytest.raises(RunFolderError, match=rf"blocks of step 10 are not of one run.*{message}.*out="):
         store.load(10)
 
 
@@ -157,7 +196,7 @@ def test_blocks_with_different_query_sets_are_refused(store):
 
 def test_anchors_that_differ_by_rounding_only_are_the_same_checkpoint(store):
     other = make_cell(block=1)
-    other["train"]["loss_anchor"].values *= np.float32(1 + 1e-6)
+    other["train"]["loss_anchor"].values *= 1 + 1e-6
     store.write(Cell(10, 0, "k"), make_cell())
     store.write(Cell(10, 1, "k"), other)
     assert store.load(10)["train"].sizes["chain"] == 4
@@ -204,10 +243,11 @@ LOSS = make_cell()["train"]["loss"]
         (_drop("chains", "status"), "variable 'status"),
         (_drop("chains", "chain"), "coordinate 'chain'"),
         (_drop("train", "chain"), "'train' needs the same coordinate 'chain'"),
-        (_drop("train", "loss_anchor"), "'train/loss_anchor' must be float32 .*got nothing"),
-        (_set("train", "loss", LOSS.astype(float)), "'train/loss' must be float32 .*got float64"),
+        (_drop("train", "loss_anchor"), "'train/loss_anchor' must be float64 .*got nothing"),
+        (_drop("train", "share"), "'train/share' must be float64 .*got nothing"),
+        (_set("train", "loss", LOSS.astype(np.float32)), "'train/loss' must be float64 .*got float32"),
         (_set("train", "loss", LOSS.transpose("draw", "chain", "sample")), "dimensions .chain, draw, sample"),
-        (_set("train", "loss_reflected", LOSS[0]), "'train/loss_reflected' must be float32"),
+        (_set("train", "loss_reflected", LOSS[0]), "'train/loss_reflected' must be float64"),
         (_set("train", "loss", LOSS.where(LOSS[1, 2, 3] != LOSS)), "not finite although .* ok"),
         (_set("train", "note", ("draw", np.array(["a b"] * 6))), "numbers or single words.*got 'a b'"),
         (_set("train", "note", ("draw", np.array([{}] * 6, object))), "numbers or single words"),
@@ -287,9 +327,15 @@ def test_reading_what_is_no_run_folder_says_so(tmp_path):
     (tmp_path / "identity.json").write_text("[]")
     with pytest.raises(RunFolderError, match="cannot be read as the identity"):
         TraceStore.read_only(tmp_path)
-    (tmp_path / "identity.json").write_text('{"format": "stagewise traces 9", "identity": {}}')
-    with pytest.raises(RunFolderError, match="format 'stagewise traces 9'"):
-        TraceStore.read_only(tmp_path)
+
+
+@pytest.mark.parametrize("number", [1, 9])
+def test_a_folder_of_another_version_is_refused_by_name_with_the_remedy(tmp_path, number):
+    content = {"format": f"stagewise traces {number}", "identity": IDENTITY}
+    (tmp_path / "identity.json").write_text(json.dumps(content))
+    for act in (lambda: TraceStore.read_only(tmp_path), lambda: TraceStore.open(tmp_path, IDENTITY)):
+        with pytest.raises(RunFolderError, match=rf"format 'stagewise traces {number}'.* reads .*out="):
+            act()
 
 
 def test_cells_whose_run_is_unknown_are_not_adopted(store):
@@ -390,6 +436,20 @@ def test_damage_names_the_cell_and_the_remedy(store):
     for act in (lambda: store.load(10), lambda: store.is_complete(Cell(10, 0, "k")), lambda: store.attrs(10)):
         with pytest.raises(RunFolderError, match=r"cannot be read .*delete it and run again"):
             act()
+
+
+@pytest.mark.parametrize("error", [MemoryError("8 GiB"), PermissionError(13, "Permission denied")])
+def test_what_is_no_damage_of_the_folder_is_not_to_be_deleted(store, monkeypatch, error):
+    store.write(Cell(10, 0, "k"), make_cell())
+
+    def refuse(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(store_module, "read_tree", refuse)
+    with pytest.raises((MemoryError, RunFolderError), match=r"8 GiB|Permission denied") as caught:
+        store.load(10)
+    assert "delete" not in str(caught.value)
+    assert isinstance(caught.value, MemoryError) == isinstance(error, MemoryError)
 
 
 def test_pickles_in_a_strangers_cell_are_never_opened(store, tmp_path, monkeypatch):

@@ -64,7 +64,9 @@ def pack(tree: xr.DataTree) -> xr.DataTree:
     """A cell as it is stored: losses as float32 changes from those at the checkpoint."""
 
     def packed(loss: xr.DataArray, anchor: xr.DataArray) -> xr.DataArray:
-        return (loss - anchor).astype(np.float32).assign_attrs(loss.attrs | {_RELATIVE: "loss_anchor"})
+        change = (loss - anchor).astype(np.float32)
+        change.attrs = loss.attrs | {_RELATIVE: "loss_anchor"}
+        return change
 
     return _with_losses(tree, packed)
 
@@ -73,8 +75,9 @@ def unpack(tree: xr.DataTree) -> xr.DataTree:
     """What :func:`pack` has packed, as it was."""
 
     def unpacked(change: xr.DataArray, anchor: xr.DataArray) -> xr.DataArray:
-        attrs = {name: value for name, value in change.attrs.items() if name != _RELATIVE}
-        return (change.astype(np.float64) + anchor).assign_attrs(attrs)
+        loss = change.astype(np.float64) + anchor
+        loss.attrs = {name: value for name, value in change.attrs.items() if name != _RELATIVE}
+        return loss
 
     return _with_losses(tree, unpacked)
 

@@ -42,7 +42,8 @@ def diagnose(tree: xr.DataTree) -> xr.Dataset:
 
         * ``loss_rise``: mean training loss (of the candidates) over draws minus that at the checkpoint, in nats;
         * ``query_spread``: the largest standard deviation over the draws of the loss of any query sample, in units of
-          the largest of any training sample. Query sets with a loss of their own are not looked at.
+          the largest of any training sample. Query sets with a loss of their own are not looked at;
+        * ``query_reach``: the same in units of the range of all losses at the checkpoint.
 
         There unless the verdict on convergence is "cannot say":
 
@@ -70,7 +71,7 @@ def diagnose(tree: xr.DataTree) -> xr.Dataset:
     numbers = _numbers(groups) if drawn else {}
     loosest = _loosest(groups) if drawn else None
     if loosest is not None:
-        numbers["query_spread"] = loosest.ratio
+        numbers |= {"query_spread": loosest.spread, "query_reach": loosest.reach}
     known = facts | numbers | ({} if loosest is None else {"loosest": loosest.name})
     verdict, advice = judge(known, status.tolist(), tree.attrs)
     result = xr.Dataset(facts | numbers | {"verdict": verdict, "advice": advice})
@@ -119,22 +120,25 @@ def _even_share(group: xr.Dataset) -> float:
 
 
 class _Loosest(NamedTuple):
-    """The query sample whose loss varies most, and by how much more than any training sample's."""
+    """The query sample whose loss varies most; beside training samples, and beside the range of losses."""
 
     name: str
-    ratio: float
+    spread: float
+    reach: float
 
 
 def _loosest(groups: dict[str, xr.Dataset]) -> _Loosest | None:
     """None where there is nothing to compare."""
-    queries = {path: g for path, g in groups.items() if path != "train" and not g.attrs.get("own_loss")}
-    spread = {path: _sample_means(group).std(_DIMS, skipna=False).values for path, group in queries.items()}
-    known = _sample_means(groups["train"]).std(_DIMS, skipna=False).max().item()
-    if not spread or not known > 0:
+    groups = {path: group for path, group in groups.items() if not group.attrs.get("own_loss")}
+    spreads = {path: _sample_means(group, "loss").std(_DIMS, skipna=False).values for path, group in groups.items()}
+    known = float(spreads.pop("train").max())
+    anchors = np.concatenate([_sample_means(group, "loss_anchor").values for group in groups.values()])
+    if not spreads or not known > 0 or not np.ptp(anchors) > 0:
         return None
-    path = max(spread, key=lambda path: float(spread[path].max()))
-    sample = int(spread[path].argmax())
-    return _Loosest(f"sample {sample} of {path.removeprefix('queries/')!r}", float(spread[path][sample]) / known)
+    path = max(spreads, key=lambda path: float(spreads[path].max()))
+    sample = int(spreads[path].argmax())
+    largest = float(spreads[path][sample])
+    return _Loosest(f"sample {sample} of {path.removeprefix('queries/')!r}", largest / known, largest / np.ptp(anchors))
 
 
 def _numbers(groups: dict[str, xr.Dataset]) -> dict[str, float]:
@@ -157,15 +161,15 @@ def _mean(group: xr.Dataset) -> xr.DataArray:
     return _weighted(_change(group, "loss"), group["share"], [*group["share"].dims])
 
 
-def _sample_means(group: xr.Dataset) -> xr.DataArray:
-    """Change of the loss of every sample, its tokens by their share."""
-    change = _change(group, "loss")
-    return _weighted(change, group["share"], ["token"]) if "token" in change.dims else change
+def _sample_means(group: xr.Dataset, name: str) -> xr.DataArray:
+    """The losses of every sample, its tokens by their share; of draws, their changes."""
+    losses = group[name] if name == "loss_anchor" else _change(group, name)
+    return _weighted(losses, group["share"], ["token"]) if "token" in losses.dims else losses
 
 
-def _weighted(change: xr.DataArray, share: xr.DataArray, dims: Sequence[Hashable]) -> xr.DataArray:
+def _weighted(losses: xr.DataArray, share: xr.DataArray, dims: Sequence[Hashable]) -> xr.DataArray:
     total = share.sum(dims)
-    return (change * share).sum(dims, skipna=False) / total.where(total > 0, 1.0)
+    return (losses * share).sum(dims, skipna=False) / total.where(total > 0, 1.0)
 
 
 def _convergence(series: xr.DataArray) -> dict[str, float]:

@@ -18,6 +18,7 @@ MAX_DRIFT = 4.0
 MIN_ESS_PER_CHAIN = 5
 MAX_EVEN_SHARE = 0.2
 MAX_QUERY_SPREAD = 10.0
+MAX_QUERY_REACH = 1.0
 _GOOD_EVEN_SHARE = 0.05
 
 Numbers = Mapping[str, Any]
@@ -89,12 +90,14 @@ def _not_converged(numbers: Numbers, _statuses: Sequence[str], settings: Setting
 
 
 def _unconstrained(numbers: Numbers, _statuses: Sequence[str], _settings: Settings) -> str:
-    ratio = numbers.get("query_spread", 0.0)
-    if ratio <= MAX_QUERY_SPREAD:
+    ratio, reach = numbers.get("query_spread", 0.0), numbers.get("query_reach", 0.0)
+    # Training losses of a network that fits all of them hardly vary, and those of queries do: that alone is no fault.
+    if ratio <= MAX_QUERY_SPREAD or reach <= MAX_QUERY_REACH:
         return ""
     return (
         f"the loss of {numbers['loosest']} varies {ratio:.3g} times as much over the draws as that of any training "
-        "sample: the posterior reaches where the training data hold nothing. Leave the parameters that only such "
+        f"sample, and {reach:.3g} times as much as losses differ at the checkpoint: the posterior reaches where the "
+        "training data hold nothing. Leave the parameters that only such "
         "samples use out (parameters=...), or use a shorter window; a larger n_beta does not help"
     )
 
