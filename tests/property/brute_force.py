@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from problems import Problem, by_sample
+from problems import Problem, by_sample, size_of
 from torch import Tensor, nn
 
 
@@ -33,15 +33,15 @@ class BruteForce:
 
     def _of_samples(self, name: str, measured: bool = False) -> tuple[Tensor, Tensor]:
         """Gradient and weight of every sample of a data set, each evaluated alone."""
-        pairs = [self.losses_of(self.model, name, [row], measured) for row in self._rows(name)]
+        pairs = [self.losses_of(self.model, name, [row], measured) for row in self.rows(name)]
         weights = torch.cat([weight for _, weight in pairs]).detach().double()
         return torch.stack([self._flat(loss.sum()) for loss, _ in pairs]), weights
 
-    def _rows(self, name: str) -> list[int]:
-        return list(range(self.problem.choice.n if name == "train" else 6))
+    def rows(self, name: str) -> list[int]:
+        return list(range(size_of(self.problem.choice, name)))
 
     def objective(self, model: nn.Module) -> Tensor:
-        task, rows = self.problem.task, self._rows("train")
+        task, rows = self.problem.task, self.rows("train")
         values, weights = by_sample(task.loss(model, self.problem.batch("train", rows)), task.objective)
         return (weights * values).sum() / weights.sum()
 

@@ -60,9 +60,9 @@ def choice(seed: int, network: str) -> Choice:
     form = draw.choice(forms)
     rule = draw.choice(sorted(RULES)) if kind.dense else "SGD"
     weighted = form == "ragged" or draw.random() < 0.4
-    n = draw.randint(7, 10)
+    n = draw.randint(6, 8)
     batch_size = draw.choice((0, 0, 4, 5))
-    start = 4 if RULES[rule].late else draw.choice((0, 3))
+    start = 3 if RULES[rule].late else draw.choice((0, 2))
     return Choice(
         seed=seed,
         network=network,
@@ -77,7 +77,7 @@ def choice(seed: int, network: str) -> Choice:
         n=n,
         posterior=_posterior(draw, rule, batch_size, start),
         queries=draw.choice((("other",), ("train",), ("other", "train"))),
-        labelled=(draw.random() < 0.6, draw.random() < 0.6),
+        labelled=(draw.random() < 0.75, draw.random() < 0.5),
         candidates=draw.random() < 0.25,
         measured=draw.random() < 0.2,
         forward_batch=draw.choice((2048, 5)),
@@ -157,7 +157,7 @@ def problem(drawn: Choice) -> Problem:
     network, form, rule = NETWORKS[drawn.network], FORMS[drawn.form], RULES[drawn.rule]
     generator = torch.Generator().manual_seed(drawn.seed)
     data = {"train": form.of(_columns(drawn, network, drawn.n, generator))}
-    data["other"] = form.of(_columns(drawn, network, 6, generator))
+    data["other"] = form.of(_columns(drawn, network, size_of(drawn, "other"), generator))
     loss = CARRIERS[drawn.carrier](form.named, CRITERIA[drawn.criterion], drawn.weighted)
     training = Training(
         lambda: built(network, drawn.seed),
@@ -188,6 +188,11 @@ def problem(drawn: Choice) -> Problem:
     return made
 
 
+def size_of(drawn: Choice, name: str) -> int:
+    """Samples in a data set."""
+    return drawn.n if name == "train" else 5
+
+
 def objective(losses: Any, beta: Tensor, kind: str) -> Tensor:
     """The mean that training minimises, sample i counted beta_i times in the numerator."""
     values, weights = by_sample(losses, kind)
@@ -215,7 +220,7 @@ def _task(drawn: Choice, network: Network, form: Form, model: nn.Module, loss: A
     queries, query_labels, queried = {}, {}, []
     for name in drawn.queries:
         queries[name] = data[name]
-        size = len(range(drawn.n)) if name == "train" else 6
+        size = size_of(drawn, name)
         if drawn.labelled[1]:
             query_labels[name] = ["u" if i % 3 else "v" for i in range(size)]
             queried += [(name, [i for i in range(size) if i % 3]), (name, [i for i in range(size) if not i % 3])]
@@ -223,7 +228,7 @@ def _task(drawn: Choice, network: Network, form: Form, model: nn.Module, loss: A
             queried.append((name, list(range(size))))
     measured = {}
     if drawn.measured:
-        measured[drawn.queries[0]] = CARRIERS[drawn.carrier](form.named, output_size, False)
+        measured[drawn.queries[0]] = CARRIERS[drawn.carrier](form.named, output_size, form is FORMS["ragged"])
     task = Task(
         model,
         loss,

@@ -160,7 +160,9 @@ def columns(
     part: Part = "full",
     tokens: bool = False,
 ) -> Columns:
-    """The columns of one data set over the chains that are kept. Losses without weight are in no column.
+    """The columns of one data set over the chains that are kept. Tokens without weight are in no column.
+
+    A sample without weight is one of its group, as it is for all estimators: its influence is 0.
 
     Args:
         dataset: ``loss``, ``share`` and perhaps ``loss_reflected`` ``(chain, draw, sample[, token])``; a coordinate
@@ -181,7 +183,7 @@ def columns(
         whole = share.sum(-1)
         loss = np.einsum("cdst,st->cds", loss, share / np.where(whole > 0, whole, 1.0)[:, None])
         share = whole
-    counted = share > 0
+    counted = share > 0 if tokens else np.ones(share.shape, dtype=bool)
     numbers = dataset["sample"].values
     samples, share, traces = np.indices(counted.shape)[0][counted], share[counted], loss[..., counted]
     if labels is None:
@@ -225,7 +227,7 @@ def _within(weights: Array, rows: list[Indices] | None) -> Array:
         return np.ones_like(weights)
     relative = np.empty_like(weights)
     for row in rows:
-        relative[row] = weights[row] / weights[row].mean()
+        relative[row] = weights[row] / max(weights[row].mean(), 1e-30)
     return relative
 
 
