@@ -132,7 +132,9 @@ def _check_losses(task: Task, data: Samples, query: str | None, batch: Batch, pa
             try:
                 losses = plain_losses(task, model, data, query, data.batch(row[None], task.device))
             except ValueError as error:
-                raise ValueError(f"{error}. It was given one sample; squeeze() takes the batch's axis away then") from None
+                raise ValueError(
+                    f"{error}. It was given one sample; squeeze() takes the batch's axis away then"
+                ) from None
             _check_form(losses, data, row[None])
             alone.append(task.by_sample(losses)[0])
         return task.by_sample(plain_losses(task, model, data, query, batch))[0], torch.cat(alone)
@@ -235,7 +237,9 @@ def _check_gradients(task: Task, params: Mapping[str, Tensor]) -> None:
     if not _agree(task, both, params, batch):
         pure, plain = both(task.pure.reference(params), params, batch)
         sizes = [params[name].numel() for name in task.trainable]
-        errors = [(a - b).norm().item() for a, b in zip(torch.split(pure, sizes), torch.split(plain, sizes), strict=True)]
+        errors = [
+            (a - b).norm().item() for a, b in zip(torch.split(pure, sizes), torch.split(plain, sizes), strict=True)
+        ]
         name = list(task.trainable)[errors.index(max(errors))]
         raise ValueError(
             f"train: the gradient by {name!r} is not that of loss(model, batch).backward(); the model keeps this "

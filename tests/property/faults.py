@@ -396,7 +396,9 @@ FAULTS: dict[str, Fault] = {
     "complex parameter": Fault(model_is(Complex), "'phase' is torch.complex64"),
     "max_norm": Fault(lambda c: words(c, max_norm=1.0), r"Embedding \(0\) has max_norm"),
     "TorchScript": Fault(lambda c: setattr(c, "model", torch.jit.script(c.model)), "is TorchScript"),
-    "lazy layer": Fault(lambda c: setattr(c, "model", nn.Sequential(nn.LazyLinear(3)).eval()), "lazy layer has no shape"),
+    "lazy layer": Fault(
+        lambda c: setattr(c, "model", nn.Sequential(nn.LazyLinear(3)).eval()), "lazy layer has no shape"
+    ),
     "nothing trainable": Fault(frozen_whole, "no parameter of the model requires a gradient"),
     "losses in bfloat16": Fault(loss_is(lost_in_float16), "losses are torch.bfloat16"),
     "negative weights": Fault(with_weights(lambda v: v - 10), "weights that are negative"),
@@ -425,7 +427,9 @@ FAULTS: dict[str, Fault] = {
     "another shape": Fault(reshaped, r"'0.weight' has shape \(5, 3\)"),
     "a wider type": Fault(of_a_wider_type, r"'0.weight' is torch.float64, the model's is torch.float32"),
     "tied weights that differ": Fault(untied, "'first.weight' and 'second.weight' are one tensor"),
-    "learning rate 0": Fault(optimizer_is(Optimizer("sgd", 0.0, batch_size=0)), "learning rate at step 3 is 0", ("tracin",)),
+    "learning rate 0": Fault(
+        optimizer_is(Optimizer("sgd", 0.0, batch_size=0)), "learning rate at step 3 is 0", ("tracin",)
+    ),
     "no optimizer": Fault(optimizer_is(None), "no record of its optimiser|does not say which optimizer"),
     "Adam without moments": Fault(negative_moment_names, "no (second|first) moment|moments of Adam|with adam"),
     "optimizer of other parameters": Fault(of_nothing, "no parameter moves"),
