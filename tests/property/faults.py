@@ -53,7 +53,7 @@ class Case:
         self.moments: dict[str, Any] = {}
         self.params: dict[str, torch.Tensor] | None = None
         self.step = 3
-        self.order = lambda step: torch.arange(N)
+        self.order = lambda _step: torch.arange(N)
 
     def use(self, model: nn.Module) -> None:
         self.model = model.to(self.x.dtype).eval()
@@ -349,11 +349,11 @@ def a_normalised_batch(case: Case) -> None:
 
 def other_batches(case: Case) -> None:
     case.optimizer = Optimizer("sgd", 0.1, batch_size=4)
-    case.order = lambda step: torch.arange(3)
+    case.order = lambda _step: torch.arange(3)
 
 
 def beyond_the_data(case: Case) -> None:
-    case.order = lambda step: torch.arange(N) + 1
+    case.order = lambda _step: torch.arange(N) + 1
 
 
 def negative_moment_names(case: Case) -> None:

@@ -15,7 +15,7 @@ from brute_force import BruteForce
 from forms import FORMS
 from measures import CARRIERS, CRITERIA
 from networks import NETWORKS
-from problems import Choice, Problem, choice, problem
+from generated import Choice, Problem, choice, problem
 from training import RULES
 
 from stagewise.baselines.tracin import tracin
