@@ -109,7 +109,7 @@ def _check_losses(task: Task, data: Samples, query: str | None, batch: Batch, pa
     model = task.pure.reference(params)
     before = {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
     first = plain_losses(task, model, data, query, batch)
-    _check_form(first, data, data.few(_FEW))
+    _check_form(task, first, data, data.few(_FEW))
     second = plain_losses(task, model, data, query, batch)
     if not torch.allclose(first.values, second.values, rtol=1e-5, atol=1e-6):
         raise ValueError(
@@ -135,7 +135,7 @@ def _check_losses(task: Task, data: Samples, query: str | None, batch: Batch, pa
                 raise ValueError(
                     f"{error}. It was given one sample; squeeze() takes the batch's axis away then"
                 ) from None
-            _check_form(losses, data, row[None])
+            _check_form(task, losses, data, row[None])
             alone.append(task.by_sample(losses)[0])
         return task.by_sample(plain_losses(task, model, data, query, batch))[0], torch.cat(alone)
 
@@ -149,7 +149,7 @@ def _check_losses(task: Task, data: Samples, query: str | None, batch: Batch, pa
         )
 
 
-def _check_form(losses: Losses, data: Samples, rows: Tensor) -> None:
+def _check_form(task: Task, losses: Losses, data: Samples, rows: Tensor) -> None:
     values, weights = losses
     size = len(rows)
     if values.shape[0] != size:
@@ -164,8 +164,11 @@ def _check_form(losses: Losses, data: Samples, rows: Tensor) -> None:
         )
     if not torch.isfinite(values).all():
         bad = int((~torch.isfinite(values)).reshape(size, -1).any(1).nonzero()[0])
+        left = task.pure.leftovers
+        reason = f"check that {left[0]!r}, which the model keeps, is computed anew for other weights" if left else ""
         raise ValueError(
-            f"{data.name}: the loss of sample {int(rows[bad])} is not finite; check the data and the checkpoint"
+            f"{data.name}: the loss of sample {int(rows[bad])} is not finite; "
+            f"{reason or 'check the data and the checkpoint'}"
         )
     if weights is not None and (not torch.isfinite(weights).all() or (weights < 0).any()):
         raise ValueError(f"{data.name}: the loss returned weights that are negative or not finite")
@@ -196,10 +199,10 @@ def _check_agreement(task: Task, data: Samples, query: str | None, batch: Batch,
 
 def _check_parameters(task: Task, params: Mapping[str, Tensor]) -> None:
     """The loss depends on the model's parameters and no others."""
+    model = task.pure.reference(params)
 
     def strangers() -> list[Tensor]:
         batch = task.train.batch(task.train.few(_FEW), task.device)
-        model = task.pure.reference(params)
         with disable_saved_tensors_hooks(_RECOMPUTED):
             value = objective(task, plain_losses(task, model, task.train, None, batch, grad=True))
         if any("CheckpointFunction" in node.name() for node in _graph(value)):
@@ -237,9 +240,7 @@ def _check_gradients(task: Task, params: Mapping[str, Tensor]) -> None:
     if not _agree(task, both, params, batch):
         pure, plain = both(task.pure.reference(params), params, batch)
         sizes = [params[name].numel() for name in task.trainable]
-        errors = [
-            (a - b).norm().item() for a, b in zip(torch.split(pure, sizes), torch.split(plain, sizes), strict=True)
-        ]
+        errors = [(a - b).norm().item() for a, b in zip(pure.split(sizes), plain.split(sizes), strict=True)]
         name = list(task.trainable)[errors.index(max(errors))]
         raise ValueError(
             f"train: the gradient by {name!r} is not that of loss(model, batch).backward(); the model keeps this "
