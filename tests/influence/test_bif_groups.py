@@ -95,7 +95,7 @@ def test_tokens_of_one_sequence_are_not_paired(kind, centring):
 
 
 def test_blocks_of_chains_in_a_store_are_pooled_and_know_the_training_set(tmp_path):
-    train = losses(6).astype(np.float32)
+    train = losses(6)
     whole = tree(train, {"val": train}, training_sets=["val"])
     store = TraceStore.open(tmp_path / "run", {"model": "a"})
     for block in range(2):

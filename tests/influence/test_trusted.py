@@ -11,10 +11,7 @@ from stagewise.traces.store import Cell, TraceStore
 
 @pytest.mark.parametrize("labels", [None, {"train": list("abba"), "queries": {"val": list("xyx")}}])
 def test_influence_from_trees_in_memory_is_that_from_a_store_of_the_same_trees(tmp_path, labels):
-    trees = {
-        step: tree(losses(4, seed=step).astype(np.float32), {"val": losses(3, seed=9).astype(np.float32)})
-        for step in (20, 3)
-    }
+    trees = {step: tree(losses(4, seed=step), {"val": losses(3, seed=9)}) for step in (20, 3)}
     store = TraceStore.open(tmp_path / "run", {"model": "a"})
     for step, whole in trees.items():
         store.write(Cell(step, 0, "key"), whole)
