@@ -173,14 +173,16 @@ def test_exemplars_are_the_most_helpful_and_the_most_harmful_samples_in_order(sa
         assert exemplar.images is None
 
 
-def test_values_of_exemplars_are_those_of_single_samples_with_their_errors(sampled):
-    (exemplar,) = analysis.exemplars(springs.task(), sampled, FLAT, 1, steps=1, queries=1)
-    assert exemplar.query == "far"
-    # Exact: -(1/n) (w - x_i) . (w - x_j) / (1 + 1/(rate W)) at w = 0.
-    for i, value, stderr in zip(exemplar.samples, exemplar.values, exemplar.stderrs, strict=True):
-        exact = -springs.TRAIN[i] @ springs.FAR[0] / (1 + 1 / (springs.RATE * WINDOW)) / 6
-        assert 0 < stderr < 0.2 * abs(exact)
-        assert abs(value - exact) < 4 * stderr
+def test_values_of_exemplars_are_those_of_single_samples_at_their_step_with_their_errors(sampled):
+    found = analysis.exemplars(springs.task(), sampled, FLAT, 1, steps=2, queries=1)
+    assert [(exemplar.query, exemplar.step) for exemplar in found] == [("far", 0), ("far", 20)]
+    for exemplar in found:
+        # Exact: -(1/n) (w - x_i) . (w - x_j) / (1 + 1/(rate W)).
+        gradients, query = springs.PLACES[exemplar.step] - springs.TRAIN, springs.PLACES[exemplar.step] - springs.FAR[0]
+        exact = -gradients @ query / (1 + 1 / (springs.RATE * WINDOW)) / 6
+        for i, value, stderr in zip(exemplar.samples, exemplar.values, exemplar.stderrs, strict=True):
+            assert 0 < stderr < 0.2 * abs(exact).max()
+            assert abs(value - exact[i]) < 4 * stderr
 
 
 def test_exemplars_are_of_the_queries_that_change_most_at_steps_from_first_to_last(sampled):
