@@ -70,7 +70,7 @@ def test_the_unchanged_run_is_the_recorded_one_when_its_order_is_given():
     fresh = window_ablation(task, trajectory, window=20, steps=[10], weight=0.0)
 
     def loss_of_class(params, label):
-        losses = task.losses(params, task.queries["val"].batch(slice(None))).values
+        losses = task.losses(params, task.queries["val"].batch(slice(None)))
         return losses[torch.from_numpy(task.query_groups["val"] == label)].mean().item()
 
     without = train_without_class(task, trajectory.load(10), "2", 20)
@@ -91,7 +91,7 @@ def train_without_class(task, checkpoint, label, window):
     for step in range(checkpoint.step, checkpoint.step + window):
         index = ORDER(step)
         adam.zero_grad()
-        ((keep[index] * task.losses(params, task.train.batch(index)).values).sum() / len(index)).backward()
+        ((keep[index] * task.losses(params, task.train.batch(index))).sum() / len(index)).backward()
         adam.step()
     return {name: tensor.detach() for name, tensor in params.items()}
 

@@ -19,7 +19,6 @@ from itertools import pairwise
 import torch
 import xarray as xr
 from torch import Tensor
-from torch.func import jvp
 
 from stagewise.attention import plain_attention
 from stagewise.checkpoint import Checkpoint
@@ -172,8 +171,7 @@ def _derivatives_along(
 ) -> Tensor:
     """One replay with all its tangents: ``(step, schedule, query)``, float64, on the CPU."""
     task, point = start.task, start.point
-    # The replay is repeated for each tangent: updates act on every row alone, so that one forward-mode pass
-    # differentiates each row along its own tangent.
+    # The replay is repeated for each tangent: updates act on every row alone, so that each moves along its own.
     state = start.state(len(schedules))
     zero = torch.zeros_like(state.params)
     tangent = TrainingState(zero, zero, zero, state.counts)
@@ -228,15 +226,28 @@ def _update(
     learning_rate: LearningRate | None,
     used: Tensor,
 ) -> tuple[TrainingState, TrainingState]:
-    """One update of the replay and of its tangents. Forward mode goes through our own arithmetic, not the model's."""
+    """One update of the replay and of its tangents."""
     used = used.expand(len(change), -1)
 
-    def updated(params: Tensor, first: Tensor, second: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        after = update(rule, TrainingState(params, first, second, state.counts), slope, step, learning_rate, used)
-        return after.params, after.first_moment, after.second_moment
-
-    primals = (state.params, state.first_moment, state.second_moment, gradient.expand_as(change).contiguous())
+    primals = (state.params, state.first_moment, state.second_moment, gradient.expand_as(change))
     tangents = (tangent.params, tangent.first_moment, tangent.second_moment, change)
-    after, moved = jvp(updated, primals, tangents)[:2]
-    counts = state.counts + used
-    return TrainingState(after[0], after[1], after[2], counts), TrainingState(moved[0], moved[1], moved[2], counts)
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = [primal.detach().clone().requires_grad_() for primal in primals]
+        params, first, second, slope = leaves
+        after = update(rule, TrainingState(params, first, second, state.counts), slope, step, learning_rate, used)
+        outputs = [after.params, after.first_moment, after.second_moment]
+        # No row depends on another: one product with the Jacobian moves each row along its own tangent.
+        along = _pushed(outputs, leaves, tangents)
+    here = [output.detach() for output in outputs]
+    return TrainingState(here[0], here[1], here[2], after.counts), TrainingState(
+        along[0], along[1], along[2], after.counts
+    )
+
+
+def _pushed(outputs: Sequence[Tensor], leaves: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
+    """Jacobian times tangents, by reverse mode twice, as :func:`stagewise.evaluate.push` does it."""
+    probes = [torch.zeros_like(output, requires_grad=True) for output in outputs]
+    linear = torch.autograd.grad(outputs, leaves, probes, create_graph=True, materialize_grads=True, allow_unused=True)
+    live = [(image, tangent) for image, tangent in zip(linear, tangents, strict=True) if image.requires_grad]
+    images, sides = zip(*live, strict=True)
+    return list(torch.autograd.grad(images, probes, sides, materialize_grads=True, allow_unused=True))

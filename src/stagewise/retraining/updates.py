@@ -137,24 +137,22 @@ def update(
     optimizer, vector = rule.optimizer, rule.vector
     if optimizer.clip_norm is not None:
         gradient = clipped(gradient, optimizer.clip_norm)
-    rate = _spread(vector, rule.rates_at(step, learning_rate), gradient)
-    decay = _spread(vector, rule.decays, gradient)
-    params, counts = state.params, state.counts + 1
+    params, rates, counts = state.params, rule.rates_at(step, learning_rate), state.counts + 1
     if optimizer.decoupled:
-        params = params * (1 - rate * decay)
+        params = params * _spread(vector, 1 - rates * rule.decays, gradient)
     elif rule.decays.any():
-        gradient = gradient + decay * params
+        gradient = gradient + _spread(vector, rule.decays, gradient) * params
     if optimizer.name == "sgd":
         # torch's first update copies the gradient; a buffer that starts at 0 does the same without a special
         # case.
         first = optimizer.momentum * state.first_moment + gradient
-        after = TrainingState(params - rate * first, first, state.second_moment, counts)
+        after = TrainingState(params - _spread(vector, rates, gradient) * first, first, state.second_moment, counts)
     else:
         beta1, beta2 = optimizer.betas
         first = torch.lerp(state.first_moment, gradient, 1 - beta1)
         second = torch.addcmul(state.second_moment * beta2, gradient, gradient, value=1 - beta2)
         root = _spread(vector, (1 - beta2**counts).sqrt(), gradient)
-        length = rate / _spread(vector, 1 - beta1**counts, gradient)
+        length = _spread(vector, rates / (1 - beta1**counts), gradient)
         params = params - length * (first / (_root(second) / root + optimizer.eps))
         after = TrainingState(params, first, second, counts)
     return after if used is None or bool(used.all()) else _where_used(vector, used, after, state)
@@ -180,12 +178,11 @@ def _where_used(vector: ParameterVector, used: Tensor, after: TrainingState, bef
     return TrainingState(params, first, second, torch.where(used, after.counts, before.counts))
 
 
-def _spread(vector: ParameterVector, values: Tensor, like: Tensor) -> float | Tensor:
-    """One value for every name ``(..., names)``: a number where all are equal, else ``(..., parameters)``."""
+def _spread(vector: ParameterVector, values: Tensor, like: Tensor) -> Tensor:
+    """One value for every name ``(..., names)``: one number where all are equal, else ``(..., parameters)``."""
     first = values.flatten()[0]
-    if bool((values == first).all()):
-        return float(first)
-    return vector.spread(values).to(like.dtype).to(like.device)
+    same = bool((values == first).all())
+    return (first if same else vector.spread(values)).to(like.dtype).to(like.device)
 
 
 def _root(second: Tensor) -> Tensor:
