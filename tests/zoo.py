@@ -273,11 +273,16 @@ def make(name, seed=0, scale=1.0, updates=0):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter *= scale
-    if updates:
-        optimizer = torch.optim.Adam(model.parameters(), 0.02)
-        for _ in range(updates):
-            optimizer.zero_grad()
-            animal.loss(model, animal.data).mean().backward()
-            optimizer.step()
-        optimizer.zero_grad()
+    train(model, lambda: animal.loss(model, animal.data).mean(), updates)
     return animal
+
+
+def train(model, objective, updates, rate=0.02):
+    """RMSprop by hand: torch's optimisers take seconds to import."""
+    squares = [torch.zeros_like(parameter) for parameter in model.parameters()]
+    for _ in range(updates):
+        slopes = torch.autograd.grad(objective(), list(model.parameters()), materialize_grads=True, allow_unused=True)
+        with torch.no_grad():
+            for parameter, slope, square in zip(model.parameters(), slopes, squares, strict=True):
+                square.mul_(0.9).add_(0.1 * slope**2)
+                parameter -= rate * slope / (square.sqrt() + 1e-6)

@@ -51,6 +51,11 @@ def check(task: Task, checkpoint: Checkpoint, *, curvature: bool = False) -> Non
             the loss cannot be evaluated; the loss depends on parameters that are not the model's, or on another
             model than the one it is given; gradients or curvature are not those of training.
     """
+    with torch.inference_mode(False):
+        _check(task, checkpoint, curvature)
+
+
+def _check(task: Task, checkpoint: Checkpoint, curvature: bool) -> None:
     if not task.checked:
         task.pure.refuse()
     if "model" not in task.checked:
