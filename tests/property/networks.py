@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from broken import Apply, Detached, Once
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 WORDS = 6
@@ -151,7 +152,7 @@ def encoder_layer():
 def scaled_attention():
     def forward(m, x):
         q, k, v = m.project(x).chunk(3, -1)
-        return m.head(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        return m.head(functional.scaled_dot_product_attention(q, k, v, is_causal=True))
 
     return Through(forward, project=nn.Linear(2, 6), head=nn.Linear(2, 3))
 
@@ -285,6 +286,8 @@ NETWORKS: dict[str, Network] = {
     "detached scale": Network(detached_scale, curved=False),
     "scale under no_grad": Network(no_grad_scale, curved=False),
     "straight-through": Network(straight_through, curved=False),
+    "backward once": Network(lambda: Apply(Once), curved=False),
+    "backward detaches": Network(lambda: Apply(Detached), curved=False),
     "never used": Network(
         lambda: Through(lambda m, x: m.head(x), head=nn.Linear(3, 3), pooler=nn.Linear(3, 2)), linear=True
     ),

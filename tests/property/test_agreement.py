@@ -47,12 +47,12 @@ def asked(p: Problem) -> Answers:
     first, last, order, posterior = p.start.step, p.later.step, p.training.order, p.choice.posterior
     return {
         "gradient_product": lambda: gradient_product(p.task, p.run, posterior, steps=[first]).value.values[0],
-        "damped_influence": lambda: (
-            damped_influence(p.task, p.run, posterior, curvature="exact", steps=[first]).value.values[0]
-        ),
-        "window_ablation": lambda: (
-            window_ablation(p.task, p.run, window=p.window, weight=0.8, steps=[first], order=order).effect.values[0]
-        ),
+        "damped_influence": lambda: damped_influence(
+            p.task, p.run, posterior, curvature="exact", steps=[first]
+        ).value.values[0],
+        "window_ablation": lambda: window_ablation(
+            p.task, p.run, window=p.window, weight=0.8, steps=[first], order=order
+        ).effect.values[0],
         "tracin": lambda: tracin(p.task, p.run).value.values[-1],
         "leave_out": lambda: leave_out(p.task, p.start, order, [last]).effect.values[0],
         "unchanged": lambda: leave_out(p.task, p.start, order, [last]).loss.values[0],
