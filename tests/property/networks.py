@@ -157,6 +157,17 @@ def scaled_attention():
     return Through(forward, project=nn.Linear(2, 6), head=nn.Linear(2, 3))
 
 
+def remembering():
+    """Keeps its activations, as people do who look at them."""
+
+    def forward(m, x):
+        m.seen = {"hidden": m.body(x)}
+        m.last = torch.tanh(m.seen["hidden"])
+        return m.head(m.last)
+
+    return Through(forward, body=nn.Linear(3, 4), head=nn.Linear(4, 3))
+
+
 def positions():
     model = Through(lambda m, i: m.head(torch.tanh(m.words(i) + m.place[: i.shape[1]])), words=nn.Embedding(WORDS, 3))
     model.register_buffer("place", torch.arange(24.0).reshape(8, 3).sin(), persistent=False)
@@ -288,6 +299,7 @@ NETWORKS: dict[str, Network] = {
     "straight-through": Network(straight_through, curved=False),
     "backward once": Network(lambda: Apply(Once), curved=False),
     "backward detaches": Network(lambda: Apply(Detached), curved=False),
+    "keeps activations": Network(remembering),
     "never used": Network(
         lambda: Through(lambda m, x: m.head(x), head=nn.Linear(3, 3), pooler=nn.Linear(3, 2)), linear=True
     ),
