@@ -5,7 +5,7 @@ from torch import nn
 
 import stagewise
 from stagewise.dynamics.events import Event
-from stagewise.groups import Groups, per_sample, query_groups, same_label, train_groups
+from stagewise.groups import Groups, query_groups, same_label, train_groups
 from stagewise.task import Task
 
 
@@ -78,11 +78,6 @@ def test_two_query_groups_of_one_name_are_refused():
     clash = task(queries=("a", "a:x"), query_groups={"a": ["x"] * 4})
     with pytest.raises(ValueError, match="2 groups are called 'a:x'"):
         query_groups(clash)
-
-
-def test_the_loss_of_a_sample_is_the_mean_over_its_tokens():
-    assert per_sample(torch.tensor([[1.0, 3.0], [0.0, 5.0]])).tolist() == [2.0, 2.5]
-    assert per_sample(torch.tensor([1.0, 3.0])).tolist() == [1.0, 3.0]
 
 
 def test_a_query_label_is_that_of_a_train_group_in_one_query_set_as_in_several():

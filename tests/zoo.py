@@ -1,5 +1,6 @@
 """Ordinary models, losses and data: nothing in here may ever be refused."""
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -128,7 +129,7 @@ class Pooled(nn.Module):
 
 def flat(*sizes, activation=nn.Tanh):
     layers = [nn.Flatten()]
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in itertools.pairwise(sizes):
         layers += [nn.Linear(a, b), activation()]
     return nn.Sequential(*layers[:-1])
 

@@ -106,7 +106,7 @@ def _check_losses(task: Task, data: Samples, query: str | None, batch: Batch, pa
     model = task.pure.reference(params)
     before = {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
     first = plain_losses(task, model, data, query, batch)
-    _check_form(first, data)
+    _check_form(task, first, data, data.few(_FEW))
     second = plain_losses(task, model, data, query, batch)
     if not torch.allclose(first.values, second.values, rtol=1e-5, atol=1e-6):
         raise ValueError(
@@ -126,8 +126,14 @@ def _check_losses(task: Task, data: Samples, query: str | None, batch: Batch, pa
         del params
         alone = []
         for row in data.few(_FEW):
-            one = data.batch(row[None], task.device)
-            alone.append(task.by_sample(plain_losses(task, model, data, query, one))[0])
+            try:
+                losses = plain_losses(task, model, data, query, data.batch(row[None], task.device))
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}. It was given one sample; squeeze() takes the batch's axis away then"
+                ) from None
+            _check_form(task, losses, data, row[None])
+            alone.append(task.by_sample(losses)[0])
         return task.by_sample(plain_losses(task, model, data, query, batch))[0], torch.cat(alone)
 
     if not _agree(task, both, params, batch):
@@ -140,9 +146,9 @@ def _check_losses(task: Task, data: Samples, query: str | None, batch: Batch, pa
         )
 
 
-def _check_form(losses: Losses, data: Samples) -> None:
+def _check_form(task: Task, losses: Losses, data: Samples, rows: Tensor) -> None:
     values, weights = losses
-    size = len(data.few(_FEW))
+    size = len(rows)
     if values.shape[0] != size:
         raise ValueError(
             f"{data.name}: the loss returned {tuple(values.shape)} for a batch of {size}, expected ({size},) or "
@@ -155,9 +161,11 @@ def _check_form(losses: Losses, data: Samples) -> None:
         )
     if not torch.isfinite(values).all():
         bad = int((~torch.isfinite(values)).reshape(size, -1).any(1).nonzero()[0])
+        left = task.pure.leftovers
+        reason = f"check that {left[0]!r}, which the model keeps, is computed anew for other weights" if left else ""
         raise ValueError(
-            f"{data.name}: the loss of sample {int(data.few(_FEW)[bad])} is not finite; check the data and the "
-            "checkpoint"
+            f"{data.name}: the loss of sample {int(rows[bad])} is not finite; "
+            f"{reason or 'check the data and the checkpoint'}"
         )
     if weights is not None and (not torch.isfinite(weights).all() or (weights < 0).any()):
         raise ValueError(f"{data.name}: the loss returned weights that are negative or not finite")

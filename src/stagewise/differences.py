@@ -18,6 +18,7 @@ from torch import Tensor
 
 from stagewise.attention import plain_attention
 from stagewise.double import InDouble, doubled
+from stagewise.functional import unchanged
 from stagewise.memory import out_of_memory
 from stagewise.plain import cannot, objective, plain_losses
 from stagewise.task import Batch, Task
@@ -43,6 +44,8 @@ _DOUBLE = _Ladder((1e-7, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2), 1e-3, 3e-2, 1e-13)
 _SINGLE = _Ladder((1e-3, 1e-2, 1e-4), 5e-2, 0.5, 1e-5)
 # Differences are taken for converged where two of them agree this many times better than the error that is looked for.
 _SHARPER = 5
+# So small a relative change, when all parameters change by their own size, is none.
+_NOTHING = 1e-6
 
 
 def check_differences(task: Task, params: Mapping[str, Tensor], batch: Batch) -> None:
@@ -97,9 +100,10 @@ def _compared(task: Task, params: Mapping[str, Tensor], batch: Batch, ladder: _L
     def differ(found: Tensor, function: Callable[[float], Tensor], tolerance: float, sharp: float) -> Tensor | None:
         """What the differences converge to, if it is something else."""
         before: list[Tensor] = []
+        nothing = _NOTHING * function(0.0).norm().item()
         for step in ladder.steps:
             now = _central(function, step)
-            if _near(found, now, tolerance):
+            if _near(found, now, tolerance, nothing):
                 return None
             seen = max(abs(slope.item()), abs(_central(value, step).item()))
             if rounding / step > sharp * seen:
@@ -151,7 +155,8 @@ def _along(
         with torch.no_grad():
             for name, d in direction.items():
                 own[name].copy_(params[name] + distance * d)
-        value = objective(task, plain_losses(task, model, task.train, None, batch, grad=True))
+        with unchanged(model):
+            value = objective(task, plain_losses(task, model, task.train, None, batch, grad=True))
         chosen = [own[name] for name in direction]
         slopes = torch.autograd.grad(value, chosen, materialize_grads=True, allow_unused=True)
         return value.detach(), _flat([g.to_dense() for g in slopes])
@@ -172,8 +177,8 @@ def _direction(task: Task, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return direction
 
 
-def _near(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
-    return bool((ours - theirs).norm() <= tolerance * torch.maximum(ours.norm(), theirs.norm()))
+def _near(ours: Tensor, theirs: Tensor, tolerance: float, nothing: float = 0.0) -> bool:
+    return bool((ours - theirs).norm() <= tolerance * torch.maximum(ours.norm(), theirs.norm()) + nothing)
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:

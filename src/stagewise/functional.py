@@ -35,6 +35,7 @@ class PureModel:
         trainable: the parameters that require a gradient.
         persistent: names in the model's ``state_dict``, tied ones once.
         canonical: every name a tensor has (tied weights have several) to the one used here.
+        leftovers: attributes in which an earlier forward pass of the user's left something; NaN here.
         padding: rows of embeddings that have no gradient by their definition (``padding_idx``), by parameter name.
 
     Raises:
@@ -45,6 +46,8 @@ class PureModel:
         model = unwrapped(model)
         _refuse_unready(model)
         self.module = _twin(model)
+        self.leftovers = [f"{name}.{key}".strip(".") for name, _, key, _ in _left_behind(model)]
+        self._kept = _contents(self.module)
         self._places: dict[str, list[tuple[Any, Any]]] = {}
         self.state: dict[str, Tensor] = {}
         self.canonical: dict[str, str] = {}
@@ -70,7 +73,7 @@ class PureModel:
 
     @contextmanager
     def holding(self, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
-        """The module with ``tensors`` in the place of its own, whatever happens inside."""
+        """The module with ``tensors`` in the place of its own; afterwards it is as before, whatever happens inside."""
         before = [(holder, key, holder[key]) for name in tensors for holder, key in self._places[name]]
         try:
             for name, tensor in tensors.items():
@@ -80,6 +83,7 @@ class PureModel:
         finally:
             for holder, key, tensor in before:
                 holder[key] = tensor
+            _restore(self._kept)
 
     def refuse(self) -> None:
         """Refuse a model whose losses are no function of dense real tensors.
@@ -154,12 +158,8 @@ def _kind(module: nn.Module, name: str) -> str:
 
 def _twin(model: nn.Module, shared: bool = True) -> nn.Module:
     """A copy of the modules. Parameters are shared (or copied too), buffers are copied."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            # What an earlier forward pass left behind is in the way of copying, and means nothing.
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
+    # What an earlier forward pass left behind is in the way of copying, and must not be used: it is of other weights.
+    memo: dict[int, Any] = {id(value): torch.full_like(value, torch.nan) for _, _, _, value in _left_behind(model)}
     if shared:
         memo |= {id(parameter): parameter for parameter in model.parameters()}
     try:
@@ -191,6 +191,37 @@ def _normed(weight_g: Tensor, weight_v: Tensor, dim: int) -> Tensor:
 
 def _hooked(module: Any, name: str, dim: int) -> Tensor:
     return _normed(getattr(module, f"{name}_g"), getattr(module, f"{name}_v"), dim)
+
+
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[nn.Module]:
+    """The module; what its forward pass keeps in attributes (caches, last activations) is taken away afterwards."""
+    kept = _contents(module)
+    try:
+        yield module
+    finally:
+        _restore(kept)
+
+
+def _contents(module: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The attributes and buffers of all modules, and what is in them."""
+    places = (place for part in module.modules() for place in (vars(part), part._buffers))
+    return [(place, dict(place)) for place in places]
+
+
+def _restore(kept: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    for place, before in kept:
+        if len(place) != len(before) or any(place.get(key) is not value for key, value in before.items()):
+            place.clear()
+            place.update(before)
+
+
+def _left_behind(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Attributes that hold a computed tensor: module's name, module, attribute, tensor."""
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                yield name, module, key, value
 
 
 def _holders(model: nn.Module) -> Iterator[tuple[Any, Any, Tensor]]:

@@ -15,7 +15,9 @@ def tree(train, queries, *, reflected=None, failed=(), training_sets=(), kappa=2
     groups = {"chains": xr.Dataset({"status": ("chain", status)}, {"chain": chains})}
     for path, loss in {"train": train, **{f"queries/{name}": q for name, q in queries.items()}}.items():
         dims = ("chain", "draw", "sample", "token")[: loss.ndim]
-        variables = {"loss": (dims, loss), "loss_anchor": (dims[2:], loss[0, 0])}
+        # n_beta / n is kappa, for samples and for all tokens of one together.
+        share = np.full(loss.shape[2:], 0.1 / np.prod(loss.shape[3:]))
+        variables = {"loss": (dims, loss), "loss_anchor": (dims[2:], loss[0, 0]), "share": (dims[2:], share)}
         if reflected is not None:
             variables["loss_reflected"] = (dims, reflected[path])
         groups[path] = xr.Dataset(variables, {"chain": chains})

@@ -24,7 +24,8 @@ def test_influence_is_that_of_dense_linear_algebra(loss, optimizer, curvature):
     matrix = dense.gauss_newton if curvature == "gauss_newton" else dense.hessian
     reach = 0.05 * (8 if optimizer == "sgd" else 8 - 9 * (1 - 0.9**8))
     np.testing.assert_allclose(got["value"][0], dense.influence(matrix, 1 / reach), rtol=1e-9, atol=1e-13)
-    assert not got["stderr"].any()
+    assert (got["stderr"] > 0).all() == (curvature != "exact")  # the solver stops at a tolerance
+    assert got["stderr"].max() <= 1e-12 * np.abs(got["value"]).max()
     assert got.attrs["estimator"] == f"damped influence ({curvature})"
 
 
@@ -45,9 +46,9 @@ def test_products_do_not_depend_on_the_batches(curvature, monkeypatch):
     density = LocalPosterior(window=20).at(problem.task, problem.checkpoint)
     product = {"hessian": damped.hessian_product, "gauss_newton": damped.gauss_newton_product}[curvature]
     vectors = torch.randn(3, density.vector.size, dtype=torch.float64)
-    whole = product(density)(vectors)
+    whole = product(density, density.origin)(vectors)
     monkeypatch.setattr(problem.task, "forward_batch", 4)
-    torch.testing.assert_close(product(density)(vectors), whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(product(density, density.origin)(vectors), whole, rtol=1e-12, atol=1e-12)
 
 
 def test_exact_raises_eigenvalues_that_no_posterior_allows_and_leaves_the_others():
@@ -98,31 +99,20 @@ class Counted:
 def test_conjugate_gradients_reach_the_residual_asked_for_and_do_no_more(system, tolerance):
     matrix, targets = system
     product = Counted(matrix)
-    x = conjugate_gradients(product, targets, torch.zeros_like(targets), tolerance, 100)
+    x = conjugate_gradients(product, targets, tolerance, 100)
     residual = (targets - x @ matrix).norm(dim=1) / targets.norm(dim=1)
     assert residual.max() <= tolerance * (1 + 1e-6)
     assert residual.max() > 1e-4 * tolerance
-    needed = product.calls - 1
-    conjugate_gradients(product, targets, torch.zeros_like(targets), tolerance, needed)
+    needed = product.calls
+    conjugate_gradients(product, targets, tolerance, needed)
     with pytest.raises(ValueError, match="raise max_iterations"):
-        conjugate_gradients(product, targets, torch.zeros_like(targets), tolerance, needed - 1)
-
-
-def test_conjugate_gradients_start_from_what_is_known(system):
-    matrix, targets = system
-    solution = torch.linalg.solve(matrix, targets.T).T
-    known, near, zero = (Counted(matrix) for _ in range(3))
-    conjugate_gradients(known, targets, solution, 1e-8, 100)
-    conjugate_gradients(near, targets, solution * (1 + 1e-6), 1e-8, 100)
-    conjugate_gradients(zero, targets, torch.zeros_like(targets), 1e-8, 100)
-    assert known.calls == 1
-    assert known.calls < near.calls < zero.calls
+        conjugate_gradients(product, targets, tolerance, needed - 1)
 
 
 def test_no_convergence_is_an_error_that_says_how_far_it_came(system):
     matrix, targets = system
     with pytest.raises(ValueError, match=r"residual of [\d.e-]+, not 1e-08, in 3 iterations; raise max_iterations"):
-        conjugate_gradients(Counted(matrix), targets, torch.zeros_like(targets), 1e-8, 3)
+        conjugate_gradients(Counted(matrix), targets, 1e-8, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -130,7 +120,7 @@ def test_a_query_without_gradient_gets_no_influence_and_disturbs_no_other(system
     matrix, targets = system
     targets = targets.to(dtype)
     targets[1] = 0
-    x = conjugate_gradients(Counted(matrix), targets, torch.zeros_like(targets), 1e-4, 100)
+    x = conjugate_gradients(Counted(matrix), targets, 1e-4, 100)
     assert not x[1].any()
     expected = torch.linalg.solve(matrix, targets.double().T).T
     torch.testing.assert_close(x.double(), expected, rtol=1e-2, atol=1e-2)
@@ -139,26 +129,18 @@ def test_a_query_without_gradient_gets_no_influence_and_disturbs_no_other(system
 def test_products_that_are_not_finite_never_count_as_solved(system):
     matrix, targets = system
     with pytest.raises(ValueError, match="residual of nan"):
-        conjugate_gradients(Counted(torch.nan * matrix), targets, torch.zeros_like(targets), 1e-4, 10)
+        conjugate_gradients(Counted(torch.nan * matrix), targets, 1e-4, 10)
 
 
-def test_every_checkpoint_after_the_first_is_warm_started(monkeypatch):
-    starts = []
-    original = conjugate_gradients
-
-    def spy(product, targets, start, *rest):
-        starts.append(start)
-        return original(product, targets, start, *rest)
-
-    monkeypatch.setattr(damped, "conjugate_gradients", spy)
+def test_a_checkpoints_value_does_not_depend_on_which_others_were_asked_for():
     problem = Problem(**BY_SAMPLE)
-    later = type(problem.checkpoint)(9, problem.params, problem.checkpoint.optimizer)
+    moved = {name: 1.5 * tensor for name, tensor in problem.params.items()}
+    later = type(problem.checkpoint)(9, moved, problem.checkpoint.optimizer)
     trajectory = type(problem.trajectory).from_checkpoints([problem.checkpoint, later])
-    got = damped_influence(problem.task, trajectory, LocalPosterior(window=20))
-    assert not starts[0].any()
-    assert starts[1].any()
-    assert got["step"].values.tolist() == [5, 9]
-    np.testing.assert_allclose(got["value"][0], got["value"][1], rtol=1e-2)
+    both = damped_influence(problem.task, trajectory, LocalPosterior(window=20))
+    alone = damped_influence(problem.task, trajectory, LocalPosterior(window=20), steps=[9])
+    assert both["step"].values.tolist() == [5, 9]
+    np.testing.assert_array_equal(both["value"][1], alone["value"][0])
 
 
 @pytest.mark.parametrize("window", [1, 5, 40])

@@ -4,9 +4,10 @@ import torch
 from regression import Regression
 from small_networks import LOSSES, Problem
 
+from stagewise.evaluate import directional_derivatives, group_gradients
 from stagewise.groups import query_groups
 from stagewise.influence.damped import damped_influence
-from stagewise.influence.gradients import directional_derivatives, gradient_product, query_gradients
+from stagewise.influence.gradients import gradient_product
 from stagewise.sampling.posterior import LocalPosterior
 
 BY_SAMPLE = {"query_groups": {"val": range(4)}}
@@ -80,9 +81,14 @@ def test_passes_over_the_data_do_not_depend_on_the_batches(loss, monkeypatch):
     density = LocalPosterior(window=8).at(problem.task, problem.checkpoint)
     directions = torch.randn(3, density.vector.size, dtype=torch.float64)
     queries = query_groups(problem.task)
-    whole = directional_derivatives(density, directions), query_gradients(density, queries)
+
+    def passes():
+        along = directional_derivatives(density, density.origin, directions, problem.task.train)
+        return along, group_gradients(density, density.origin, queries)
+
+    whole = passes()
     monkeypatch.setattr(problem.task, "forward_batch", 3)
-    parts = directional_derivatives(density, directions), query_gradients(density, queries)
+    parts = passes()
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 

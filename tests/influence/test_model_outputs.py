@@ -11,9 +11,10 @@ from torch import nn
 
 from stagewise.checkpoint import Checkpoint, Optimizer
 from stagewise.checkpoints.trajectory import Trajectory
-from stagewise.influence.damped import damped_influence, gauss_newton_product
-from stagewise.influence.gradients import directional_derivatives, gradient_product
-from stagewise.sampling.curvature import hessian_product
+from stagewise.evaluate import directional_derivatives, hessian_product
+from stagewise.gauss_newton import gauss_newton_product
+from stagewise.influence.damped import damped_influence
+from stagewise.influence.gradients import gradient_product
 from stagewise.sampling.posterior import LocalPosterior
 from stagewise.task import Task
 
@@ -48,7 +49,8 @@ class Wrapped(nn.Module):
 def product(task, model, loss, vectors):
     other = Task(model, loss, train=task.train, queries=task.queries)
     checkpoint = Checkpoint(5, other.state(), Optimizer("sgd", 0.1, batch_size=0))
-    return gauss_newton_product(LocalPosterior(window=5).at(other, checkpoint))(vectors)
+    density = LocalPosterior(window=5).at(other, checkpoint)
+    return gauss_newton_product(density, density.origin)(vectors)
 
 
 @pytest.fixture
@@ -87,7 +89,9 @@ def test_a_loss_that_calls_the_model_twice_is_refused_with_the_way_out(plain):
         both = model(batch[0]) + model(2 * batch[0])
         return nn.functional.cross_entropy(both, batch[1], reduction="none")
 
-    with pytest.raises(ValueError, match="calls the model once, got 2 calls; use curvature='hessian'"):
+    with pytest.raises(
+        ValueError, match=r"calls the model once, as model\(...\), got 2 calls; use curvature='hessian'"
+    ):
         product(task, task.model, loss, vectors)
 
 
@@ -115,15 +119,18 @@ def test_language_models_are_differentiated_through_fused_attention_and_key_valu
     fused, written_out = language_model("sdpa"), language_model("eager")
     vectors = torch.randn(2, fused.vector.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for derivative in (gauss_newton_product, hessian_product):
-        got, expected = (derivative(density)(vectors) for density in (fused, written_out))
+        got, expected = (derivative(density, density.origin)(vectors) for density in (fused, written_out))
         assert expected.abs().max() > 1e-4
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-7)  # parts of the model work in float32
-    got, expected = (directional_derivatives(density, vectors) for density in (fused, written_out))
+    got, expected = (
+        directional_derivatives(density, density.origin, vectors, density.task.train)
+        for density in (fused, written_out)
+    )
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-7)
 
 
 class Attention(torch.nn.Module):
-    """Torch's own attention layer, which in eval mode takes a fused path without forward-mode derivatives."""
+    """Torch's own attention layer, which in eval mode takes a fused path without second derivatives."""
 
     def __init__(self):
         super().__init__()

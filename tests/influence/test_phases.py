@@ -140,7 +140,7 @@ def test_a_phase_seen_by_a_single_chain_does_not_feign_certainty():
 def test_groups_and_shared_samples_are_treated_as_by_bif_in_every_part():
     loss, labels = losses(6), draw_phases(0.3, 0.7)
     cell = tree(loss, {"val": loss, "other": losses(3, seed=1)}, training_sets=("val",))
-    groups = {"train_groups": list("aabbbb"), "query_groups": {"val": list("ababab")}}
+    groups = {"train_groups": list("aabbbb"), "query_groups": {"val": list("ababab")}, "self_pairs": False}
     traces = Traces({0: cell})
     got = phase_decomposition(traces, {0: labels}, **groups)
     pooled = bif(traces, **groups)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from problems import Problem, by_sample, size_of
+from generated import Problem, by_sample, size_of
 from torch import Tensor, nn
 
 

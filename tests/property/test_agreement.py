@@ -13,9 +13,9 @@ import pytest
 import torch
 from brute_force import BruteForce
 from forms import FORMS
+from generated import Choice, Problem, choice, problem
 from measures import CARRIERS, CRITERIA
 from networks import NETWORKS
-from problems import Choice, Problem, choice, problem
 from training import RULES
 
 from stagewise.baselines.tracin import tracin

@@ -25,16 +25,16 @@ class Point(nn.Module):
         self.w = nn.Parameter(torch.zeros(2, dtype=torch.float64))
 
     def forward(self, x):
-        return (self.w - x) ** 2 / 2
+        return self.w - x
 
 
 def losses(model, batch):
-    return model(batch[0]).sum(-1)
+    return by_token(model, batch).sum(-1)
 
 
 def by_token(model, batch):
     """Each coordinate is a token."""
-    return model(batch[0])
+    return model(batch[0]) ** 2 / 2
 
 
 def task(loss=losses, **settings) -> Task:

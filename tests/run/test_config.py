@@ -146,13 +146,13 @@ def test_a_project_that_moves_runs_where_it_is_and_leaves_the_old_place_alone(tm
 
 
 def test_what_lies_in_the_run_folder_moves_with_it(tmp_path):
-    (tmp_path / "run/ckpt").mkdir(parents=True)
-    config = load_config(written(tmp_path, checkpoints="run/ckpt", task="stagewise.studies.digits.training:task"))
+    (tmp_path / "run/~c$k").mkdir(parents=True)
+    config = load_config(written(tmp_path, checkpoints="run/~c$$k", task="stagewise.studies.digits.training:task"))
     save_config(config, config.out / "config.yaml")
     assert yaml.safe_load((config.out / "config.yaml").read_text())["out"] == "."
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     moved = load_config(tmp_path / "copy/config.yaml")
-    assert (moved.out, moved.checkpoints, moved.task) == (tmp_path / "copy", tmp_path / "copy/ckpt", config.task)
+    assert (moved.out, moved.checkpoints, moved.task) == (tmp_path / "copy", tmp_path / "copy/~c$k", config.task)
 
 
 def test_what_lies_far_away_is_saved_as_it_is(tmp_path):

@@ -80,10 +80,12 @@ def test_a_checkpoint_without_a_posterior_costs_its_tuning_only(clock):
     assert found.seconds == 2 * 6
 
 
-def test_threads_are_given_back_as_they_were(clock):
-    before = torch.get_num_threads()
+def test_threads_are_those_of_one_worker_and_given_back_afterwards(clock, monkeypatch):
+    threads = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     predicted(workers=2)
-    assert torch.get_num_threads() == before
+    assert threads == [4, 8]
 
 
 @pytest.mark.parametrize(

@@ -189,8 +189,8 @@ def test_other_weights_under_the_same_step_are_refused(tmp_path):
     other = Trajectory.from_checkpoints([checkpoint(5, bias=torch.ones(3).double())])
     with pytest.raises(RunMismatchError, match=r"step 5, block 0.*weights of the checkpoint"):
         sampled(tmp_path, run=other)
+    both = Trajectory.from_checkpoints([other.load(5), checkpoint(20)])
     with pytest.raises(RunMismatchError):  # also where another step is asked for
-        both = Trajectory.from_checkpoints([other.load(5), checkpoint(20)])
         sampled(tmp_path, run=both, steps=[20])
 
 

@@ -222,10 +222,11 @@ def raised(function, *arguments):
 
 
 def test_errors_of_the_users_code_are_told_from_those_of_stagewise(tmp_path):
-    task = load_task(put(tmp_path, "t.py"), {})
+    wrong = "def wrong(): sw.Task(Net(2, 1), losses, train=(), queries={})\n"
+    task = load_task(put(tmp_path, "t.py", wrong), {})
     batch = (torch.ones(2, 5), torch.ones(2, 1))
     own = raised(task.losses, {}, batch)
-    assert place_in_task_file(own) == f"{tmp_path}/t.py:6"
+    assert place_in_task_file(own) == f"{tmp_path}/t.py:7"
     from_a_worker = pickle.loads(pickle.dumps(_ExceptionWithTraceback(own, own.__traceback__)))
-    assert place_in_task_file(from_a_worker) == f"{tmp_path}/t.py:6"
-    assert place_in_task_file(raised(task.losses, {"w": "no tensor"}, batch)) is None
+    assert place_in_task_file(from_a_worker) == f"{tmp_path}/t.py:7"
+    assert place_in_task_file(raised(sys.modules[task.loss.__module__].wrong)) is None

@@ -142,7 +142,7 @@ def test_model_and_its_buffers_are_left_alone():
     before = copy.deepcopy(model.state_dict())
     data = (torch.randn(6, 2, generator=torch.Generator().manual_seed(0)),)
     task, checkpoint = task_of(lambda m, b: m(b[0])[:, 0] ** 2, model, data)
-    moved = replace(checkpoint, params={name: tensor + 0.1 for name, tensor in checkpoint.params.items()})
+    moved = replace(checkpoint, params={name: tensor + 1 for name, tensor in checkpoint.params.items()})
     sample(task=task, checkpoint=moved)
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -161,9 +161,9 @@ class Two(nn.Module):
 def test_only_the_chosen_parameters_move():
     def loss(model, batch):
         w = model()
-        return torch.stack([w[0], w[1]]) + 0.5 * (w**2).sum()
+        return batch[0] @ w + 0.5 * (w**2).sum()
 
-    task, checkpoint = task_of(loss, Two())
+    task, checkpoint = task_of(loss, Two(), (torch.eye(2, dtype=torch.float64),))
     tree = sample(task=task, checkpoint=checkpoint, posterior=replace(POSTERIOR, parameters=("right",)))
     left, right = np.moveaxis(tree["train"]["loss"].values.astype(float), -1, 0)
     # with left at 0 the first loss is right^2 / 2 and the second exceeds it by right itself

@@ -107,7 +107,7 @@ def test_curvature_of_some_samples_is_that_of_their_own_mean_loss():
     rows = torch.tensor([3, 17, 18])
     part = Task(task.model, task.loss, train=task.train.batch(rows), queries={"val": task.train.batch(rows)})
     posterior = LocalPosterior(gamma=1.0, n_beta=1.0)
-    vectors = torch.randn(2, 22, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    vectors = torch.randn(2, 26, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     some, whole = (posterior.at(which, replace(checkpoint, optimizer=None)) for which in (task, part))
     got = hessian_product(some, some.origin, rows)(vectors)
     torch.testing.assert_close(got, hessian_product(whole, whole.origin)(vectors), rtol=1e-12, atol=1e-12)

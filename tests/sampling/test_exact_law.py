@@ -1,6 +1,6 @@
 """Chains at a checkpoint draw from the posterior that theory gives, end to end, second order included.
 
-To test another sampler, add its sampling, and its ``steps`` if its step-size error can be seen at that many draws.
+To test another sampler, add its settings, and its ``steps`` if its step-size error can be seen at that many draws.
 """
 
 import numpy as np

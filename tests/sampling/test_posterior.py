@@ -26,9 +26,9 @@ class Pair(nn.Module):
         return x @ self.first + self.second[0, 0]
 
 
-def task():
+def task(scale=1.0):
     x = torch.arange(12.0, dtype=torch.float64).reshape(4, 3)
-    return Task(Pair(), lambda model, b: model(b[0]) ** 2, train=(x,), queries={"val": (x[:2],)})
+    return Task(Pair(), lambda model, b: scale * model(b[0]) ** 2, train=(x,), queries={"val": (x[:2],)})
 
 
 def checkpoint(optimizer=None, step=1000, **more):
@@ -65,7 +65,8 @@ def response(optimizer, window, push):
 @pytest.mark.parametrize("window", [1, 5, 40])
 @pytest.mark.parametrize("optimizer", [SGD, MOMENTUM, ADAM], ids=["sgd", "momentum", "adam"])
 def test_localisation_of_a_window_is_the_response_of_the_optimiser_to_a_constant_push(optimizer, window):
-    density = LocalPosterior(window=window).at(task(), checkpoint(optimizer))
+    # gradients of the task too small to change what Adam remembers
+    density = LocalPosterior(window=window).at(task(1e-8), checkpoint(optimizer))
     reach = density.n_beta / density.gamma * density.scale[:3] ** 2
     torch.testing.assert_close(reach, response(optimizer, window, 1e-7), rtol=2e-3, atol=0)
 
@@ -82,7 +83,7 @@ def test_whitened_displacements_move_the_weights_by_the_root_of_the_metric():
     u = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
     w = local.anchor + local.scale * u
     x = torch.ones(1, 3, dtype=torch.float64)
-    torch.testing.assert_close(local.losses(u, (x,)), (x @ w[:3] + w[3]) ** 2, rtol=1e-12, atol=0)
+    torch.testing.assert_close(local.losses(u, (x,)).values, (x @ w[:3] + w[3]) ** 2, rtol=1e-12, atol=0)
 
 
 def test_defaults_follow_the_run():
@@ -132,13 +133,8 @@ def test_settings_that_define_no_posterior_are_refused(settings, message):
     [
         ({"window": 3}, checkpoint(), "no record of its optimiser"),
         ({"window": 3}, checkpoint(ADAM, second_moment={}), "no second moments of Adam"),
-        ({"window": 3}, checkpoint(ADAM, step=0), "step 0 has no second moments"),
         ({"gamma": 1.0, "metric": "adam"}, checkpoint(SGD), "use metric='euclidean'"),
-        (
-            {"window": 3},
-            checkpoint(ADAM, second_moment={"first": torch.ones(3)}),
-            "no second moment for 1 of 2 parameters \\('second'",
-        ),
+        ({"window": 3}, checkpoint(Optimizer("sgd", 0.0)), "learning rate at step 1000 is 0, as in front of a warm-up"),
         ({"gamma": 1.0, "parameters": ("third",)}, checkpoint(), "no trainable parameter matches 'third'"),
         ({"gamma": 1.0}, replace(checkpoint(), params={}), "lacks parameter"),
     ],

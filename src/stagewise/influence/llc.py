@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from stagewise.influence.covariance import Array, mean_and_stderr, stretches
-from stagewise.influence.pairs import losses_of, shares
+from stagewise.influence.pairs import losses_of
 from stagewise.influence.trusted import Traces, numbered, ok_chains, over_checkpoints
 
 
@@ -71,7 +71,7 @@ def _rises(tree: xr.DataTree, part: Literal["full", "even"]) -> Array:
     losses = losses_of(train, ok_chains(tree), part)[:, train.sizes["draw"] % pieces :]
     # Sample by sample, because the rise is small beside the losses.
     rise = losses - train["loss_anchor"].values.astype(np.float64)
-    share = shares(train)
+    share = train["share"].values
     mean = (rise * (share / share.sum())).reshape(*rise.shape[:2], -1).sum(-1)
     rises: Array = mean.reshape(len(rise) * pieces, -1).mean(1)
     return rises

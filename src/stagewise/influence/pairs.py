@@ -176,7 +176,7 @@ def columns(
     Raises:
         ValueError: the traces have no tokens or reflected losses, or there is not one label per column.
     """
-    loss, share = losses_of(dataset, kept, part), shares(dataset)
+    loss, share = losses_of(dataset, kept, part), dataset["share"].values
     if tokens and loss.ndim == 3:
         raise ValueError("tokens=True needs a loss that returns (batch, tokens); these traces have one loss per sample")
     if loss.ndim == 4 and not tokens:
@@ -199,12 +199,6 @@ def columns(
     if not np.allclose(weights, 1.0, rtol=1e-9):
         traces = traces * weights
     return Columns(traces, samples, names, rows, float(share.mean()))
-
-
-def shares(dataset: xr.Dataset) -> Array:
-    """Share of every loss in the mean over its data set ``(sample[, token])``: alike, where none are given."""
-    shape = dataset["loss"].shape[2:]
-    return dataset["share"].values if "share" in dataset else np.full(shape, 1 / np.prod(shape))
 
 
 def _of_columns(labels: Labels, shape: tuple[int, ...], numbers: Indices, argument: str) -> np.ndarray[Any, Any]:

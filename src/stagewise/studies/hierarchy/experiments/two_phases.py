@@ -101,7 +101,12 @@ def draws_at(odds: float, chains: int, draws: int, seed: int) -> Floats:
 def traces_of(walk: Floats) -> xr.DataTree:
     """Draws of w ``(chain, draw)`` as the loss traces that sampling would leave."""
     chains = {"chain": np.arange(len(walk))}
-    seen = {"loss": (("chain", "draw", "sample"), losses(walk)), "loss_anchor": ("sample", losses(np.array(-1.0)))}
+    anchor = losses(np.array(-1.0))
+    seen = {
+        "loss": (("chain", "draw", "sample"), losses(walk)),
+        "loss_anchor": ("sample", anchor),
+        "share": ("sample", np.full(anchor.shape, 1 / _SAMPLES)),
+    }
     side = xr.Dataset(seen, chains)
     status = xr.Dataset({"status": ("chain", np.full(len(walk), "ok"))}, chains)
     queries = side.assign_attrs(is_training_set=True)
