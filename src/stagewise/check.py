@@ -8,11 +8,9 @@ gradients. And every loss is finite. What disagrees is named, before anything is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import disable_saved_tensors_hooks
 
 from stagewise.attention import slow_path
 from stagewise.checkpoint import Checkpoint
@@ -21,6 +19,7 @@ from stagewise.differences import check_differences
 from stagewise.double import InDouble, doubled
 from stagewise.memory import out_of_memory
 from stagewise.plain import cannot, objective, plain_losses
+from stagewise.strangers import check_strangers
 from stagewise.task import Batch, Losses, Task
 
 _FEW = 4
@@ -30,11 +29,6 @@ _SAME, _SAME_IN_DOUBLE, _ALIKE = 1e-5, 1e-3, 1e-2
 
 Pair = Callable[[nn.Module, Mapping[str, Tensor], Batch], tuple[Tensor, Tensor]]
 """From an ordinary module, its parameters and a batch to two things that should be equal."""
-
-_RECOMPUTED = (
-    "the model recomputes activations in backward() (torch.utils.checkpoint), when its own parameters are in their "
-    "place again; switch activation checkpointing off, which changes no number"
-)
 
 
 def check(task: Task, checkpoint: Checkpoint, *, curvature: bool = False) -> None:
@@ -66,7 +60,7 @@ def _check(task: Task, checkpoint: Checkpoint, curvature: bool) -> None:
         moved = _moved(task, checkpoint.params)
         for data, query, batch in _few(task):
             _check_agreement(task, data, query, batch, moved)
-        _check_parameters(task, checkpoint.params)
+        check_strangers(task, checkpoint.params, lambda: task.train.batch(task.train.few(_FEW), task.device))
         _check_gradients(task, moved)
         task.checked.add("model")
     if curvature and "curvature" not in task.checked:
@@ -83,12 +77,12 @@ def check_finite(task: Task, params: Mapping[str, Tensor], data: Samples, query:
     """One pass over a data set.
 
     Raises:
-        ValueError: the first sample whose loss is not finite.
+        ValueError: the first sample whose loss is not finite, or no sample has a weight.
     """
-    done = 0
+    done, weight = 0, 0.0
     for batch in data.batches(task.forward_batch, task.device):
         with torch.no_grad():
-            values = task.losses(params, batch, query)
+            values, weights = task.weighted_losses(params, batch, query)
         bad = (~torch.isfinite(values)).reshape(len(values), -1).any(1)
         if bad.any():
             raise ValueError(
@@ -96,6 +90,9 @@ def check_finite(task: Task, params: Mapping[str, Tensor], data: Samples, query:
                 "the checkpoint"
             )
         done += len(values)
+        weight += len(values) if weights is None else float(weights.sum())
+    if not weight > 0:
+        raise ValueError(f"{data.name}: all weights that the loss returned are 0, so that there is nothing to average")
 
 
 def _all(task: Task) -> Iterator[tuple[Samples, str | None]]:
@@ -202,34 +199,6 @@ def _check_agreement(task: Task, data: Samples, query: str | None, batch: Batch,
         )
 
 
-def _check_parameters(task: Task, params: Mapping[str, Tensor]) -> None:
-    """The loss depends on the model's parameters and no others."""
-    model = task.pure.reference(params)
-
-    def strangers() -> list[Tensor]:
-        batch = task.train.batch(task.train.few(_FEW), task.device)
-        with disable_saved_tensors_hooks(_RECOMPUTED):
-            value = objective(task, plain_losses(task, model, task.train, None, batch, grad=True))
-        if any("CheckpointFunction" in node.name() for node in _graph(value)):
-            raise ValueError(f"train: {_RECOMPUTED}")
-        own = {id(parameter) for parameter in model.parameters()}
-        if not value.requires_grad:
-            raise ValueError(
-                "train: the loss does not depend on any parameter that requires a gradient; does it use the model that "
-                "it is handed, and outside of torch.no_grad()?"
-            )
-        return [leaf for leaf in _graph_leaves(value) if id(leaf) not in own]
-
-    found = strangers()
-    # What the loss makes anew each time, such as inputs that it differentiates by, is nobody's parameter.
-    if found and (kept := [leaf for leaf in strangers() if any(leaf is other for other in found)]):
-        raise ValueError(
-            f"train: the loss depends on {len(kept)} tensor(s) that require a gradient and are not parameters of "
-            f"the model it is given (the first of shape {tuple(kept[0].shape)}): register them in the model "
-            "(nn.Parameter, nn.ParameterList), use the model that the loss is handed, or detach them"
-        )
-
-
 def _check_gradients(task: Task, params: Mapping[str, Tensor]) -> None:
     """The gradient of the objective on a few training samples."""
     batch = task.train.batch(task.train.few(_FEW), task.device)
@@ -245,7 +214,9 @@ def _check_gradients(task: Task, params: Mapping[str, Tensor]) -> None:
     if not _agree(task, both, params, batch):
         pure, plain = both(task.pure.reference(params), params, batch)
         sizes = [params[name].numel() for name in task.trainable]
-        errors = [(a - b).norm().item() for a, b in zip(pure.split(sizes), plain.split(sizes), strict=True)]
+        errors = [
+            (a - b).norm().item() for a, b in zip(torch.split(pure, sizes), torch.split(plain, sizes), strict=True)
+        ]
         name = list(task.trainable)[errors.index(max(errors))]
         raise ValueError(
             f"train: the gradient by {name!r} is not that of loss(model, batch).backward(); the model keeps this "
@@ -260,25 +231,6 @@ def _gradient(value: Tensor, leaves: Mapping[str, Tensor]) -> Tensor:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
-
-
-def _graph(value: Tensor) -> Iterator[Any]:
-    """All nodes of a value's graph."""
-    seen: set[Any] = set()
-    stack: list[Any] = [value.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        stack += [parent for parent, _ in node.next_functions]
-
-
-def _graph_leaves(value: Tensor) -> list[Tensor]:
-    """The tensors that a value is differentiated by: the leaves of its graph."""
-    leaves = (getattr(node, "variable", None) for node in _graph(value))
-    return [leaf for leaf in leaves if leaf is not None]
 
 
 def _moved(task: Task, params: Mapping[str, Tensor]) -> dict[str, Tensor]:

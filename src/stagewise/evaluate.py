@@ -107,11 +107,7 @@ def chunks(task: Task, data: Samples, rows: Tensor | None = None) -> Iterator[Ba
 
 
 def sample_weights(point: Point) -> Tensor:
-    """The weight a_i of every training sample in the objective ``(n,)``, float64. It depends on the data alone.
-
-    Raises:
-        ValueError: all are 0.
-    """
+    """The weight a_i of every training sample in the objective ``(n,)``, float64. It depends on the data alone."""
     task = point.task
     if task.sample_weights is None:
         weights = _uniform_weights(point)
@@ -119,8 +115,6 @@ def sample_weights(point: Point) -> Tensor:
             with torch.no_grad():
                 parts = [task.sample_losses(point.state, batch)[1].cpu() for batch in chunks(task, task.train)]
             weights = torch.cat(parts).double()
-        if not weights.sum() > 0:
-            raise ValueError("train: all weights that the loss returned are 0, so that there was nothing to learn")
         task.sample_weights = weights
     return task.sample_weights
 
@@ -137,13 +131,26 @@ def _uniform_weights(point: Point) -> Tensor | None:
 def mean_gradient(
     point: Point, u: Tensor, data: Samples, rows: Tensor | None = None, query: str | None = None
 ) -> Tensor:
-    """Gradient of the weighted mean loss of some samples, default all: ``(parameters,)``."""
+    """Gradient of the weighted mean loss of some samples, default all: ``(parameters,)``.
+
+    Raises:
+        ValueError: it is not finite although the losses are, with the sample.
+    """
     total, weight = torch.zeros_like(u), 0.0
     for batch in chunks(point.task, data, rows):
         with differentiable(u) as leaf:
             losses, weights = point.sample_losses(leaf, batch, query)
             total += gradient((weights * losses).sum(), leaf)
         weight += float(weights.sum())
+    if not torch.isfinite(total).all():
+        rows = torch.arange(len(data)) if rows is None else rows
+        if len(rows) > 1:
+            for row in rows:
+                mean_gradient(point, u, data, row[None], query)
+        raise ValueError(
+            f"{data.name}: the loss of sample {int(rows[0])} is finite, but its gradient is not; look for 0 * inf, a "
+            "root or a norm at 0, or torch.where over what is not a number"
+        )
     return total / weight if weight else total
 
 
@@ -170,12 +177,18 @@ def group_gradients(point: Point, u: Tensor, groups: Groups) -> Tensor:
 def directional_derivatives(
     point: Point, u: Tensor, directions: Tensor, data: Samples, query: str | None = None
 ) -> Tensor:
-    """Derivative of every sample's loss along each direction ``(direction, parameters)``: ``(direction, sample)``."""
+    """Derivative of every sample's loss along each direction ``(direction, parameters)``: ``(direction, sample)``.
+
+    Raises:
+        ValueError: as :func:`mean_gradient`.
+    """
     scores = []
     for batch in chunks(point.task, data):
         with plain_attention(), differentiable(u) as leaf:
             losses, _ = point.sample_losses(leaf, batch, query)
             scores.append(_along(losses, leaf, directions))
+        if not torch.isfinite(scores[-1]).all():
+            mean_gradient(point, u, data, query=query)  # says of which sample the gradient is not finite
     return torch.cat(scores, 1)
 
 

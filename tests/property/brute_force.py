@@ -13,6 +13,7 @@ class BruteForce:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.training = problem.training.copied()
+        self.again = problem.training.copied()
         self.model = self.training.model
         self.moving = {n: p for n, p in self.training.named.items() if id(p) in self._updated()}
         self.sample_gradients, self.weights = self._of_samples("train")
@@ -170,7 +171,7 @@ class BruteForce:
         """Query losses after a training in which some samples count ``weight`` times."""
         beta = torch.ones(self.problem.choice.n).double()
         beta[samples] = weight
-        return self.query_losses(self.training.copied().run(updates, beta).model)
+        return self.query_losses(self.again.at(self.training).run(updates, beta).model)
 
     def effects(self, updates: int, weight: float) -> Tensor:
         """Changed minus unchanged query losses."""

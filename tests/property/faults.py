@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from broken import (
+    Apply,
+    Broken,
+    Complex,
+    Counting,
+    Detached,
+    InAList,
+    InATuple,
+    Locked,
+    Noisy,
+    Once,
+    Recomputed,
+    Stream,
+    Tied,
+)
 from torch import nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint as recomputed
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.nn import functional
+from torch.utils.data import DataLoader
 
 from stagewise.checkpoint import Checkpoint, Optimizer, ParameterGroup
 
@@ -23,7 +36,7 @@ def network(dtype=torch.float32):
 
 
 def cross_entropy(model, batch):
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+    return functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
 class Case:
@@ -79,7 +92,6 @@ class Fault:
 
 
 FIRST_ORDER = ("gradient_product", "tracin", "window_ablation", "leave_out")
-WITHOUT_WINDOW = ("gamma",)
 
 
 def bad_sample(case: Case) -> None:
@@ -88,10 +100,13 @@ def bad_sample(case: Case) -> None:
     case.settings["train"] = (x, case.y)
 
 
-def bad_query(case: Case) -> None:
-    x = case.x.clone()
-    x[7, 1] = float("inf")
-    case.settings["queries"] = {"good": (case.x, case.y), "val": (x, case.y)}
+def bad_query(value: float) -> Callable[[Case], None]:
+    def plant(case: Case) -> None:
+        x = case.x.clone()
+        x[7, 1] = value
+        case.settings["queries"] = {"good": (case.x, case.y), "val": (x, case.y)}
+
+    return plant
 
 
 def loss_is(loss: Callable[..., Any]) -> Callable[[Case], None]:
@@ -118,11 +133,11 @@ def optimizer_is(optimizer: Optimizer | None) -> Callable[[Case], None]:
 
 def square(model, batch):
     """Predictions (B, 1) against targets (B,)."""
-    return F.mse_loss(model(batch[0])[:, :1], batch[1].to(batch[0].dtype), reduction="none")
+    return functional.mse_loss(model(batch[0])[:, :1], batch[1].to(batch[0].dtype), reduction="none")
 
 
 def with_dropout(model, batch):
-    return F.cross_entropy(F.dropout(model(batch[0]), 0.5, training=True), batch[1], reduction="none")
+    return functional.cross_entropy(functional.dropout(model(batch[0]), 0.5, training=True), batch[1], reduction="none")
 
 
 def by_the_batch(model, batch):
@@ -142,141 +157,13 @@ def another_model(case: Case) -> None:
 
 def a_stranger(case: Case) -> None:
     extra = torch.ones(3, dtype=case.x.dtype, requires_grad=True)
-    case.loss = lambda model, batch: F.cross_entropy(model(batch[0]) * extra, batch[1], reduction="none")
-
-
-class InAList(nn.Module):
-    """Parameters in a plain list, which are not registered."""
-
-    def __init__(self, dtype):
-        super().__init__()
-        self.weights = [nn.Parameter(torch.randn(3, 3, dtype=dtype))]
-        self.head = nn.Linear(3, 3)
-
-    def forward(self, x):
-        return self.head(torch.tanh(x @ self.weights[0]))
-
-
-class InATuple(nn.Module):
-    """A registered parameter that is used through a second place that nobody knows of."""
-
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Linear(3, 3)
-        self.kept = (self.head.weight,)
-
-    def forward(self, x):
-        return F.linear(x, self.kept[0], self.head.bias)
-
-
-class Counting(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Linear(3, 3)
-        self.register_buffer("seen", torch.zeros(()))
-
-    def forward(self, x):
-        self.seen += len(x)
-        return self.head(x)
-
-
-class Locked(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Linear(3, 3)
-        self.lock = threading.Lock()
-
-    def forward(self, x):
-        return self.head(x)
-
-
-class Recomputed(nn.Module):
-    def __init__(self, reentrant):
-        super().__init__()
-        self.body, self.head, self.reentrant = nn.Linear(3, 3), nn.Linear(3, 3), reentrant
-
-    def forward(self, x):
-        x = x.detach().requires_grad_() if self.reentrant and torch.is_grad_enabled() else x
-        return self.head(torch.tanh(recomputed(self.body, x, use_reentrant=self.reentrant)))
-
-
-class Once(torch.autograd.Function):
-    """A square whose backward pass cannot be differentiated."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return 2 * ctx.saved_tensors[0] * grad
-
-
-class Detached(torch.autograd.Function):
-    """A square whose backward pass detaches what it gets, so that its derivative is 0 without a word."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    def backward(ctx, grad):
-        return 2 * ctx.saved_tensors[0].detach() * grad.detach()
-
-
-class Apply(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.body, self.head, self.function = nn.Linear(3, 3), nn.Linear(3, 3), function
-
-    def forward(self, x):
-        return self.head(self.function.apply(self.body(x)))
-
-
-class Complex(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.head, self.phase = nn.Linear(3, 3), nn.Parameter(torch.ones((), dtype=torch.complex64))
-
-    def forward(self, x):
-        return self.head(x) * self.phase.abs().to(x.dtype)
+    case.loss = lambda model, batch: functional.cross_entropy(model(batch[0]) * extra, batch[1], reduction="none")
 
 
 def words(case: Case, **settings: Any) -> None:
     case.use(nn.Sequential(nn.Embedding(5, 3, **settings), nn.Linear(3, 3)))
     ids = torch.arange(N) % 5
     case.settings |= {"train": (ids, case.y), "queries": {"val": (ids, case.y)}}
-
-
-class Noisy(Dataset):
-    """Random augmentation, of all but the first samples."""
-
-    def __init__(self, x, y, first):
-        self.x, self.y, self.first = x, y, first
-
-    def __len__(self):
-        return len(self.x)
-
-    def __getitem__(self, i):
-        return self.x[i] + 0.1 * torch.randn(3).to(self.x) * (i >= self.first), self.y[i]
-
-
-class Broken(Dataset):
-    def __len__(self):
-        return N
-
-    def __getitem__(self, i):
-        if i == N - 1:
-            raise OSError("no such image")
-        return torch.zeros(3), 0
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter([(torch.zeros(3), 0)])
 
 
 def in_train_mode(*layers: nn.Module) -> Callable[[Case], None]:
@@ -311,15 +198,6 @@ def of_a_wider_type(case: Case) -> None:
 
 
 def untied(case: Case) -> None:
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first = nn.Linear(3, 3, bias=False)
-            self.second = self.first
-
-        def forward(self, x):
-            return self.second(torch.tanh(self.first(x)))
-
     case.use(Tied())
     weight = case.model.state_dict()["first.weight"]
     case.params = {"first.weight": weight, "second.weight": weight + 1}
@@ -356,7 +234,7 @@ def beyond_the_data(case: Case) -> None:
     case.order = lambda _step: torch.arange(N) + 1
 
 
-def negative_moment_names(case: Case) -> None:
+def without_moments(case: Case) -> None:
     case.optimizer = Optimizer("adam", 0.1, batch_size=0)
 
 
@@ -368,18 +246,23 @@ def of_nothing(case: Case) -> None:
     case.optimizer = replace(case.optimizer, groups=(ParameterGroup(("9.weight",), 0.1),))
 
 
-REPLAYS = ("window_ablation", "leave_out", "unrolled_influence")
 AT_THE_CHECKPOINT = ("gradient_product", "damped_influence", "sample_block", "tracin")
 
 FAULTS: dict[str, Fault] = {
     "NaN in a training sample": Fault(bad_sample, "train: the loss of sample 6 is not finite"),
-    "infinity in a query": Fault(bad_query, r"queries\['val'\]: the loss of sample 7 is not finite"),
+    "NaN in a query": Fault(bad_query(float("nan")), r"queries\['val'\]: the loss of sample 7 is not finite"),
+    # The loss of saturated units is finite, and all that needs no gradient of it is right.
+    "infinity in a query": Fault(
+        bad_query(float("inf")),
+        r"queries\['val'\]: the loss of sample 7 is finite, but its gradient is not",
+        ("sample_block", "window_ablation", "leave_out"),
+    ),
     "mean loss": Fault(loss_is(lambda m, b: cross_entropy(m, b).mean()), "reduction='none'"),
     "sum over the batch": Fault(loss_is(lambda m, b: cross_entropy(m, b).sum()[None]), "one loss per sample"),
     "every prediction against every target": Fault(loss_is(square), "depends on the rest of its batch"),
     "dropout in the loss": Fault(loss_is(with_dropout), "dropout"),
     "divided by the batch's mean": Fault(loss_is(by_the_batch), "depends on the rest of its batch"),
-    "statistics of the batch": Fault(a_normalised_batch, "depends on the rest of its batch"),
+    "statistics of the batch": Fault(a_normalised_batch, "train: .* more than 1 value per channel"),
     "dropout in train mode": Fault(in_train_mode(nn.Dropout(0.1)), r"train mode and contains Dropout \(1\)"),
     "BatchNorm in train mode": Fault(in_train_mode(nn.BatchNorm1d(4)), r"train mode and contains BatchNorm1d \(1\)"),
     "loss without gradient": Fault(loss_is(without_gradient), "does not depend on any parameter"),
@@ -393,7 +276,7 @@ FAULTS: dict[str, Fault] = {
     "activations recomputed, old way": Fault(model_is(lambda: Recomputed(True)), "activation checkpointing|the loss"),
     "backward once": Fault(model_is(lambda: Apply(Once)), "twice differentiated|second derivative", FIRST_ORDER),
     "backward detaches": Fault(model_is(lambda: Apply(Detached)), "second derivatives", FIRST_ORDER),
-    "complex parameter": Fault(model_is(Complex), "'phase' is torch.complex64"),
+    "complex parameter": Fault(lambda c: setattr(c, "model", Complex().eval()), "'phase' is torch.complex64"),
     "max_norm": Fault(lambda c: words(c, max_norm=1.0), r"Embedding \(0\) has max_norm"),
     "TorchScript": Fault(lambda c: setattr(c, "model", torch.jit.script(c.model)), "is TorchScript"),
     "lazy layer": Fault(
@@ -431,7 +314,7 @@ FAULTS: dict[str, Fault] = {
         optimizer_is(Optimizer("sgd", 0.0, batch_size=0)), "learning rate at step 3 is 0", ("tracin",)
     ),
     "no optimizer": Fault(optimizer_is(None), "no record of its optimiser|does not say which optimizer"),
-    "Adam without moments": Fault(negative_moment_names, "no (second|first) moment|moments of Adam|with adam"),
+    "Adam without moments": Fault(without_moments, "no (second|first) moment|moments of Adam|with adam"),
     "optimizer of other parameters": Fault(of_nothing, "no parameter moves"),
     "batches of another size": Fault(other_batches, "trained with 4 per update", AT_THE_CHECKPOINT),
     "batches beyond the data": Fault(beyond_the_data, "names sample 10", AT_THE_CHECKPOINT),

@@ -57,7 +57,7 @@ def choice(seed: int, network: str) -> Choice:
     names = sorted(set(CRITERIA) - (set() if kind.per_token else {"summed"}))
     criterion = draw.choice(names)
     forms = sorted(set(FORMS) - (set() if kind.per_token and criterion != "summed" else {"ragged"}))
-    form = draw.choice(forms)
+    form = "ragged" if "ragged" in forms and draw.random() < 0.3 else draw.choice(forms)
     rule = draw.choice(sorted(RULES)) if kind.dense else "SGD"
     weighted = form == "ragged" or draw.random() < 0.4
     n = draw.randint(6, 8)

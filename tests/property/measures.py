@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 """Outputs ``(..., outputs)`` and targets to losses ``(...)``."""
 
 
 def cross_entropy(outputs: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(outputs.movedim(-1, 1), y, reduction="none")
+    return functional.cross_entropy(outputs.movedim(-1, 1), y, reduction="none")
 
 
 def smoothed(outputs: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(outputs.movedim(-1, 1), y, reduction="none", label_smoothing=0.2)
+    return functional.cross_entropy(outputs.movedim(-1, 1), y, reduction="none", label_smoothing=0.2)
 
 
 def squares(outputs: Tensor, y: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def squares(outputs: Tensor, y: Tensor) -> Tensor:
 
 
 def binary(outputs: Tensor, y: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(outputs, y.to(outputs.dtype), reduction="none").mean(-1)
+    return functional.binary_cross_entropy_with_logits(outputs, y.to(outputs.dtype), reduction="none").mean(-1)
 
 
 def huber(outputs: Tensor, y: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from broken import Apply, Detached, Once
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 WORDS = 6
@@ -151,9 +152,20 @@ def encoder_layer():
 def scaled_attention():
     def forward(m, x):
         q, k, v = m.project(x).chunk(3, -1)
-        return m.head(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        return m.head(functional.scaled_dot_product_attention(q, k, v, is_causal=True))
 
     return Through(forward, project=nn.Linear(2, 6), head=nn.Linear(2, 3))
+
+
+def remembering():
+    """Keeps its activations, as people do who look at them."""
+
+    def forward(m, x):
+        m.seen = {"hidden": m.body(x)}
+        m.last = torch.tanh(m.seen["hidden"])
+        return m.head(m.last)
+
+    return Through(forward, body=nn.Linear(3, 4), head=nn.Linear(4, 3))
 
 
 def positions():
@@ -285,6 +297,9 @@ NETWORKS: dict[str, Network] = {
     "detached scale": Network(detached_scale, curved=False),
     "scale under no_grad": Network(no_grad_scale, curved=False),
     "straight-through": Network(straight_through, curved=False),
+    "backward once": Network(lambda: Apply(Once), curved=False),
+    "backward detaches": Network(lambda: Apply(Detached), curved=False),
+    "keeps activations": Network(remembering),
     "never used": Network(
         lambda: Through(lambda m, x: m.head(x), head=nn.Linear(3, 3), pooler=nn.Linear(3, 2)), linear=True
     ),

@@ -87,11 +87,14 @@ class Training:
     def copied(self, double: bool = True) -> Training:
         """The same moment in another model, from which training can go on, in float64 or as it is."""
         fresh = (lambda: self.fresh().double()) if double else self.fresh
-        twin = Training(fresh, self.rule, self.batch_of, self.objective, self.order)
-        twin.model.load_state_dict(self.model.state_dict())
-        twin.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
-        twin.step = self.step
-        return twin
+        return Training(fresh, self.rule, self.batch_of, self.objective, self.order).at(self)
+
+    def at(self, other: Training) -> Training:
+        """Go to the moment of another training."""
+        self.model.load_state_dict(other.model.state_dict())
+        self.optimizer.load_state_dict(copy.deepcopy(other.optimizer.state_dict()))
+        self.step = other.step
+        return self
 
     def run(self, updates: int, beta: Tensor | None = None) -> Training:
         """Make some updates with ``beta (n,)`` as weights of the samples."""
