@@ -5,11 +5,11 @@ import warnings
 
 import pytest
 import torch
-import zoo
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint as recomputed
 
+import zoo
 from stagewise.check import check
 from stagewise.checkpoint import Checkpoint
 from stagewise.task import Task

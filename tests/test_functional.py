@@ -388,7 +388,7 @@ def test_a_product_of_weights_that_is_computed_once_is_computed_again_for_other_
     task = task_of(model)
     for scale in (1.0, 2.0, -1.0):
         params = {name: scale * tensor for name, tensor in task.state().items()}
-        expected = cross_entropy(made(lambda: scaled(computes_a_product_once(), scale)), vectors())
+        expected = cross_entropy(made(lambda scale=scale: scaled(computes_a_product_once(), scale)), vectors())
         torch.testing.assert_close(task.losses(params, vectors()), expected.detach(), check_dtype=False)
     check(task, Checkpoint(0, task.state()), curvature=True)
     assert model.product is None
@@ -428,7 +428,7 @@ def scripted(kind):
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_torchscript_is_refused_with_the_way_out_also_inside_of_a_model(kind, wrapped):
     model = nn.Sequential(scripted(kind), nn.Linear(3, 3)) if wrapped else scripted(kind)
-    with pytest.raises(ValueError, match="TorchScript.*build the Task with the Python module"):
+    with pytest.raises(ValueError, match=r"TorchScript.*build the Task with the Python module"):
         task_of(model)
 
 
@@ -481,7 +481,7 @@ class Locked(nn.Linear):
 
 
 def test_a_model_that_cannot_be_copied_is_refused_and_not_used_in_place():
-    with pytest.raises(ValueError, match="cannot be copied.*never touched.*__deepcopy__"):
+    with pytest.raises(ValueError, match=r"cannot be copied.*never touched.*__deepcopy__"):
         task_of(Locked(4, 3))
 
 

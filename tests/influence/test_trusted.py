@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import xarray as xr
 from synthetic_traces import losses, tree
