@@ -100,7 +100,7 @@ def localisation_table(config: RunConfig) -> None:
     predicted = damped_influence(own, trajectory, posterior, curvature="exact", steps=steps)
     optimizer = trajectory.load(steps[0]).optimizer
     order = batch_order(optimizer.batch_size)
-    measured = window_ablation(own, trajectory, window=LONG_WINDOW, steps=steps, orders=2, order=order)
+    measured = window_ablation(own, trajectory, window=LONG_WINDOW, steps=steps, repeats=2, order=order)
     table = Table(
         "step", "ratio", "localised", "exact damped: r off / all", "slope off/all", title=f"{config.title}, W = 100"
     )

@@ -16,17 +16,23 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from timing import seconds
-from torch.func import grad
 
 from stagewise.checkpoints.trajectory import Trajectory
+from stagewise.evaluate import differentiable, gradient
 from stagewise.sampling.chains import SAMPLERS, Chains, sample_block, tune
-from stagewise.sampling.gradient import potential_gradient
+from stagewise.sampling.gradient import batch_loss, potential_gradient
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior
 from stagewise.studies.digits.training import record, task
 from stagewise.traces.diagnostics import diagnose
 
 CHAINS, STEP, BATCH = 32, 240, 256
 console = Console(width=110)
+
+
+def one_gradient(density: LocalDensity, u: torch.Tensor, batch: object) -> torch.Tensor:
+    """The gradient of one model: the floor."""
+    with differentiable(u) as leaf:
+        return gradient(batch_loss(density)(leaf, batch), leaf)
 
 
 def gradients(density: LocalDensity) -> None:
@@ -37,7 +43,7 @@ def gradients(density: LocalDensity) -> None:
     )
     for name, size in (("full batch", None), (f"minibatch of {BATCH}", BATCH)):
         batch = train.batch(slice(0, size or len(train)))
-        floor = CHAINS * seconds(lambda batch=batch: grad(density.mean_loss)(origin, batch))
+        floor = CHAINS * seconds(lambda batch=batch: one_gradient(density, origin, batch))
         table.add_row(f"{name}: floor, one model x {CHAINS}", f"{floor:.4f}", "1")
         for batching, variate in (("stacked", True), ("loop", True), ("stacked", False)):
             if size is None and not variate:
@@ -54,11 +60,11 @@ def samplers(density: LocalDensity, trajectory: Trajectory) -> None:
         "sampler", "steps per draw", "burn-in", "effective draws", "per 1000 gradients", title="at their own tuning"
     )
     for name in SAMPLERS:
-        plan = Chains(sampler=name, chains=16, draws=40, batching="stacked", reflect=False)
-        tuning = tune(density, plan)
-        tree = sample_block(density.task, trajectory.load(STEP), density.posterior, plan)
+        sampling = Chains(sampler=name, chains=16, draws=40, batching="stacked", reflect=False)
+        tuning = tune(density, sampling)
+        tree = sample_block(density.task, trajectory.load(STEP), density.posterior, sampling)
         effective = float(diagnose(tree)["ess_bulk"])
-        spent = plan.chains * (tuning.burn_in + plan.draws * tuning.thinning)
+        spent = sampling.chains * (tuning.burn_in + sampling.draws * tuning.thinning)
         row = (str(tuning.thinning), str(tuning.burn_in), f"{effective:.0f}", f"{1000 * effective / spent:.1f}")
         table.add_row(name, *row)
     console.print(table)
