@@ -32,7 +32,6 @@ class PureModel:
     Attributes:
         module: modules of our own, which share the user's parameters and hold copies of the buffers.
         state: parameters and buffers by name, as the user handed them in, tied ones once.
-        trainable: the parameters that require a gradient.
         persistent: names in the model's ``state_dict``, tied ones once.
         canonical: every name a tensor has (tied weights have several) to the one used here.
         leftovers: attributes in which an earlier forward pass of the user's left something; NaN here.
@@ -62,7 +61,6 @@ class PureModel:
         for holder, key, tensor in _holders(self.module):
             if id(tensor) in names:
                 self._places.setdefault(names[id(tensor)], []).append((holder, key))
-        self.trainable = {name: t for name, t in self.module.named_parameters() if t.requires_grad}
         self.padding = {
             names[id(module.weight)]: module.padding_idx
             for module in self.module.modules()
@@ -70,6 +68,11 @@ class PureModel:
         }
         kept = self.module.state_dict(keep_vars=True)
         self.persistent = {self.canonical[name] for name in kept if name in self.canonical}
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that require a gradient, by name."""
+        return {name: tensor for name, tensor in self.module.named_parameters() if tensor.requires_grad}
 
     @contextmanager
     def holding(self, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:

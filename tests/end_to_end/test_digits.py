@@ -29,7 +29,7 @@ def study(tmp_path_factory):
         batching="stacked",
     )
     influence = bif(traces, train_groups=digits.train_groups, query_groups=digits.query_groups)
-    measured = window_ablation(digits, trajectory, window=30, steps=LATER, orders=2, order=batch_order(64))
+    measured = window_ablation(digits, trajectory, window=30, steps=LATER, repeats=2, order=batch_order(64))
     return digits, trajectory, influence, measured
 
 

@@ -111,7 +111,7 @@ def test_item_shown_three_times_is_an_item_of_weight_three():
     steps = [100, 200, 400]
     weighted = retrain(once.task, once.start, [Schedule.whole_run([cat], 3.0)], once.order, steps)
     measured = [item_losses(repeated, step) for step in steps]
-    np.testing.assert_allclose(measured, weighted.sel(run=0, query=ITEMS.names).values, rtol=1e-9)
+    np.testing.assert_allclose(measured, weighted.sel(replay=0, query=ITEMS.names).values, rtol=1e-9)
     assert not np.allclose(measured, [item_losses(once, step) for step in steps], rtol=0.01)
 
 
@@ -187,7 +187,7 @@ def test_run_goes_on_from_its_checkpoints_as_if_it_had_not_stopped(name, rate):
     run = trained(ITEMS, 240, [0, 100, 200], name, rate)
     for step in (0, 100, 200):
         later = [step + 1, step + 40]
-        losses = retrain(run.task, run.trajectory.load(step), [Schedule()], run.order, later).sel(run=0)
+        losses = retrain(run.task, run.trajectory.load(step), [Schedule()], run.order, later).sel(replay=0)
         expected = [item_losses(run, at) for at in later]
         np.testing.assert_allclose(losses.sel(query=ITEMS.names).values, expected, rtol=1e-9)
 

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
+from stagewise.checkpoint import Checkpoint
 from stagewise.retraining.schedule import BatchOrder, Schedule
+from stagewise.retraining.start import start_at
 from stagewise.retraining.training import train
-from stagewise.retraining.updates import TrainingState
 from stagewise.studies.hierarchy.network import FIRST, SECOND, optimizer, task
 from stagewise.studies.hierarchy.theory import kernels, response
 from stagewise.studies.hierarchy.theory.modes import Modes, aligned_strengths, half_rise, item_losses, mixed_strengths
 from stagewise.studies.hierarchy.theory.removal import leave_one_out, subset_losses
 from stagewise.studies.hierarchy.theory.tree import KINGDOMS, LOPSIDED, Concept, Items
-from stagewise.vector import ParameterVector
 
 RATE, STEPS = 0.01, 700
 TIMES = RATE * np.arange(STEPS + 1)
@@ -22,13 +22,10 @@ ITEMS = Items.of(KINGDOMS)
 def trained(items, schedules, **settings):
     """Layers of every run at every step, ``(step, run, ...)``."""
     network, rule = task(items, **settings), optimizer(items, "sgd", RATE)
-    vector = ParameterVector.of(network)
-    params = vector.flatten(network.state()).repeat(len(schedules), 1)
-    state, steps = TrainingState(params, torch.zeros_like(params), torch.zeros_like(params)), [params]
-    train(
-        network, vector, state, rule, schedules, BatchOrder(len(items.shown)), range(STEPS),
-        lambda _, now: steps.append(now.params),
-    )  # fmt: skip
+    start = start_at(network, Checkpoint(0, network.state(), rule))
+    vector, state = start.point.vector, start.state(len(schedules))
+    steps = [state.params]
+    train(start, state, schedules, BatchOrder(len(items.shown)), range(STEPS), lambda _, now: steps.append(now.params))
     named = vector.unflatten(torch.stack(steps).detach())
     return named[FIRST].numpy(), named[SECOND].numpy()
 

@@ -1,8 +1,7 @@
 """Damped influence functions:  -(1/n) grad l_j^T (H + damping P^-1)^-1 grad l_i,  damping = gamma / n_beta.
 
 With ``window=W`` the damping is 1 / (learning_rate * W) in the optimiser's metric, and this is the first-order
-effect of re-weighting sample i during W steps. One linear solve per query, then one forward-mode pass over the
-training data.
+effect of re-weighting sample i during W steps. One linear solve per query, then one pass over the candidates.
 """
 
 from __future__ import annotations
