@@ -5,11 +5,15 @@ from torch import nn
 
 import stagewise
 from stagewise.dynamics.events import Event
+<<<<<<< HEAD
 from stagewise.groups import Groups, query_groups, same_label, train_groups
+=======
+from stagewise.groups import TRAIN, Groups, query_groups, same_label, train_groups, words
+>>>>>>> refs/heads/tests
 from stagewise.task import Task
 
 
-def task(n=6, queries=("val",), train_groups=None, query_groups=None):
+def task(n=6, queries=("val",), train_groups=None, query_groups=None, **more):
     sets = {name: torch.zeros(4, 1) for name in queries}
     return Task(
         nn.Linear(1, 1),
@@ -18,6 +22,7 @@ def task(n=6, queries=("val",), train_groups=None, query_groups=None):
         queries=sets,
         train_groups=train_groups,
         query_groups=query_groups,
+        **more,
     )
 
 
@@ -70,7 +75,7 @@ def test_large_unlabelled_sets_are_refused_with_the_remedy():
 
 @pytest.mark.parametrize("labels", [["a"] * 5, [["a", "b"]] * 6])
 def test_labels_that_are_not_one_per_sample_are_refused(labels):
-    with pytest.raises(ValueError, match="one label for each of 6"):
+    with pytest.raises(ValueError, match="expected one label for each"):
         train_groups(task(), labels)
 
 
@@ -80,6 +85,35 @@ def test_two_query_groups_of_one_name_are_refused():
         query_groups(clash)
 
 
+<<<<<<< HEAD
+=======
+def test_the_mean_is_weighted_within_each_group_and_never_divides_by_nothing():
+    groups = Groups.of_labels(list("aabb"), "val")
+    losses = {"val": torch.tensor([[1.0, 4.0, 7.0, 9.0]], dtype=torch.float64)}
+    weighted = groups.mean(losses, {"val": torch.tensor([2.0, 1.0, 0.0, 0.0])})
+    np.testing.assert_allclose(weighted, [[2.0, 0.0]])
+    np.testing.assert_allclose(groups.mean(losses), [[2.5, 8.0]])
+
+
+def test_groups_of_candidates_are_of_the_training_sets_own_indices_and_leave_the_others_out():
+    some = task(n=100, train_groups=list("ab") * 50, candidates=[3, 8, 9])
+    groups = train_groups(some)
+    assert groups.labels == ("a", "b")
+    assert [index.tolist() for index in groups.indices] == [[8], [3, 9]]
+    assert groups.datasets == (TRAIN, TRAIN)
+    single = train_groups(task(n=100, candidates=[3, 8, 9]))
+    assert single.labels == ("3", "8", "9")
+    assert [index.tolist() for index in single.indices] == [[3], [8], [9]]
+
+
+def test_labels_pass_through_text_one_by_one():
+    assert words([1, 2.5, "x", True, None]).tolist() == ["1", "2.5", "x", "True", "None"]
+    assert words(np.array([1, 2])).tolist() == words(torch.tensor([1, 2])).tolist() == ["1", "2"]
+    assert words([np.int64(1), torch.tensor(1), 1]).tolist() == ["1"] * 3
+    assert train_groups(task(), [1, 1.0, "1", 2, 2, 2]).labels == ("1", "2", "1.0")
+
+
+>>>>>>> refs/heads/tests
 def test_a_query_label_is_that_of_a_train_group_in_one_query_set_as_in_several():
     of_train = train_groups(task(train_groups=list("aabbcc"))).labels
     labels = {"v": list("abab"), "w": list("cada")}

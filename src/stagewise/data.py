@@ -12,6 +12,7 @@ The rules, in the order in which they are tried:
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cached_property
@@ -32,6 +33,8 @@ Collate = Callable[[list[Any]], Batch]
 """A list of samples to one batch, as ``DataLoader(collate_fn=)`` takes it."""
 
 _HASHED_TOGETHER = 1024
+_ADDRESS = re.compile(r"\b0x[0-9a-fA-F]+")
+_DEEPEST = 3
 
 
 class Samples:
@@ -56,7 +59,7 @@ class Samples:
         self._rows: Tensor | None = None
         columns = _as_columns(data)
         self._columns = None if columns is None or collate is not None else columns
-        items = _as_items(data, columns, name)
+        items = _as_items(data, columns, name, ragged=collate is not None)
         self._items: Any = items
         self._length = len(items)
         if self._length == 0:
@@ -214,20 +217,28 @@ def _as_columns(data: Any) -> Any | None:
     return columns if _all_tensors(columns) else None
 
 
-def _as_items(data: Any, columns: Any | None, name: str) -> Any:
-    """The data as something that is indexed by sample."""
+def _as_items(data: Any, columns: Any | None, name: str, ragged: bool) -> Any:
+    """The data as something that is indexed by sample; ``ragged`` ones may be of unequal length."""
     if columns is not None:
         lengths = sorted({len(leaf) if leaf.ndim else 0 for leaf in tree_flatten(columns)[0]})
+        if len(lengths) != 1 and ragged and isinstance(data, list):
+            return data
         if len(lengths) != 1:
             raise ValueError(
                 f"{name}: tensors disagree on the number of samples, got first axes of {lengths}; every tensor must "
-                "have one row per sample. A list of samples is a list of tuples or dicts"
+                "have one row per sample. A list of samples is a list of tuples or dicts, and of unequal length they "
+                "need Task(collate=...)"
             )
         return _Rows(columns, lengths[0])
     if isinstance(data, DataLoader | IterableDataset):
         raise ValueError(
             f"{name}: got {type(data).__name__}, which cannot be asked for sample i; pass a map-style dataset "
             "(of a DataLoader its .dataset, and its collate_fn as Task(collate=...))"
+        )
+    if hasattr(data, "columns") and hasattr(data, "to_numpy"):
+        raise ValueError(
+            f"{name}: got {type(data).__name__}, whose rows are no samples; pass its columns as arrays, "
+            "{'x': frame['x'].to_numpy(), ...}"
         )
     parts = list(data.values()) if isinstance(data, Mapping) else data
     if isinstance(parts, list | tuple) and parts and _are_columns(data, parts):
@@ -260,7 +271,7 @@ def _tensor(array: np.ndarray[Any, Any]) -> Any:
     return torch.from_numpy(np.ascontiguousarray(array)) if array.dtype.kind in "biufc" else array
 
 
-def _content(batch: Batch) -> bytes:
+def _content(batch: Batch, depth: int = 0) -> bytes:
     """What decides a batch, without addresses."""
     digest = hashlib.sha256()
     for path, leaf in leaves(batch):
@@ -269,11 +280,22 @@ def _content(batch: Batch) -> bytes:
             leaf = torch.from_numpy(np.ascontiguousarray(leaf))
         if isinstance(leaf, Tensor):
             digest.update(tensor_bytes(leaf))
-        elif isinstance(leaf, str | bytes | int | float | complex | bool | np.generic | None):
-            digest.update(repr(leaf).encode())
         else:
-            digest.update(f"{type(leaf).__module__}.{type(leaf).__qualname__}".encode())
+            digest.update(_words(leaf).encode(errors="surrogatepass"))
+            if depth < _DEEPEST and getattr(leaf, "__dict__", None) and not isinstance(leaf, type):
+                digest.update(_content(vars(leaf), depth + 1))
     return digest.digest()
+
+
+def _words(leaf: Any) -> str:
+    """What is no tensor, as text."""
+    if isinstance(leaf, set | frozenset):
+        return repr(sorted(map(_words, leaf)))
+    if isinstance(leaf, np.ndarray):
+        return repr([_words(entry) for entry in leaf.ravel().tolist()])
+    if callable(getattr(leaf, "tobytes", None)) and not isinstance(leaf, np.generic):
+        return hashlib.sha256(leaf.tobytes()).hexdigest()  # an image
+    return _ADDRESS.sub("", repr(leaf))
 
 
 def _described(leaf: Any) -> str:

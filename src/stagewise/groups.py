@@ -147,7 +147,13 @@ def _query_set_groups(task: Task, name: str) -> Groups:
 
 
 def words(labels: Labels) -> NDArray[np.str_]:
-    """Labels as text, each on its own: in an array of its kind 1 beside 2.5 would become "1.0"."""
+    """Labels as text, each on its own: in an array of its kind 1 beside 2.5 would become "1.0".
+
+    Raises:
+        ValueError: some are several labels.
+    """
+    if several := [label for label in labels if isinstance(label, list | tuple | np.ndarray) or np.ndim(label) > 0]:
+        raise ValueError(f"groups: expected one label for each sample, got {several[0]} for one")
     plain = [label.item() if isinstance(label, Tensor | np.generic) else label for label in labels]
     return np.asarray([str(label) for label in plain], dtype=np.str_)
 
