@@ -5,11 +5,7 @@ from torch import nn
 
 import stagewise
 from stagewise.dynamics.events import Event
-<<<<<<< HEAD
-from stagewise.groups import Groups, query_groups, same_label, train_groups
-=======
 from stagewise.groups import TRAIN, Groups, query_groups, same_label, train_groups, words
->>>>>>> refs/heads/tests
 from stagewise.task import Task
 
 
@@ -85,8 +81,6 @@ def test_two_query_groups_of_one_name_are_refused():
         query_groups(clash)
 
 
-<<<<<<< HEAD
-=======
 def test_the_mean_is_weighted_within_each_group_and_never_divides_by_nothing():
     groups = Groups.of_labels(list("aabb"), "val")
     losses = {"val": torch.tensor([[1.0, 4.0, 7.0, 9.0]], dtype=torch.float64)}
@@ -113,7 +107,6 @@ def test_labels_pass_through_text_one_by_one():
     assert train_groups(task(), [1, 1.0, "1", 2, 2, 2]).labels == ("1", "2", "1.0")
 
 
->>>>>>> refs/heads/tests
 def test_a_query_label_is_that_of_a_train_group_in_one_query_set_as_in_several():
     of_train = train_groups(task(train_groups=list("aabbcc"))).labels
     labels = {"v": list("abab"), "w": list("cada")}
