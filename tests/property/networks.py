@@ -301,7 +301,7 @@ NETWORKS: dict[str, Network] = {
     "backward detaches": Network(lambda: Apply(Detached), curved=False),
     "keeps activations": Network(remembering),
     "never used": Network(
-        lambda: Through(lambda m, x: m.head(x), head=nn.Linear(3, 3), pooler=nn.Linear(3, 2)), linear=True
+        lambda: Through(lambda m, x: m.head(x), pooler=nn.Linear(3, 2), head=nn.Linear(3, 3)), linear=True
     ),
     "temperature": Network(temperature(torch.float32)),
     "one float64 parameter": Network(temperature(torch.float64)),

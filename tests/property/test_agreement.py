@@ -113,7 +113,8 @@ def outcome(p: Problem, question: str, ask: Callable[[], np.ndarray], know: Call
     exact = p.network.dtype == torch.float64
     share, rounding = (1e-6, 1e-10) if exact else (2e-3, 2e-6)
     if question == "unrolled_influence":
-        share, rounding = max(share, 1e-3), max(rounding, 1e-8)  # finite differences
+        # Finite differences; and Adam divides by small gradients, which magnifies the rounding of float32.
+        share, rounding = (1e-3, 1e-8) if exact else (5e-3, rounding)
     if got.shape != want.shape or not np.abs(got - want).max() <= share * np.abs(want).max() + rounding:
         return f"got {got.tolist()}, expected {want.tolist()}"
     return "number"
