@@ -36,6 +36,7 @@ class PureModel:
         canonical: every name a tensor has (tied weights have several) to the one used here.
         leftovers: attributes in which an earlier forward pass of the user's left something; NaN here.
         padding: rows of embeddings that have no gradient by their definition (``padding_idx``), by parameter name.
+        still: those of them that have none by another layer either (a head tied to the embedding).
 
     Raises:
         ValueError: the model is TorchScript, has lazy parameters, or cannot be copied.
@@ -66,6 +67,7 @@ class PureModel:
             for module in self.module.modules()
             if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None
         }
+        self.still = {name: row for name, row in self.padding.items() if len(self._places[name]) == 1}
         kept = self.module.state_dict(keep_vars=True)
         self.persistent = {self.canonical[name] for name in kept if name in self.canonical}
 

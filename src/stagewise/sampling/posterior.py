@@ -100,6 +100,7 @@ class LocalPosterior:
         rates = relative_rates(point.vector, optimizer) if optimizer and self.window else None
         if rates is not None:
             scale = scale * rates.sqrt().to(anchor)
+        scale = scale * _moving(point, anchor)
         if not (scale > 0).any():
             raise ValueError(
                 f"at step {checkpoint.step} no parameter moves: no training sample has a gradient there, or every "
@@ -133,6 +134,15 @@ class LocalPosterior:
                 "data could change; look at a later step"
             )
         return n_beta / (window_reach(self.window, optimizer) * clip_factor(point, optimizer))
+
+
+def _moving(point: Point, anchor: Tensor) -> Tensor:
+    """1 along parameters that have a gradient, 0 along the rows of embeddings that have none by definition."""
+    ones = {name: torch.ones(shape) for name, shape in zip(point.vector.names, point.vector.shapes, strict=True)}
+    for name, row in point.task.pure.still.items():
+        if name in ones:
+            ones[name][row] = 0.0
+    return point.vector.flatten(ones, like=anchor)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
