@@ -195,7 +195,10 @@ def _explained(error: Exception) -> str | None:
         return f"a worker process was killed, most likely because memory ran out. {_LESS_MEMORY}"
     if place := place_in_task_file(error):
         return f"{place}: {in_one_line(error)}"
-    return str(error) if isinstance(error, ValueError | OSError | RunLockedError) else None
+    if not isinstance(error, ValueError | OSError | RunLockedError):
+        return None
+    place = place_in_task_file(error.__cause__) if error.__cause__ else None  # e.g. of a loss that cannot be evaluated
+    return f"{place}: {error}" if place else str(error)
 
 
 if __name__ == "__main__":

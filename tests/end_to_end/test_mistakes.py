@@ -97,8 +97,8 @@ def bad_function(): raise KeyError("split")
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("bad_data", r"IndexError.*list index out of range"),
-        ("bad_loss", r"mine\.py:6: RuntimeError: "),
+        ("bad_data", r"mine\.py:5: .*IndexError.*list index out of range"),
+        ("bad_loss", r"mine\.py:6: .*RuntimeError: "),
         ("bad_function", r"^task: .*mine\.py:17: KeyError: 'split'$"),
         ("absent", "no function 'absent'"),
     ],
