@@ -4,6 +4,7 @@ from synthetic_traces import losses, tree
 
 import stagewise
 from stagewise.influence.bif import NoTrustedCheckpointError, bif
+from stagewise.influence.llc import llc
 from stagewise.influence.trusted import TracesInMemory
 from stagewise.traces.store import Cell, TraceStore
 
@@ -26,3 +27,10 @@ def test_the_error_of_no_trusted_checkpoint_is_found_where_it_is_raised_from():
     with pytest.raises(NoTrustedCheckpointError, match="The store is empty"):
         bif(TracesInMemory({}))
     assert stagewise.TracesInMemory is TracesInMemory
+
+
+def test_a_run_folder_is_read_by_its_path(tmp_path):
+    store = TraceStore.open(tmp_path / "run", {"model": "a"})
+    store.write(Cell(3, 0, "key"), tree(losses(4), {"val": losses(3)}))
+    for estimate in (bif, llc):
+        xr.testing.assert_identical(estimate(str(tmp_path / "run")), estimate(store))

@@ -9,6 +9,7 @@ of weight on sample i.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import xarray as xr
 
@@ -19,6 +20,7 @@ from stagewise.influence.trusted import (
     DataSets,
     NoTrustedCheckpointError,
     Traces,
+    as_traces,
     carried_labels,
     data_sets,
     joined,
@@ -30,7 +32,7 @@ __all__ = ["NoTrustedCheckpointError", "bif"]
 
 
 def bif(
-    traces: Traces,
+    traces: Traces | str | Path,
     *,
     train_groups: Labels | None = None,
     query_groups: Mapping[str, Labels | None] | None = None,
@@ -45,7 +47,7 @@ def bif(
     """Influence of training samples, tokens or groups on queries at every checkpoint.
 
     Args:
-        traces: loss traces.
+        traces: loss traces, or the run folder that holds them.
         train_groups: label of every training sample ``(sample,)``, or with ``tokens`` of every token
             ``(sample, token)``.
         query_groups: the same by query name.
@@ -72,6 +74,7 @@ def bif(
         ValueError: labels do not fit the traces, or an odd or even part is asked of
             traces without reflected losses.
     """
+    traces = as_traces(traces)
     labels = carried_labels(traces, train_groups, query_groups or {}, grouped)
 
     def estimate(_step: int, tree: xr.DataTree) -> xr.Dataset:

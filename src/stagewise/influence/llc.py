@@ -5,6 +5,7 @@ llc = n_beta (E[L_n(w)] - L_n(w*))                                              
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -12,10 +13,12 @@ import xarray as xr
 
 from stagewise.influence.covariance import Array, mean_and_stderr, stretches
 from stagewise.influence.pairs import losses_of
-from stagewise.influence.trusted import Traces, numbered, ok_chains, over_checkpoints
+from stagewise.influence.trusted import Traces, as_traces, numbered, ok_chains, over_checkpoints
 
 
-def llc(traces: Traces, *, part: Literal["full", "even"] = "full", trusted_only: bool = True) -> xr.Dataset:
+def llc(
+    traces: Traces | str | Path, *, part: Literal["full", "even"] = "full", trusted_only: bool = True
+) -> xr.Dataset:
     """Local learning coefficient at every checkpoint.
 
     Where the loss is quadratic with the (whitened) curvatures h_k, it is half the number of directions that the data
@@ -30,7 +33,7 @@ def llc(traces: Traces, *, part: Literal["full", "even"] = "full", trusted_only:
     a much smaller error away from minima.
 
     Args:
-        traces: loss traces.
+        traces: loss traces, or the run folder that holds them.
         part: ``"even"`` takes the mean of each draw's loss and that at its reflection; for centred posteriors.
         trusted_only: leave out checkpoints whose chains cannot be trusted; attribute ``omitted`` says which and why.
 
@@ -45,6 +48,7 @@ def llc(traces: Traces, *, part: Literal["full", "even"] = "full", trusted_only:
     """
     if part not in ("full", "even"):
         raise ValueError(f"part must be 'full' or 'even', got {part!r}")
+    traces = as_traces(traces)
     result = over_checkpoints(traces, traces.steps, trusted_only, lambda _step, tree: _at_checkpoint(tree, part))
     result.attrs |= {"estimator": "llc", "part": part, "units": "1"}
     for variable in result.data_vars.values():

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,14 +23,22 @@ from numpy.typing import ArrayLike, NDArray
 from stagewise.groups import Groups, Labels
 from stagewise.influence.covariance import group_sums, mean_and_stderr
 from stagewise.influence.pairs import Columns, Estimator, influence_matrix
-from stagewise.influence.trusted import Traces, carried_labels, data_sets, joined, ok_chains, over_checkpoints
+from stagewise.influence.trusted import (
+    Traces,
+    as_traces,
+    carried_labels,
+    data_sets,
+    joined,
+    ok_chains,
+    over_checkpoints,
+)
 
 Member = NDArray[np.bool_]
 """Whether a draw lies in a phase, ``(chain, draw)``."""
 
 
 def phase_decomposition(
-    traces: Traces,
+    traces: Traces | str | Path,
     phases: Mapping[int, ArrayLike],
     *,
     train_groups: Labels | None = None,
@@ -52,7 +61,7 @@ def phase_decomposition(
     the doubt of the phase's mean, and of all that is between phases, is unknown and NaN.
 
     Args:
-        traces: loss traces.
+        traces: loss traces, or the run folder that holds them.
         phases: by step, the label of the phase of every draw ``(chain, draw)``, or of every chain ``(chain,)``;
             failed chains have labels too, which are ignored. Steps without labels are left out.
         train_groups: as in :func:`stagewise.bif`.
@@ -79,6 +88,7 @@ def phase_decomposition(
         NoTrustedCheckpointError: no labelled checkpoint can be trusted, with the reasons.
         ValueError: labels do not fit the traces, fewer than two chains, or too many pairs.
     """
+    traces = as_traces(traces)
     if not phases or (unknown := sorted(set(phases) - set(traces.steps))):
         got = f"labels of steps {unknown}" if phases else "no labels"
         raise ValueError(f"phases: got {got}, expected labels of some of the sampled steps {list(traces.steps)}")

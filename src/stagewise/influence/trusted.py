@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -14,6 +15,7 @@ import xarray as xr
 from stagewise.groups import Labels
 from stagewise.influence.pairs import Columns, Indices, Part, columns
 from stagewise.traces.diagnostics import diagnose
+from stagewise.traces.store import TraceStore
 
 # Verdicts under which a covariance of the draws says nothing about the posterior.
 _UNTRUSTED = ("unusable", "not localised", "chains failed", "not converged", "cannot say", "unconstrained")
@@ -59,6 +61,11 @@ class TracesInMemory:
     def load(self, step: int) -> xr.DataTree:
         """All chains of one step."""
         return self.trees[step]
+
+
+def as_traces(traces: Traces | str | Path) -> Traces:
+    """The traces, or those of a run folder."""
+    return TraceStore.read_only(traces) if isinstance(traces, str | Path) else traces
 
 
 def over_checkpoints(
