@@ -18,10 +18,11 @@ def test_prediction_and_measurement_meet_by_label(tmp_path):
     assert scores["step"].values.tolist() == [5, 10, 20, 30, 40]
 
 
-def test_step_0_of_an_adam_run_is_left_out_by_default(tmp_path):
+def test_step_0_of_an_adam_run_has_the_metric_that_adam_will_have_after_the_window(tmp_path):
     write_run(tmp_path)
     recorded = sw.Trajectory.from_directory(tmp_path / "checkpoints")
     start = sw.Checkpoint(0, task().state(), recorded.load(5).optimizer)
     run = sw.Trajectory.from_checkpoints([start, recorded.load(40)])
     traces = sw.sample(task(), run, posterior=sw.LocalPosterior(window=10), chains=2, draws=20, out=tmp_path / "a")
-    assert traces.steps == (40,)
+    assert traces.steps == (0, 40)
+    assert (traces.load(0)["chains"]["status"] != "unusable").all()

@@ -60,7 +60,8 @@ def test_mean_loss_of_a_sample_of_tokens_is_the_mean_over_its_tokens():
 
 def test_baselines_are_the_estimators_they_are_called_by_at_every_step():
     task, run, posterior, steps = springs.task(), springs.trajectory(), LocalPosterior(window=WINDOW), Steps()
-    found = analysis.baselines(task, run, config(), [0, 20], steps)
+    found, left_out = analysis.baselines(task, run, config(), [0, 20], steps)
+    assert not left_out
     assert list(found) == ["gradient product", "damped influence"]
     for name, estimator in (("gradient product", gradient_product), ("damped influence", damped_influence)):
         xr.testing.assert_allclose(found[name], estimator(task, run, posterior, steps=[0, 20]))
@@ -72,7 +73,7 @@ def test_baselines_are_the_estimators_they_are_called_by_at_every_step():
 
 
 def test_only_the_baselines_that_are_asked_for_are_computed():
-    found = analysis.baselines(
+    found, _ = analysis.baselines(
         springs.task(), springs.trajectory(), config(baselines=["damped influence"]), [10], silent
     )
     assert list(found) == ["damped influence"]
@@ -98,36 +99,53 @@ def by_hand(step, window, weight, order):
 
 
 def test_nothing_is_measured_unless_asked_for():
-    assert analysis.measure(springs.task(), springs.trajectory(), config(), [0], silent) is None
+    assert analysis.measure(springs.task(), springs.trajectory(), config(), [0], silent) == {}
 
 
 @pytest.mark.parametrize("seed", [3, 4])
 def test_effects_are_measured_in_the_recorded_order_with_the_weight_and_window_that_are_set(seed):
     settings = config(retraining={"weight": 0.3, "window": 5, "repeats": 1, "recorded_order_seed": seed})
     steps = Steps()
-    found = analysis.measure(springs.task(), springs.trajectory(), settings, [0, 10], steps)
+    found = analysis.measure(springs.task(), springs.trajectory(), settings, [0, 10], steps)["measured"]
     for step in (0, 10):
         expected = by_hand(step, 5, 0.3, BatchOrder(6, 2, seed))
         np.testing.assert_allclose(found["effect"].sel(step=step), expected, atol=1e-12)
     assert (found.attrs["window"], found.attrs["weight"]) == (5, 0.3)
-    assert steps.seen == [("retraining windows", 1, 2), ("retraining windows", 2, 2)]
+    assert steps.seen == [(what, k, 2) for what in ("retraining windows", "repeating the run") for k in (1, 2)]
 
 
 def test_window_of_retraining_is_that_of_the_posterior_by_default():
     full = springs.trajectory(batch_size=0)
-    found = analysis.measure(springs.task(), full, config(retraining={}), [10], silent)
+    found = analysis.measure(springs.task(), full, config(retraining={}), [10], silent)["measured"]
     expected = by_hand(10, WINDOW, 0.8, BatchOrder(6))
     np.testing.assert_allclose(found["effect"].sel(step=10), expected, atol=1e-12)
 
 
 def test_repeats_are_averaged_over_other_orders_than_the_recorded_one():
     settings = config(retraining={"repeats": 3, "recorded_order_seed": 3})
-    found = analysis.measure(springs.task(), springs.trajectory(), settings, [0], silent)
+    found = analysis.measure(springs.task(), springs.trajectory(), settings, [0], silent)["measured"]
     assert (found["effect_stderr"] > 0).all()
     one = analysis.measure(
         springs.task(), springs.trajectory(), config(retraining={"repeats": 1, "recorded_order_seed": 3}), [0], silent
-    )
+    )["measured"]
     assert (abs(found["effect"] - one["effect"]) > 1e-6).all()
+
+
+def test_how_well_the_run_is_repeated_stands_beside_what_was_measured():
+    settings = config(retraining={"weight": 0.3, "repeats": 1, "recorded_order_seed": 3})
+    found = analysis.measure(springs.task(), springs.trajectory(), settings, [0, 10], silent)["replay"]
+    assert found["step"].values.tolist() == [0, 10]
+    assert "misses" in found.attrs["verdict"]
+    unknown = analysis.measure(springs.task(), springs.trajectory(), config(retraining={"repeats": 1}), [0], silent)
+    assert "a like run, not this one" in unknown["replay"].attrs["verdict"]
+
+
+def test_a_baseline_that_cannot_be_computed_anywhere_is_left_out_with_its_reason():
+    checkpoint = springs.trajectory().load(0)
+    broken = type(springs.trajectory()).from_checkpoints([type(checkpoint)(0, checkpoint.params)])
+    found, left_out = analysis.baselines(springs.task(), broken, config(baselines=["gradient product"]), [0], silent)
+    assert not found
+    assert "no record of its optimiser" in left_out["gradient product"]
 
 
 def test_retraining_without_any_window_says_where_to_set_it():

@@ -70,7 +70,7 @@ def test_memory_and_disk_follow_the_number_of_losses_that_are_kept(clock, loss, 
     found = predicted(springs.task(loss), sampling)
     traces = 4 * 5 * 7 * SAMPLES * numbers  # float32
     assert found.disk == pytest.approx(0.9 * traces * 6)
-    assert found.memory == pytest.approx(traces + 4 * 2 * 5 * 8)  # eight vectors of two parameters for every chain
+    assert found.memory == pytest.approx(4 * traces + 4 * 2 * 5 * 8)  # eight vectors of two parameters for every chain
 
 
 def test_a_checkpoint_without_a_posterior_costs_its_tuning_only(clock):

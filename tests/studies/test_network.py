@@ -39,7 +39,7 @@ def trained(items, last, kept=(0,), name="sgd", rate=RATE, **settings):
 def item_losses(run, step):
     """Of the queries, from the recorded weights."""
     first, second = (layer[0] for layer in run.layers([step]))
-    targets = run.task.queries["items"].source[1].numpy().T
+    targets = run.task.queries["items"].batch(slice(None))[1].numpy().T
     return ((second @ first - targets) ** 2).sum(0) / 2
 
 
@@ -126,7 +126,7 @@ def test_all_samples_of_a_repeated_item_make_up_its_train_group():
 def test_label_noise_is_learnt_from_the_training_set_and_judged_by_the_truth():
     items = VARIED["noisy"]
     run = trained(items, 3000, rate=0.02)
-    shown, truth = (data.source[1].numpy() for data in (run.task.train, run.task.queries["items"]))
+    shown, truth = (data.batch(slice(None))[1].numpy() for data in (run.task.train, run.task.queries["items"]))
     np.testing.assert_array_equal(truth, items.targets)
     np.testing.assert_array_equal(shown, items.shown_targets)
     first, second = (layer[-1] for layer in run.layers([3000]))
@@ -205,7 +205,7 @@ def test_float32_is_float32_throughout_and_follows_float64():
     assert single.weights.dtype == torch.float32
     assert {tensor.dtype for tensor in single.trajectory.load(300).params.values()} == {torch.float32}
     for data in (single.task.train, single.task.queries["items"]):
-        assert {tensor.dtype for tensor in data.source} == {torch.float32}
+        assert {tensor.dtype for tensor in data.batch(slice(None))} == {torch.float32}
     np.testing.assert_allclose(single.weights[0], double.weights[0], rtol=1e-6)
     np.testing.assert_allclose(item_losses(single, 300), item_losses(double, 300), rtol=1e-3)
 
