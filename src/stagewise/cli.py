@@ -197,8 +197,10 @@ def _explained(error: Exception) -> str | None:
         return f"{place}: {in_one_line(error)}"
     if not isinstance(error, ValueError | OSError | RunLockedError):
         return None
-    place = place_in_task_file(error.__cause__) if error.__cause__ else None  # e.g. of a loss that cannot be evaluated
-    return f"{place}: {error}" if place else str(error)
+    cause, place = error.__cause__, None
+    while cause is not None and place is None:  # e.g. of a loss that cannot be evaluated
+        place, cause = place_in_task_file(cause), cause.__cause__
+    return f"{place}: {error}" if place and place not in str(error) else str(error)
 
 
 if __name__ == "__main__":

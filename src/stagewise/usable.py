@@ -58,13 +58,14 @@ def at_usable(trajectory: Trajectory, steps: Sequence[int] | None, estimate: Cal
     """
     found: dict[int, T] = {}
     omitted: dict[int, str] = {}
+    cause: ValueError | None = None
     for step in chosen_steps(trajectory, steps):
         try:
             found[step] = estimate(step)
         except ValueError as error:
-            omitted[step] = str(error)
+            omitted[step], cause = str(error), error
     if not found:
-        raise ValueError(none_usable(omitted))
+        raise ValueError(none_usable(omitted)) from cause
     return Results(list(found), list(found.values()), omitted)
 
 

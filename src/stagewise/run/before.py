@@ -27,13 +27,14 @@ def look(
         ValueError: there is none at any of them.
     """
     usable, unusable = {}, {}
+    cause: ValueError | None = None
     for step in steps:
         try:
             checkpoint = trajectory.load(step)
             posterior.at(task, checkpoint)
             usable[step] = task.fitted(checkpoint).digest
         except ValueError as error:
-            unusable[step] = str(error)
+            unusable[step], cause = str(error), error
     if not usable:
         # What is wrong with the task is the same at all of them, but for the step it names.
         reasons = {
@@ -42,7 +43,7 @@ def look(
         only = len(reasons) == 1
         raise ValueError(
             next(iter(unusable.values())) if only else "no checkpoint can be used. " + "; ".join(reasons.values())
-        )
+        ) from cause
     return usable, unusable
 
 
