@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Results(Generic[T]):
+class Found(Generic[T]):
     """One result for each checkpoint that could be used.
 
     Attributes:
@@ -45,7 +45,7 @@ def chosen_steps(trajectory: Trajectory, steps: Sequence[int] | None) -> list[in
     return chosen
 
 
-def at_usable(trajectory: Trajectory, steps: Sequence[int] | None, estimate: Callable[[int], T]) -> Results[T]:
+def at_usable(trajectory: Trajectory, steps: Sequence[int] | None, estimate: Callable[[int], T]) -> Found[T]:
     """``estimate(step)`` at every chosen checkpoint that can be used.
 
     Args:
@@ -66,7 +66,7 @@ def at_usable(trajectory: Trajectory, steps: Sequence[int] | None, estimate: Cal
             omitted[step], cause = str(error), error
     if not found:
         raise ValueError(none_usable(omitted)) from cause
-    return Results(list(found), list(found.values()), omitted)
+    return Found(list(found), list(found.values()), omitted)
 
 
 def none_usable(omitted: dict[int, str]) -> str:

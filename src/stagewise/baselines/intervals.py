@@ -19,7 +19,7 @@ from stagewise.groups import Groups
 from stagewise.labelled import Array
 from stagewise.sampling.metric import clip_factor
 from stagewise.task import Task
-from stagewise.usable import Results, at_usable
+from stagewise.usable import Found, at_usable
 from stagewise.vector import ParameterVector
 
 
@@ -62,7 +62,7 @@ class Run(NamedTuple):
 
     steps: list[int]
     vector: ParameterVector
-    found: Results[frozenset[str]]
+    found: Found[frozenset[str]]
 
 
 def read_run(task: Task, trajectory: Trajectory) -> Run:
