@@ -55,6 +55,12 @@ class Optimizer:
             ``torch.nn.utils.clip_grad_norm_`` does; None: it is not.
         groups: the parameters that are updated, with their rates and decays. Empty: every trainable parameter, with the
             rate and decay above.
+
+    Example:
+        >>> import stagewise as sw
+        >>> adamw = sw.Optimizer("adam", 1e-3, weight_decay=0.01, decoupled=True, batch_size=32)
+        >>> adamw.betas, adamw.group_of("weight").weight_decay
+        ((0.9, 0.999), 0.01)
     """
 
     name: str
@@ -109,6 +115,13 @@ class Checkpoint:
             updates cannot be repeated exactly.
         learning_rates: of the updates that led here from the checkpoint recorded before, the last one made last, where
             they were recorded.
+
+    Example:
+        >>> import torch, stagewise as sw
+        >>> model = torch.nn.Linear(4, 1)
+        >>> checkpoint = sw.Checkpoint(10, model.state_dict(), sw.Optimizer("sgd", 0.1, batch_size=0))
+        >>> checkpoint.step, sorted(checkpoint.params)
+        (10, ['bias', 'weight'])
     """
 
     step: int

@@ -64,6 +64,15 @@ def write_checkpoint(directory: str | Path, checkpoint: Checkpoint) -> Path:
 
     Raises:
         CheckpointError: the folder cannot be made or written to, or the disk is full.
+
+    Example:
+        >>> import tempfile, torch, stagewise as sw
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> sw.write_checkpoint(folder.name, sw.Checkpoint(42, torch.nn.Linear(4, 1).state_dict())).name
+        'step_00000042.safetensors'
+        >>> sw.Trajectory.from_directory(folder.name).steps
+        (42,)
+        >>> folder.cleanup()
     """
     path = make_folder(directory) / f"step_{checkpoint.step:08d}.safetensors"
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")

@@ -36,6 +36,11 @@ def log_spaced(last: int, count: int, first: int = 1) -> tuple[int, ...]:
 
     Raises:
         ValueError: unless ``1 <= first <= last`` and ``count >= 2``.
+
+    Example:
+        >>> import stagewise as sw
+        >>> (0, *sw.log_spaced(1000, 7))
+        (0, 1, 3, 10, 32, 100, 316, 1000)
     """
     if not 1 <= first <= last:
         raise ValueError(f"log_spaced needs 1 <= first <= last, got first={first}, last={last}")
@@ -51,6 +56,11 @@ def linear(last: int, every: int) -> tuple[int, ...]:
 
     Raises:
         ValueError: ``last`` is negative or ``every`` not positive.
+
+    Example:
+        >>> import stagewise as sw
+        >>> sw.linear(10, every=4)
+        (0, 4, 8, 10)
     """
     if last < 0 or every < 1:
         raise ValueError(f"linear needs last >= 0 and every >= 1, got last={last}, every={every}")
@@ -127,6 +137,22 @@ class Recorder:
     Raises:
         ValueError: steps are empty, negative or repeated; ``clip_norm`` is negative or NaN.
         CheckpointError: the folder cannot be written to.
+
+    Example:
+        >>> import tempfile, torch, stagewise as sw
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> record = sw.Recorder(folder.name, model, optimizer, steps=sw.linear(10, every=5), batch_size=0)
+        >>> record(0)
+        >>> for step in range(1, 11):
+        ...     optimizer.zero_grad()
+        ...     model(torch.eye(4)).square().mean().backward()
+        ...     optimizer.step()
+        ...     record(step)
+        >>> sw.Trajectory.from_directory(folder.name).steps
+        (0, 5, 10)
+        >>> folder.cleanup()
     """
 
     def __init__(

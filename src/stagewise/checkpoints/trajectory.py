@@ -21,6 +21,13 @@ class Trajectory:
     Attributes:
         steps: the recorded steps, ascending.
         load: reads the checkpoint of a step; raises ``CheckpointError`` with the reason if it cannot be used.
+
+    Example:
+        >>> import torch, stagewise as sw
+        >>> model = torch.nn.Linear(4, 1)
+        >>> run = sw.Trajectory.from_checkpoints(sw.Checkpoint(step, model.state_dict()) for step in (10, 0))
+        >>> run.steps, run.load(10).step
+        ((0, 10), 10)
     """
 
     steps: tuple[int, ...]

@@ -64,6 +64,14 @@ def alignment(
     Raises:
         ValueError: nothing to align, names that repeat, a match with an unknown transition, steps out of the span, or
             an axis that is not finite and strictly increasing there.
+
+    Example:
+        >>> import stagewise as sw
+        >>> flip = sw.Event("flip", "cats", "dogs", step=30.0, lower=20.0, upper=40.0, detail={"sign": 1})
+        >>> rise = sw.Transition("animals", "rise", step=25.0, lower=20.0, upper=35.0, detail={})
+        >>> aligned = sw.alignment([flip], [rise], span=(0, 1000), draws=100)
+        >>> aligned.transition.item(), aligned.inside.item(), 0 < aligned.attrs["p_value"] <= 1
+        ('animals', True, True)
     """
     candidates = _candidates(events, _by_name(transitions), match)
     kept = [event for event, _ in candidates]

@@ -21,6 +21,13 @@ def squared_distances(representations: xr.DataArray) -> xr.DataArray:
 
     Raises:
         ValueError: the dimensions are others.
+
+    Example:
+        >>> import stagewise as sw, xarray as xr
+        >>> points = xr.DataArray([[[0.0, 0.0], [3.0, 4.0]]], dims=("step", "item", "unit"))
+        >>> sw.squared_distances(points).values
+        array([[[ 0., 25.],
+                [25.,  0.]]])
     """
     _check_dims(representations, "representations", ("step", "item", "unit"))
     ordered = representations.transpose("step", "item", "unit")
@@ -45,6 +52,14 @@ def separations(distances: xr.DataArray, labels: Sequence[Sequence[Any]]) -> xr.
 
     Raises:
         ValueError: the dimensions are others, items are missing, or labels do not fit the items, or are not nested.
+
+    Example:
+        >>> import stagewise as sw, xarray as xr
+        >>> points = [[[0.0], [0.0], [0.0], [0.0]], [[0.0], [0.0], [2.0], [2.0]], [[0.0], [1.0], [2.0], [3.0]]]
+        >>> distances = sw.squared_distances(xr.DataArray(points, dims=("step", "item", "unit")))
+        >>> sw.separations(distances, [["a", "a", "b", "b"], [0, 1, 2, 3]]).values
+        array([[0. , 4. , 3.5],
+               [0. , 0. , 1. ]])
     """
     _check_dims(distances, "distances", ("step", "item", "other"))
     distances = _paired(distances)

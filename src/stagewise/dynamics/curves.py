@@ -28,6 +28,18 @@ def curves(influence: xr.Dataset, level: float = 0.95) -> xr.Dataset:
 
     Raises:
         ValueError: the influence is malformed or not finite, or the level is not between 0 and 1.
+
+    Example:
+        >>> import numpy as np, stagewise as sw, xarray as xr
+        >>> value = np.array([0.0, -2.0, 1.0, 3.0]).reshape(4, 1, 1)
+        >>> dims = ("step", "train", "query")
+        >>> influence = xr.Dataset(
+        ...     {"value": (dims, value), "stderr": (dims, np.full_like(value, 0.1))},
+        ...     {"step": [0, 10, 100, 1000], "train": ["cats"], "query": ["dogs"]},
+        ... )
+        >>> band = sw.curves(influence, level=0.9)
+        >>> band.upper.sel(train="cats", query="dogs").values.round(2)
+        array([ 0.16, -1.84,  1.16,  3.16])
     """
     influence = checked(influence, level)
     reach = critical(1 - level, degrees(influence)) * influence["stderr"]

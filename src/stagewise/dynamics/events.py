@@ -40,6 +40,18 @@ class Event:
         detail: ``sign`` of the influence, of a flip after it (-1 helpful, +1 harmful). Peaks: ``value`` and
             ``stderr`` in nats per unit weight. Peaks and onsets: ``at_edge``, the event cannot be told from
             the first (a peak: or last) checkpoint, so it may lie outside what was measured.
+
+    Example:
+        >>> import numpy as np, stagewise as sw, xarray as xr
+        >>> value = np.array([0.0, -2.0, 1.0, 3.0]).reshape(4, 1, 1)
+        >>> dims = ("step", "train", "query")
+        >>> influence = xr.Dataset(
+        ...     {"value": (dims, value), "stderr": (dims, np.full_like(value, 0.1))},
+        ...     {"step": [0, 10, 100, 1000], "train": ["cats"], "query": ["dogs"]},
+        ... )
+        >>> flip = next(event for event in sw.events(influence) if event.kind == "flip")
+        >>> flip.train, flip.query, round(flip.step), flip.detail
+        ('cats', 'dogs', 47, {'sign': 1.0})
     """
 
     kind: str
@@ -76,6 +88,17 @@ def events(influence: xr.Dataset, level: float = 0.95) -> list[Event]:
 
     Raises:
         ValueError: the influence is malformed or not finite, or the level is not between 0 and 1.
+
+    Example:
+        >>> import numpy as np, stagewise as sw, xarray as xr
+        >>> value = np.array([0.0, -2.0, 1.0, 3.0]).reshape(4, 1, 1)
+        >>> dims = ("step", "train", "query")
+        >>> influence = xr.Dataset(
+        ...     {"value": (dims, value), "stderr": (dims, np.full_like(value, 0.1))},
+        ...     {"step": [0, 10, 100, 1000], "train": ["cats"], "query": ["dogs"]},
+        ... )
+        >>> [(event.kind, event.lower, event.upper) for event in sw.events(influence)]
+        [('flip', 10.0, 100.0), ('helpful peak', 0.0, 100.0), ('harmful peak', 100.0, 1000.0), ('onset', 10.0, 100.0)]
     """
     influence = checked(influence, level)
     error, dof = 1 - level, degrees(influence)

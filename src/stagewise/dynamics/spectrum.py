@@ -39,6 +39,17 @@ def top_eigenvalue_share(influence: xr.Dataset) -> xr.Dataset:
     Raises:
         ValueError: the influence is malformed, fewer than three labels, train and query differ in labels, or single
             samples are mixed with groups of several.
+
+    Example:
+        >>> import numpy as np, stagewise as sw, xarray as xr
+        >>> value = -np.outer([1.0, 1.0, -1.0, -1.0], [1.0, 1.0, -1.0, -1.0])[None]
+        >>> dims = ("step", "train", "query")
+        >>> influence = xr.Dataset(
+        ...     {"value": (dims, value), "stderr": (dims, 0 * value)},
+        ...     {"step": [0], "train": range(4), "query": range(4)},
+        ... )
+        >>> sw.top_eigenvalue_share(influence).direction.values.round(2)
+        array([[ 0.5,  0.5, -0.5, -0.5]])
     """
     influence = checked(influence, level=0.95)
     _check_sizes(influence)

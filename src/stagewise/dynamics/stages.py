@@ -26,6 +26,12 @@ class Transition:
         upper: ... and ends here.
         detail: of a rise: ``half``, the step at which half of the final value is reached, ``final``, that value, and
             ``spacing``, the steps between the checkpoints around the onset. Of an extremum: ``value`` and ``stderr``.
+
+    Example:
+        >>> import stagewise as sw
+        >>> grokking = sw.Transition("grokking", "rise", step=1200.0, lower=1000.0, upper=1500.0, detail={})
+        >>> sw.transition_table([grokking]).upper.item()
+        1500.0
     """
 
     name: str
@@ -52,6 +58,13 @@ def rise(
 
     Raises:
         ValueError: the curve is malformed or does not rise, or the fractions do not ascend.
+
+    Example:
+        >>> import stagewise as sw, xarray as xr
+        >>> accuracy = xr.DataArray([0.0, 0.0, 0.5, 1.0], coords={"step": [0, 10, 20, 30]}, dims="step")
+        >>> onset = sw.rise(accuracy, "accuracy")
+        >>> round(onset.step, 3), round(onset.lower, 3), round(onset.upper, 3)
+        (12.0, 11.0, 14.0)
     """
     low, high = band
     if not 0 < low <= fraction <= high < 1:
@@ -92,6 +105,15 @@ def extrema(curve: xr.Dataset, level: float = 0.95) -> list[Transition]:
 
     Raises:
         ValueError: the curve is malformed or not finite, or the level is not between 0 and 1.
+
+    Example:
+        >>> import stagewise as sw, xarray as xr
+        >>> curve = xr.Dataset(
+        ...     {"value": ("step", [0.0, 1.0, 3.0, 1.0, 0.0]), "stderr": ("step", [0.1] * 5)},
+        ...     {"step": [0, 1, 10, 100, 1000]},
+        ... )
+        >>> [(turn.name, turn.step, turn.lower, turn.upper) for turn in sw.extrema(curve)]
+        [('maximum 1', 10.0, 1.0, 100.0)]
     """
     for name in ("value", "stderr"):
         if name not in curve or curve[name].dims != ("step",):
@@ -117,7 +139,17 @@ def extrema(curve: xr.Dataset, level: float = 0.95) -> list[Transition]:
 
 
 def transition_table(transitions: Sequence[Transition]) -> xr.Dataset:
-    """The transitions as columns along ``transition``, NaN where a kind lacks one; ``.to_dataframe()`` prints well."""
+    """The transitions as columns along ``transition``, NaN where a kind lacks one; ``.to_dataframe()`` prints well.
+
+    Example:
+        >>> import stagewise as sw, xarray as xr
+        >>> curve = xr.Dataset(
+        ...     {"value": ("step", [0.0, 1.0, 3.0, 1.0, 0.0]), "stderr": ("step", [0.1] * 5)},
+        ...     {"step": [0, 1, 10, 100, 1000]},
+        ... )
+        >>> sw.transition_table(sw.extrema(curve)).to_dataframe()[["name", "step"]].values.tolist()
+        [['maximum 1', 10.0]]
+    """
     names = ("name", "kind", "step", "lower", "upper")
     columns = {name: [getattr(t, name) for t in transitions] for name in names}
     for name in dict.fromkeys(name for t in transitions for name in t.detail):

@@ -73,6 +73,23 @@ def bif(
         NoTrustedCheckpointError: no checkpoint can be trusted, with the reasons.
         ValueError: labels do not fit the traces, or an odd or even part is asked of
             traces without reflected losses.
+
+    Example:
+        >>> import torch, stagewise as sw
+        >>> from stagewise.sampling.chains import sample_block
+        >>> _ = torch.manual_seed(0)
+        >>> x, y = torch.eye(4), torch.tensor([0.0, 0.0, 1.0, 1.0])
+        >>> task = sw.Task(
+        ...     torch.nn.Linear(4, 1),
+        ...     lambda model, batch: (model(batch[0])[:, 0] - batch[1]) ** 2,
+        ...     train=(x, y), queries={"same": (x, y)}, train_groups=list("aabb"),
+        ... )
+        >>> start = sw.Checkpoint(0, task.state(), sw.Optimizer("sgd", 0.1, batch_size=0))
+        >>> tree = sample_block(task, start, sw.LocalPosterior(window=10), sw.Chains(chains=8, draws=64))
+        >>> traces = sw.TracesInMemory({0: tree})
+        >>> influence = sw.bif(traces, train_groups=list("aabb"))
+        >>> influence.value.dims, influence.value.shape, bool((influence.stderr > 0).all())
+        (('step', 'train', 'query'), (1, 2, 1), True)
     """
     traces = as_traces(traces)
     labels = carried_labels(traces, train_groups, query_groups or {}, grouped)

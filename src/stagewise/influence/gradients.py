@@ -65,6 +65,20 @@ def gradient_product(
 
     Raises:
         ValueError: a step is not recorded, or no checkpoint can be used, with the reasons.
+
+    Example:
+        >>> import torch, stagewise as sw
+        >>> x, y = torch.eye(4), torch.tensor([0.0, 0.0, 1.0, 1.0])
+        >>> task = sw.Task(
+        ...     torch.nn.Linear(4, 1),
+        ...     lambda model, batch: (model(batch[0])[:, 0] - batch[1]) ** 2,
+        ...     train=(x, y), queries={"same": (x, y)}, train_groups=list("aabb"),
+        ... )
+        >>> start = sw.Checkpoint(0, task.state(), sw.Optimizer("sgd", 0.1, batch_size=0))
+        >>> run = sw.Trajectory.from_checkpoints([start])
+        >>> influence = sw.gradient_product(task, run, sw.LocalPosterior(window=10))
+        >>> influence.value.dims, influence.value.shape
+        (('step', 'train', 'query'), (1, 2, 1))
     """
 
     def solve(density: LocalDensity, gradients: Tensor) -> Directions:

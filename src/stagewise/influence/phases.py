@@ -87,6 +87,25 @@ def phase_decomposition(
     Raises:
         NoTrustedCheckpointError: no labelled checkpoint can be trusted, with the reasons.
         ValueError: labels do not fit the traces, fewer than two chains, or too many pairs.
+
+    Example:
+        >>> import numpy as np, torch, stagewise as sw
+        >>> from stagewise.sampling.chains import sample_block
+        >>> _ = torch.manual_seed(0)
+        >>> x, y = torch.eye(4), torch.tensor([0.0, 0.0, 1.0, 1.0])
+        >>> task = sw.Task(
+        ...     torch.nn.Linear(4, 1),
+        ...     lambda model, batch: (model(batch[0])[:, 0] - batch[1]) ** 2,
+        ...     train=(x, y), queries={"same": (x, y)}, train_groups=list("aabb"),
+        ... )
+        >>> start = sw.Checkpoint(0, task.state(), sw.Optimizer("sgd", 0.1, batch_size=0))
+        >>> tree = sample_block(task, start, sw.LocalPosterior(window=10), sw.Chains(chains=8, draws=64))
+        >>> traces = sw.TracesInMemory({0: tree})
+        >>> loss = tree["train/loss"].mean("sample")
+        >>> phases = {0: np.where(loss < loss.median(), "low", "high")}
+        >>> parts = sw.phase_decomposition(traces, phases, train_groups=list("aabb"))
+        >>> parts.within.dims, parts.weight.values
+        (('step', 'phase', 'train', 'query'), array([[0.5, 0.5]]))
     """
     traces = as_traces(traces)
     if not phases or (unknown := sorted(set(phases) - set(traces.steps))):

@@ -48,6 +48,22 @@ class TracesInMemory:
     Attributes:
         trees: by step.
         labels: as in :class:`Traces`; None where there are none.
+
+    Example:
+        >>> import torch, stagewise as sw
+        >>> from stagewise.sampling.chains import sample_block
+        >>> _ = torch.manual_seed(0)
+        >>> x, y = torch.eye(4), torch.tensor([0.0, 0.0, 1.0, 1.0])
+        >>> task = sw.Task(
+        ...     torch.nn.Linear(4, 1),
+        ...     lambda model, batch: (model(batch[0])[:, 0] - batch[1]) ** 2,
+        ...     train=(x, y), queries={"same": (x, y)}, train_groups=list("aabb"),
+        ... )
+        >>> start = sw.Checkpoint(0, task.state(), sw.Optimizer("sgd", 0.1, batch_size=0))
+        >>> tree = sample_block(task, start, sw.LocalPosterior(window=10), sw.Chains(chains=8, draws=64))
+        >>> traces = sw.TracesInMemory({0: tree})
+        >>> traces.steps, sw.bif(traces).value.shape
+        ([0], (1, 4, 1))
     """
 
     trees: Mapping[int, xr.DataTree]

@@ -58,6 +58,12 @@ class Schedule:
 
     Attributes:
         changes: the changes to the weight 1; where they overlap, the later one in the tuple holds.
+
+    Example:
+        >>> import stagewise as sw
+        >>> schedule = sw.Schedule.window([0, 2], 5, 10, weight=0.8)
+        >>> schedule.weights(14, 4).tolist(), schedule.weights(15, 4).tolist()
+        ([0.8, 1.0, 0.8, 1.0], [1.0, 1.0, 1.0, 1.0])
     """
 
     changes: tuple[Change, ...] = ()
@@ -99,6 +105,12 @@ class BatchOrder:
         n: number of training samples.
         batch_size: samples per update; 0, None or anything from ``n`` on is the whole training set.
         seed: of the permutations.
+
+    Example:
+        >>> import stagewise as sw
+        >>> order = sw.BatchOrder(6, batch_size=2)
+        >>> sorted(sample for step in range(3) for sample in order(step).tolist())
+        [0, 1, 2, 3, 4, 5]
     """
 
     n: int

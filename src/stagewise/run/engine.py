@@ -119,7 +119,21 @@ def sample(
             time.
 
     Example:
-        >>> traces = sample(task, "checkpoints", LocalPosterior(window=30), out="runs/a", draws=200)  # doctest: +SKIP
+        >>> import tempfile, torch, stagewise as sw
+        >>> _ = torch.manual_seed(0)
+        >>> x, y = torch.eye(4), torch.tensor([0.0, 0.0, 1.0, 1.0])
+        >>> task = sw.Task(
+        ...     torch.nn.Linear(4, 1),
+        ...     lambda model, batch: (model(batch[0])[:, 0] - batch[1]) ** 2,
+        ...     train=(x, y), queries={"same": (x, y)}, train_groups=list("aabb"),
+        ... )
+        >>> start = sw.Checkpoint(0, task.state(), sw.Optimizer("sgd", 0.1, batch_size=0))
+        >>> run = sw.Trajectory.from_checkpoints([start])
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> store = sw.sample(task, run, sw.LocalPosterior(window=10), out=folder.name, chains=8, draws=64)
+        >>> store.steps, sw.bif(store).value.shape
+        ((0,), (1, 2, 1))
+        >>> folder.cleanup()
     """
     sampling = replace(sampling or Chains(), **settings)
     run = as_trajectory(trajectory)

@@ -56,6 +56,20 @@ class Chains:
         batching: stack the chains or loop over them; ``"auto"`` takes the faster.
         seed: of the noise and the minibatches. Checkpoints share it, so that their differences are less
             noisy.
+
+    Example:
+        >>> import torch, stagewise as sw
+        >>> x, y = torch.eye(4), torch.tensor([0.0, 0.0, 1.0, 1.0])
+        >>> task = sw.Task(
+        ...     torch.nn.Linear(4, 1),
+        ...     lambda model, batch: (model(batch[0])[:, 0] - batch[1]) ** 2,
+        ...     train=(x, y), queries={"same": (x, y)}, train_groups=list("aabb"),
+        ... )
+        >>> start = sw.Checkpoint(0, task.state(), sw.Optimizer("sgd", 0.1, batch_size=0))
+        >>> from stagewise.sampling.chains import sample_block
+        >>> tree = sample_block(task, start, sw.LocalPosterior(window=10), sw.Chains(chains=4, draws=8, sampler="sgld"))
+        >>> dict(tree["train"].sizes)
+        {'chain': 4, 'draw': 8, 'sample': 4}
     """
 
     # a mistyped key in a config is an error

@@ -49,6 +49,19 @@ class LocalPosterior:
             drift downhill to where training is going.
         parameters: regular expressions; trainable parameters that match one of them move, the others stay.
         require_localised: do not sample where the curvature is more negative than the localisation can hold.
+
+    Example:
+        >>> import torch, stagewise as sw
+        >>> x, y = torch.eye(4), torch.tensor([0.0, 0.0, 1.0, 1.0])
+        >>> task = sw.Task(
+        ...     torch.nn.Linear(4, 1),
+        ...     lambda model, batch: (model(batch[0])[:, 0] - batch[1]) ** 2,
+        ...     train=(x, y), queries={"same": (x, y)}, train_groups=list("aabb"),
+        ... )
+        >>> start = sw.Checkpoint(0, task.state(), sw.Optimizer("sgd", 0.1, batch_size=0))
+        >>> density = sw.LocalPosterior(window=10).at(task, start)
+        >>> density.n_beta, density.gamma
+        (40.0, 40.0)
     """
 
     # a mistyped key in a config is an error

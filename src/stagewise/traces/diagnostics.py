@@ -91,6 +91,23 @@ def diagnose_run(traces: TraceStore | str | Path) -> xr.Dataset:
     Raises:
         RunFolderError: it is no run folder.
         ValueError: it holds no complete cell yet.
+
+    Example:
+        >>> import tempfile, torch, stagewise as sw
+        >>> _ = torch.manual_seed(0)
+        >>> x, y = torch.eye(4), torch.tensor([0.0, 0.0, 1.0, 1.0])
+        >>> task = sw.Task(
+        ...     torch.nn.Linear(4, 1),
+        ...     lambda model, batch: (model(batch[0])[:, 0] - batch[1]) ** 2,
+        ...     train=(x, y), queries={"same": (x, y)}, train_groups=list("aabb"),
+        ... )
+        >>> start = sw.Checkpoint(0, task.state(), sw.Optimizer("sgd", 0.1, batch_size=0))
+        >>> run = sw.Trajectory.from_checkpoints([start])
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> store = sw.sample(task, run, sw.LocalPosterior(window=10), out=folder.name, chains=8, draws=64)
+        >>> sw.diagnose_run(store).verdict.values.tolist()
+        ['ok']
+        >>> folder.cleanup()
     """
     store = TraceStore.read_only(traces) if isinstance(traces, str | Path) else traces
     if not store.steps:

@@ -49,6 +49,24 @@ class TraceStore:
         root: the run folder.
         identity: one hash per part that the run's numbers depend on.
         writable: False if opened to be read only.
+
+    Example:
+        >>> import tempfile, torch, stagewise as sw
+        >>> _ = torch.manual_seed(0)
+        >>> x, y = torch.eye(4), torch.tensor([0.0, 0.0, 1.0, 1.0])
+        >>> task = sw.Task(
+        ...     torch.nn.Linear(4, 1),
+        ...     lambda model, batch: (model(batch[0])[:, 0] - batch[1]) ** 2,
+        ...     train=(x, y), queries={"same": (x, y)}, train_groups=list("aabb"),
+        ... )
+        >>> start = sw.Checkpoint(0, task.state(), sw.Optimizer("sgd", 0.1, batch_size=0))
+        >>> run = sw.Trajectory.from_checkpoints([start])
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> store = sw.sample(task, run, sw.LocalPosterior(window=10), out=folder.name, chains=8, draws=64)
+        >>> again = sw.TraceStore.read_only(folder.name)
+        >>> again.steps, again.writable
+        ((0,), False)
+        >>> folder.cleanup()
     """
 
     root: Path
