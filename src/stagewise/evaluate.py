@@ -33,6 +33,9 @@ CURVATURE_SAMPLES = 2048
 
 _GRADIENTS_AT_ONCE = 64
 
+in_any_mode = torch.inference_mode(False)
+"""Decorates what users call: what it computes must be differentiable, whatever mode the caller is in."""
+
 Product = Callable[[Tensor], Tensor]
 """Vectors ``(k, parameters)`` to their images."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from stagewise.checkpoints.trajectory import Trajectory
+from stagewise.evaluate import in_any_mode
 
 T = TypeVar("T")
 
@@ -36,15 +37,16 @@ def chosen_steps(trajectory: Trajectory, steps: Sequence[int] | None) -> list[in
     """The steps asked for, default all.
 
     Raises:
-        ValueError: there are none, or some are not recorded.
+        ValueError: a step has no checkpoint, or no step is asked for.
     """
     chosen = list(trajectory.steps if steps is None else steps)
     unknown = sorted(set(chosen) - set(trajectory.steps))
     if unknown or not chosen:
-        raise ValueError(f"steps {unknown} are not recorded; the trajectory has {list(trajectory.steps)}")
+        raise ValueError(f"steps {unknown} have no checkpoint; there are {list(trajectory.steps)}")
     return chosen
 
 
+@in_any_mode
 def at_usable(trajectory: Trajectory, steps: Sequence[int] | None, estimate: Callable[[int], T]) -> Found[T]:
     """``estimate(step)`` at every chosen checkpoint that can be used.
 

@@ -62,9 +62,9 @@ def test_a_step_of_gradient_descent_on_one_sample_changes_the_query_by_this_much
 
 def test_the_same_steps_are_asked_for_as_are_answered():
     problem = Problem()
-    with pytest.raises(ValueError, match=r"steps \[6\] are not recorded; the trajectory has \[5\]"):
+    with pytest.raises(ValueError, match=r"steps \[6\] have no checkpoint; there are \[5\]"):
         gradient_product(problem.task, problem.trajectory, LocalPosterior(window=8), steps=[5, 6])
-    with pytest.raises(ValueError, match="not recorded"):
+    with pytest.raises(ValueError, match="no checkpoint"):
         gradient_product(problem.task, problem.trajectory, LocalPosterior(window=8), steps=[])
 
 

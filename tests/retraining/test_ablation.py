@@ -187,7 +187,7 @@ def test_adam_at_step_zero_needs_no_moments():
 @pytest.mark.parametrize("steps", [[11], []])
 def test_steps_that_were_not_recorded_are_refused(steps):
     problem = Regression()
-    with pytest.raises(ValueError, match=r"not recorded; the trajectory has \[10\]"):
+    with pytest.raises(ValueError, match=r"no checkpoint; there are \[10\]"):
         window_ablation(problem.task, problem.trajectory(np.zeros(D)), window=3, steps=steps)
 
 

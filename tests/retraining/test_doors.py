@@ -270,6 +270,20 @@ def test_what_is_hidden_from_training_is_hidden_from_tracin_and_refused_where_cu
 
 
 @pytest.mark.parametrize("call", CALLS)
+def test_the_mode_in_which_the_caller_computes_makes_no_difference(call):
+    x, y = points()
+
+    def got():
+        task = Task(linear(), cross_entropy, train=(x, y), queries={"q": (x, y)}, train_groups=y)
+        return CALLS[call](task, Checkpoint(0, task.state(), SGD), BatchOrder(N)).values
+
+    usual = got()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            np.testing.assert_array_equal(got(), usual)
+
+
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("kind", ["(B, B)", "mean", "noise", "NaN"])
 def test_losses_that_cannot_be_used_are_refused_with_their_reason(call, kind):
     x, _ = points()

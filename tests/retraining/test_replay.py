@@ -185,7 +185,7 @@ def test_chosen_steps_are_replayed_and_unknown_ones_refused():
     task = classifier()
     run = run_of(recorded(task))
     assert replay(task, run, ORDER, steps=[5, 20]).step.values.tolist() == [5]
-    with pytest.raises(ValueError, match="not recorded"):
+    with pytest.raises(ValueError, match="no checkpoint"):
         replay(task, run, ORDER, steps=[6])
 
 

@@ -7,7 +7,8 @@ import pytest
 import springs
 import torch
 
-from stagewise.run.engine import default_workers, steps_to_sample
+from stagewise.run.engine import default_workers
+from stagewise.usable import chosen_steps
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps"])
@@ -25,8 +26,8 @@ def test_every_core_that_this_process_may_use_gets_a_worker(monkeypatch):
 
 def test_steps_are_those_asked_for_in_their_order_or_all():
     run = springs.trajectory()
-    assert steps_to_sample(run, [20, 0]) == [20, 0]
-    assert steps_to_sample(run) == [0, 10, 20]
+    assert chosen_steps(run, [20, 0]) == [20, 0]
+    assert chosen_steps(run, None) == [0, 10, 20]
     for steps in ([0, 7], []):
         with pytest.raises(ValueError, match="no checkpoint"):
-            steps_to_sample(run, steps)
+            chosen_steps(run, steps)

@@ -13,6 +13,7 @@ import xarray as xr
 from stagewise.baselines.intervals import Interval, intervals, read_run
 from stagewise.checkpoints.trajectory import Trajectory, as_trajectory
 from stagewise.during import check_during, during_attrs
+from stagewise.evaluate import in_any_mode
 from stagewise.groups import Labels, query_groups, train_groups
 from stagewise.labelled import Array, influence_dataset
 from stagewise.task import Task
@@ -21,6 +22,7 @@ _LARGEST_DENSE = 6000
 _MOST_BYTES = 2**33
 
 
+@in_any_mode
 def source(
     task: Task,
     trajectory: Trajectory | str | Path,

@@ -10,11 +10,13 @@ import xarray as xr
 from stagewise.baselines.intervals import intervals, read_run
 from stagewise.checkpoints.trajectory import Trajectory, as_trajectory
 from stagewise.during import check_during, during_attrs
+from stagewise.evaluate import in_any_mode
 from stagewise.groups import Labels, query_groups, train_groups
 from stagewise.labelled import influence_dataset
 from stagewise.task import Task
 
 
+@in_any_mode
 def tracin(
     task: Task, trajectory: Trajectory | str | Path, *, groups: Labels | None = None, during: range | None = None
 ) -> xr.Dataset:

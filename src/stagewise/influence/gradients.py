@@ -105,8 +105,9 @@ def first_order(
         directions = solve(density, group_gradients(density, density.origin, queried))
         value = scores(density, directions.mean, trained)
         variance = (directions.relative * value.abs().amax(0)) ** 2 + torch.zeros_like(value)
-        for error in directions.errors if directions.errors is not None else ():
-            variance += scores(density, error, trained) ** 2 / len(directions.errors or ())
+        if directions.errors is not None:
+            squares = [scores(density, error, trained) ** 2 for error in directions.errors]
+            variance += torch.stack(squares).mean(0)
         return value.numpy(), variance.sqrt().numpy(), density
 
     run = as_trajectory(trajectory)

@@ -12,6 +12,7 @@ import torch
 import xarray as xr
 
 from stagewise.checkpoint import Checkpoint
+from stagewise.evaluate import in_any_mode
 from stagewise.groups import Labels, query_groups, train_groups
 from stagewise.labelled import effect_dataset
 from stagewise.retraining.losses import Progress, losses_along, paired_losses
@@ -20,6 +21,7 @@ from stagewise.retraining.start import BatchingChoice, check_moves, check_order,
 from stagewise.task import Task
 
 
+@in_any_mode
 def retrain(
     task: Task,
     start: Checkpoint,

@@ -17,7 +17,7 @@ import xarray as xr
 
 from stagewise.checkpoint import Checkpoint
 from stagewise.checkpoints.trajectory import Trajectory, as_trajectory
-from stagewise.evaluate import at
+from stagewise.evaluate import at, in_any_mode
 from stagewise.groups import query_groups
 from stagewise.retraining.losses import query_losses
 from stagewise.retraining.schedule import BatchOrder, LearningRate, Order, Schedule
@@ -33,6 +33,7 @@ LIKE_RUN = "a like run, not this one: the batches are not known"
 _SAME = 0.01
 
 
+@in_any_mode
 def replay(
     task: Task,
     trajectory: Trajectory | str | Path,

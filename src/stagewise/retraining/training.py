@@ -16,7 +16,7 @@ from torch.func import vmap
 
 from stagewise.checkpoint import Checkpoint, Optimizer
 from stagewise.data import Batch
-from stagewise.evaluate import Batching, Point, differentiable
+from stagewise.evaluate import Batching, Point, differentiable, in_any_mode
 from stagewise.retraining.schedule import LearningRate, Order, Schedule
 from stagewise.retraining.start import BatchingChoice, Start, decided, start_at
 from stagewise.retraining.updates import TrainingState, update
@@ -68,6 +68,7 @@ def train(
     return state
 
 
+@in_any_mode
 def train_and_record(task: Task, optimizer: Optimizer, order: Order, steps: Iterable[int]) -> Iterator[Checkpoint]:
     """Train the task's model from its own weights (step 0) and yield a checkpoint at each of ``steps``.
 

@@ -24,7 +24,7 @@ from stagewise.attention import plain_attention
 from stagewise.checkpoint import Checkpoint
 from stagewise.data import Batch
 from stagewise.during import check_during, during_attrs
-from stagewise.evaluate import Point, differentiable, directional_derivatives, pull
+from stagewise.evaluate import Point, differentiable, directional_derivatives, in_any_mode, pull
 from stagewise.groups import Labels, query_groups, train_groups
 from stagewise.labelled import influence_dataset
 from stagewise.retraining.losses import Progress, query_weights
@@ -35,6 +35,7 @@ from stagewise.retraining.updates import Rule, TrainingState, update
 from stagewise.task import Task
 
 
+@in_any_mode
 def unroll(
     task: Task,
     start: Checkpoint,

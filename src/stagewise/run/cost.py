@@ -12,7 +12,7 @@ from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.run.analysis import spread
 from stagewise.run.before import look
 from stagewise.run.config import RunConfig
-from stagewise.run.engine import default_workers, steps_to_sample
+from stagewise.run.engine import default_workers
 from stagewise.run.preflight import preflight
 from stagewise.run.task_file import load_task
 from stagewise.sampling.chains import Chains, tune
@@ -20,6 +20,7 @@ from stagewise.sampling.gradient import choose_batching, potential_gradient
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior
 from stagewise.sampling.watch import Watch
 from stagewise.task import Task
+from stagewise.usable import chosen_steps
 
 # Cells are stored as zstd-compressed float32, which keeps about this share of the bytes of loss traces.
 _COMPRESSED = 0.9
@@ -67,7 +68,7 @@ def estimate(config: RunConfig) -> Cost:
         ValueError: the configuration, task or checkpoints cannot be used.
     """
     task, trajectory = load_task(config.task, config.task_args), Trajectory.from_directory(config.checkpoints)
-    steps = steps_to_sample(trajectory, config.steps)
+    steps = chosen_steps(trajectory, config.steps)
     usable, unusable = look(task, trajectory, config.posterior, steps)
     missing = preflight(task, trajectory, config, list(usable))
     workers = config.workers or default_workers(task)

@@ -17,6 +17,7 @@ import torch
 
 from stagewise.checkpoint import Checkpoint
 from stagewise.checkpoints.trajectory import Trajectory, as_trajectory
+from stagewise.evaluate import in_any_mode
 from stagewise.groups import Labels
 from stagewise.identity import Probe, identity, probe
 from stagewise.run.before import check_reusable, check_same_task, look
@@ -27,6 +28,7 @@ from stagewise.sampling.posterior import LocalPosterior
 from stagewise.task import Task
 from stagewise.traces.identity import read_identity
 from stagewise.traces.store import Cell, RunFolderError, TraceStore
+from stagewise.usable import chosen_steps
 
 # Raised whenever a change alters the numbers a cell would hold: old cells must not be taken for new ones.
 NUMERICS_VERSION = "3"
@@ -77,6 +79,7 @@ class Work:
     threads: int
 
 
+@in_any_mode
 def sample(
     task: Task,
     trajectory: Trajectory | str | Path,
@@ -137,7 +140,7 @@ def sample(
     """
     sampling = replace(sampling or Chains(), **settings)
     run = as_trajectory(trajectory)
-    chosen = steps_to_sample(run, steps)
+    chosen = chosen_steps(run, steps)
     usable, unusable = look(task, run, posterior, chosen)
     last = max(usable)
     known = last, probe(task, task.fitted(run.load(last)))
@@ -159,19 +162,6 @@ def sample(
         for done, _ in enumerate(_computed(work, task, todo, workers), start=len(cells) - len(todo) + 1):
             progress("sampling", done, len(cells))
     return store
-
-
-def steps_to_sample(trajectory: Trajectory, steps: Sequence[int] | None = None) -> list[int]:
-    """The steps that are asked for, by default all.
-
-    Raises:
-        ValueError: a step has no checkpoint, or no step is asked for.
-    """
-    chosen = list(trajectory.steps if steps is None else steps)
-    missing = sorted(set(chosen) - set(trajectory.steps))
-    if missing or not chosen:
-        raise ValueError(f"steps {missing} have no checkpoint; there are {list(trajectory.steps)}")
-    return chosen
 
 
 def default_workers(task: Task) -> int:

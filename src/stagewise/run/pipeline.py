@@ -18,13 +18,14 @@ from stagewise.results import Results
 from stagewise.run import analysis, yaml12
 from stagewise.run.before import look
 from stagewise.run.config import RunConfig, save_config
-from stagewise.run.engine import default_workers, sample, steps_to_sample
+from stagewise.run.engine import default_workers, sample
 from stagewise.run.folder import load_results, provenance, save_results
 from stagewise.run.preflight import preflight
 from stagewise.run.progress import Progress, silent
 from stagewise.run.task_file import load_task
 from stagewise.traces.diagnostics import diagnose_run
 from stagewise.traces.store import TraceStore
+from stagewise.usable import chosen_steps
 
 
 def run(config: RunConfig, progress: Progress = silent) -> Results:
@@ -38,7 +39,7 @@ def run(config: RunConfig, progress: Progress = silent) -> Results:
     """
     make_task = partial(load_task, config.task, config.task_args)
     task, trajectory = make_task(), Trajectory.from_directory(config.checkpoints)
-    steps = steps_to_sample(trajectory, config.steps)
+    steps = chosen_steps(trajectory, config.steps)
     usable, _ = look(task, trajectory, config.posterior, steps)
     left_out = preflight(task, trajectory, config, list(usable))
     store = sample(
