@@ -35,7 +35,7 @@ def test_report_is_written_again_without_the_task(finished, tmp_path):
 def test_doctor_shows_a_verdict_per_checkpoint(finished):
     result = cli.invoke(app, ["doctor", str(finished[0])])
     assert result.exit_code == 0
-    for step in (5, 10, 20, 30, 40):
+    for step in (5, 20, 40):
         assert str(step) in result.output
 
 
@@ -43,7 +43,7 @@ def test_dry_run_predicts_cost_and_samples_nothing(tmp_path):
     config = write_run(tmp_path)
     result = cli.invoke(app, ["run", str(config), "--dry-run"])
     assert result.exit_code == 0, result.output
-    for word in ("time", "memory", "disk", "5 cells"):
+    for word in ("time", "memory", "disk", "3 cells"):
         assert word in result.output
     assert not (tmp_path / "run").exists()
 

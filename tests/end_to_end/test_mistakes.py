@@ -4,6 +4,7 @@ import errno
 import re
 import shutil
 from concurrent.futures.process import BrokenProcessPool
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -49,10 +50,7 @@ def told(*arguments):
     ],
 )
 def test_a_mistake_ends_in_one_line_with_what_to_do(monkeypatch, config, error, message):
-    def fail(*_):
-        raise error
-
-    monkeypatch.setattr(pipeline, "run", fail)
+    monkeypatch.setattr(pipeline, "run", Mock(side_effect=error))
     line = told("run", config)
     assert not any(part in line for part in ("Traceback", "delete it", "\n"))
     assert re.search(message, line), line
@@ -62,10 +60,7 @@ def test_a_mistake_ends_in_one_line_with_what_to_do(monkeypatch, config, error, 
     "error", [KeyError("step"), RuntimeError("size mismatch"), AttributeError("x"), TypeError("y")]
 )
 def test_a_bug_keeps_its_traceback(monkeypatch, config, error):
-    def fail(*_):
-        raise error
-
-    monkeypatch.setattr(pipeline, "run", fail)
+    monkeypatch.setattr(pipeline, "run", Mock(side_effect=error))
     assert cli.invoke(app, ["run", str(config)]).exception is error
 
 

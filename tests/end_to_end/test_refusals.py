@@ -99,6 +99,6 @@ def test_resolved_configuration_runs_again(finished):
 def test_fewer_steps_than_the_folder_holds_still_give_a_report(finished, tmp_path):
     config = write_run(tmp_path, retraining={"repeats": 1})
     run(load_config(config))
-    results = run(load_config(config, ["steps=[20, 30]"]))
-    assert results.losses["step"].values.tolist() == [20, 30]
+    results = run(load_config(config, ["steps=[20, 40]"]))
+    assert results.losses["step"].values.tolist() == [20, 40]
     assert (tmp_path / "run" / "report.html").exists()

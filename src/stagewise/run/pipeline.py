@@ -66,7 +66,7 @@ def run(config: RunConfig, progress: Progress = silent) -> Results:
     influence = _influence(store)
     chosen = [] if influence is None else analysis.exemplars(task, store, influence, config.exemplars)
     save_results(config.out, datasets, chosen)
-    return report(config.out)
+    return _report(store, influence)
 
 
 def report(folder: str | Path) -> Results:
@@ -76,11 +76,15 @@ def report(folder: str | Path) -> Results:
         RunFolderError: it is no run folder.
         FileNotFoundError: the run has not got as far as results.
     """
-    folder = Path(folder)
     store = TraceStore.read_only(folder)
+    load_results(store.root)  # says how to get them, before anything is computed
+    return _report(store, _influence(store))
+
+
+def _report(store: TraceStore, influence: xr.Dataset | None) -> Results:
+    folder = store.root
     datasets, found = load_results(folder)
     settings = yaml12.load((folder / "config.yaml").read_text(encoding="utf-8"))
-    influence = _influence(store)
     results = Results(
         title=settings["title"],
         losses=datasets["losses"],

@@ -1,0 +1,11 @@
+"""Reports of these runs have empty files for papers beside them; what is in those is tested where reports are."""
+
+import pytest
+import tiny
+
+
+@pytest.fixture(autouse=True, scope="module")
+def screen_only():
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.without_files_for_papers(patch.setattr)
+        yield
