@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from stagewise.memory import out_of_memory
-from stagewise.sampling import gradient
 
 
 @pytest.mark.parametrize(
@@ -30,24 +29,3 @@ def test_every_name_of_running_out_of_memory_is_known(error):
 )
 def test_other_errors_are_not_taken_for_it(error):
     assert not out_of_memory(error)
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
-def test_chains_that_do_not_fit_are_not_taken_for_chains_that_cannot_be_stacked(monkeypatch, error):
-    class Density:
-        anchor, vector = torch.zeros(2), torch.zeros(2)
-        vector.size = 2
-
-    def only_loop(density, chains, batch_size, control_variate, batching, generator):
-        def evaluate(u):
-            if batching == "stacked":
-                raise error
-            return type("Gradient", (), {"potential": u})
-
-        return evaluate
-
-    monkeypatch.setattr(gradient, "potential_gradient", only_loop)
-    with pytest.raises(type(error)):
-        gradient.choose_batching(Density, 4, None)
-    error = RuntimeError("Batching rule not implemented")
-    assert gradient.choose_batching(Density, 4, None) == "loop"

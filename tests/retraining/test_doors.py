@@ -18,9 +18,10 @@ from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.leave_out import leave_out, retrain
 from stagewise.retraining.replay import replay
 from stagewise.retraining.schedule import BatchOrder, Schedule
-from stagewise.retraining.start import decided, start_at
+from stagewise.retraining.start import start_at
 from stagewise.retraining.training import train, train_and_record
 from stagewise.retraining.unrolling import unroll, unrolled_influence
+from stagewise.stacking import decided
 from stagewise.task import Task
 
 SGD = Optimizer("sgd", 0.2, batch_size=0)
@@ -177,7 +178,7 @@ def test_a_model_that_cannot_be_stacked_is_looped_over_and_says_the_same():
         for model in (Branching(), linear())
     )
     checkpoints = [Checkpoint(0, task.state(), SGD) for task in (branching, plain)]
-    assert [decided(start_at(t, c).point, "auto") for t, c in zip((branching, plain), checkpoints, strict=True)] == [
+    assert [decided(start_at(t, c).point, "auto", 2) for t, c in zip((branching, plain), checkpoints, strict=True)] == [
         "loop",
         "stacked",
     ]
@@ -198,7 +199,7 @@ def test_a_query_loss_that_cannot_be_stacked_is_enough_to_loop():
         query_losses={"b": scaled},
     )  # fmt: skip
     start = Checkpoint(0, task.state(), SGD)
-    assert decided(start_at(task, start).point, "auto") == "loop"
+    assert decided(start_at(task, start).point, "auto", 2) == "loop"
     assert window_ablation(task, alone(start), window=2).sizes["query"] == 2
 
 

@@ -32,6 +32,21 @@ class Steps:
         self.seen.append((what, done, total))
 
 
+class Forgetful:
+    """Keeps nothing."""
+
+    def get(self, _name, _cause, compute):
+        return compute()
+
+
+def baselines(task, run, settings, steps, progress=silent, kept=None):
+    return analysis.baselines(task, run, settings, dict.fromkeys(steps, "digest"), kept or Forgetful(), progress)
+
+
+def measure(task, run, settings, steps, progress=silent, kept=None):
+    return analysis.measure(task, run, settings, dict.fromkeys(steps, "digest"), kept or Forgetful(), progress)
+
+
 # Mean losses
 
 
@@ -60,7 +75,7 @@ def test_mean_loss_of_a_sample_of_tokens_is_the_mean_over_its_tokens():
 
 def test_baselines_are_the_estimators_they_are_called_by_at_every_step():
     task, run, posterior, steps = springs.task(), springs.trajectory(), LocalPosterior(window=WINDOW), Steps()
-    found, left_out = analysis.baselines(task, run, config(), [0, 20], steps)
+    found, left_out = baselines(task, run, config(), [0, 20], steps)
     assert not left_out
     assert list(found) == ["gradient product", "damped influence"]
     for name, estimator in (("gradient product", gradient_product), ("damped influence", damped_influence)):
@@ -73,9 +88,7 @@ def test_baselines_are_the_estimators_they_are_called_by_at_every_step():
 
 
 def test_only_the_baselines_that_are_asked_for_are_computed():
-    found, _ = analysis.baselines(
-        springs.task(), springs.trajectory(), config(baselines=["damped influence"]), [10], silent
-    )
+    found, _ = baselines(springs.task(), springs.trajectory(), config(baselines=["damped influence"]), [10], silent)
     assert list(found) == ["damped influence"]
 
 
@@ -99,14 +112,14 @@ def by_hand(step, window, weight, order):
 
 
 def test_nothing_is_measured_unless_asked_for():
-    assert analysis.measure(springs.task(), springs.trajectory(), config(), [0], silent) == {}
+    assert measure(springs.task(), springs.trajectory(), config(), [0]) == {}
 
 
 @pytest.mark.parametrize("seed", [3, 4])
 def test_effects_are_measured_in_the_recorded_order_with_the_weight_and_window_that_are_set(seed):
     settings = config(retraining={"weight": 0.3, "window": 5, "repeats": 1, "recorded_order_seed": seed})
     steps = Steps()
-    found = analysis.measure(springs.task(), springs.trajectory(), settings, [0, 10], steps)["measured"]
+    found = measure(springs.task(), springs.trajectory(), settings, [0, 10], steps)["measured"]
     for step in (0, 10):
         expected = by_hand(step, 5, 0.3, BatchOrder(6, 2, seed))
         np.testing.assert_allclose(found["effect"].sel(step=step), expected, atol=1e-12)
@@ -116,16 +129,16 @@ def test_effects_are_measured_in_the_recorded_order_with_the_weight_and_window_t
 
 def test_window_of_retraining_is_that_of_the_posterior_by_default():
     full = springs.trajectory(batch_size=0)
-    found = analysis.measure(springs.task(), full, config(retraining={}), [10], silent)["measured"]
+    found = measure(springs.task(), full, config(retraining={}), [10])["measured"]
     expected = by_hand(10, WINDOW, 0.8, BatchOrder(6))
     np.testing.assert_allclose(found["effect"].sel(step=10), expected, atol=1e-12)
 
 
 def test_repeats_are_averaged_over_other_orders_than_the_recorded_one():
     settings = config(retraining={"repeats": 3, "recorded_order_seed": 3})
-    found = analysis.measure(springs.task(), springs.trajectory(), settings, [0], silent)["measured"]
+    found = measure(springs.task(), springs.trajectory(), settings, [0])["measured"]
     assert (found["effect_stderr"] > 0).all()
-    one = analysis.measure(
+    one = measure(
         springs.task(), springs.trajectory(), config(retraining={"repeats": 1, "recorded_order_seed": 3}), [0], silent
     )["measured"]
     assert (abs(found["effect"] - one["effect"]) > 1e-6).all()
@@ -133,26 +146,24 @@ def test_repeats_are_averaged_over_other_orders_than_the_recorded_one():
 
 def test_how_well_the_run_is_repeated_stands_beside_what_was_measured():
     settings = config(retraining={"weight": 0.3, "repeats": 1, "recorded_order_seed": 3})
-    found = analysis.measure(springs.task(), springs.trajectory(), settings, [0, 10], silent)["replay"]
+    found = measure(springs.task(), springs.trajectory(), settings, [0, 10])["replay"]
     assert found["step"].values.tolist() == [0, 10]
     assert "misses" in found.attrs["verdict"]
-    unknown = analysis.measure(springs.task(), springs.trajectory(), config(retraining={"repeats": 1}), [0], silent)
+    unknown = measure(springs.task(), springs.trajectory(), config(retraining={"repeats": 1}), [0])
     assert "a like run, not this one" in unknown["replay"].attrs["verdict"]
 
 
 def test_a_baseline_that_cannot_be_computed_anywhere_is_left_out_with_its_reason():
     checkpoint = springs.trajectory().load(0)
     broken = type(springs.trajectory()).from_checkpoints([type(checkpoint)(0, checkpoint.params)])
-    found, left_out = analysis.baselines(springs.task(), broken, config(baselines=["gradient product"]), [0], silent)
+    found, left_out = baselines(springs.task(), broken, config(baselines=["gradient product"]), [0])
     assert not found
     assert "no record of its optimiser" in left_out["gradient product"]
 
 
 def test_retraining_without_any_window_says_where_to_set_it():
     with pytest.raises(ValueError, match=r"retraining\.window"):
-        analysis.measure(
-            springs.task(), springs.trajectory(), config(posterior={"gamma": 1.0}, retraining={}), [0], silent
-        )
+        measure(springs.task(), springs.trajectory(), config(posterior={"gamma": 1.0}, retraining={}), [0], silent)
 
 
 # Exemplars

@@ -10,7 +10,6 @@ from stagewise.sampling import LocalPosterior, Underdamped
 from stagewise.sampling.gradient import (
     batch_loss,
     chain_gradients,
-    choose_batching,
     full_gradient,
     potential_gradient,
     reshuffled,
@@ -167,45 +166,6 @@ def test_control_variate_saves_the_posterior_from_drowning_in_minibatch_noise():
     without, _ = spread(control_variate=False)
     assert (abs(with_it - 1) < 3 * stderr).all()
     assert (without > 2).all()
-
-
-class Square(torch.autograd.Function):
-    """An operation that torch.func cannot stack over chains."""
-
-    @staticmethod
-    def forward(x):
-        return x**2
-
-    @staticmethod
-    def setup_context(ctx, inputs, _output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return 2 * ctx.saved_tensors[0] * grad
-
-
-def test_chains_are_looped_where_the_model_cannot_be_stacked():
-    data = (torch.ones(4, 1),)
-    task = Task(nn.Linear(1, 1), lambda model, b: Square.apply(model(b[0]))[:, 0], train=data, queries={"q": data})
-    checkpoint = Checkpoint(0, task.state())
-    assert choose_batching(LocalPosterior(gamma=1.0).at(task, checkpoint), 2, None) == "loop"
-    assert choose_batching(density(), 2, None) in ("stacked", "loop")
-
-
-def test_an_error_of_the_model_itself_is_not_hidden_by_the_choice_of_batching():
-    calls = []
-
-    def broken(model, batch):
-        calls.append(1)
-        if len(calls) % 2 == 0:  # the first call is that of the gradient at the checkpoint
-            raise RuntimeError("out of memory")
-        return model(batch[0])[:, 0]
-
-    task = Task(nn.Linear(1, 1), broken, train=(torch.ones(4, 1),), queries={"q": (torch.ones(4, 1),)})
-    checkpoint = Checkpoint(0, task.state())
-    with pytest.raises(RuntimeError, match="out of memory"):
-        choose_batching(LocalPosterior(gamma=1.0).at(task, checkpoint), 2, None)
 
 
 class Attention(nn.Module):

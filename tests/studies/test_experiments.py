@@ -29,6 +29,12 @@ def lab(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def coarse(tmp_path_factory):
+    """With fewer checkpoints, for what looks at each of them and not at the times between."""
+    return Lab(tmp_path_factory.mktemp("coarse"), replace(REDUCED, checkpoints=8))
+
+
+@pytest.fixture(scope="module")
 def learnt(lab):
     return learning(lab)
 
@@ -39,8 +45,8 @@ def left_out(lab):
 
 
 @pytest.fixture(scope="module")
-def in_windows(lab):
-    return windows(lab)
+def in_windows(coarse):
+    return windows(coarse)
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +55,8 @@ def turned(lab):
 
 
 @pytest.fixture(scope="module")
-def localised(lab):
-    return localisation(lab)
+def localised(coarse):
+    return localisation(coarse)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from stagewise.groups import Labels, query_groups, train_groups
 from stagewise.labelled import Array, effect_dataset
 from stagewise.retraining.losses import paired_losses
 from stagewise.retraining.schedule import BatchOrder, Order, Schedule
-from stagewise.retraining.start import BatchingChoice, Start, check_moves, check_order, decided, start_at
+from stagewise.retraining.start import Start, check_moves, check_order, start_at
+from stagewise.stacking import BatchingChoice
 from stagewise.task import Task
 from stagewise.usable import at_usable, chosen_steps
 
@@ -103,7 +104,7 @@ def window_ablation(
             if order is not None:
                 check_order(start, order)
             schedules = [Schedule.window(index, step, window, weight) for index in trained.indices]
-            way, end = decided(start.point, batching), [step + window]
+            way, end = start.decided(batching, min(max_replays, len(schedules) + 1)), [step + window]
             effects = [
                 paired_losses(start, schedules, batches, end, max_replays=max_replays, batching=way)[0][0].numpy()
                 for batches in _orders(start, order, repeats, seed)

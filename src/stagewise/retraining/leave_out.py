@@ -17,7 +17,8 @@ from stagewise.groups import Labels, query_groups, train_groups
 from stagewise.labelled import effect_dataset
 from stagewise.retraining.losses import Progress, losses_along, paired_losses
 from stagewise.retraining.schedule import LearningRate, Order, Schedule
-from stagewise.retraining.start import BatchingChoice, check_moves, check_order, check_steps, decided, start_at
+from stagewise.retraining.start import check_moves, check_order, check_steps, start_at
+from stagewise.stacking import BatchingChoice
 from stagewise.task import Task
 
 
@@ -78,7 +79,7 @@ def retrain(
     chosen, origin = check_steps(start, steps), start_at(task, start)
     check_moves(origin, learning_rate)
     check_order(origin, order)
-    way, parts = decided(origin.point, batching), []
+    way, parts = origin.decided(batching, min(max_replays, len(schedules))), []
     for first in range(0, len(schedules), max_replays):
         stack = schedules[first : first + max_replays]
         parts.append(losses_along(origin, stack, order, chosen, batching=way, learning_rate=learning_rate))
@@ -158,7 +159,7 @@ def leave_out(
         order,
         chosen,
         max_replays=max_replays,
-        batching=decided(origin.point, batching),
+        batching=origin.decided(batching, min(max_replays, len(trained.indices) + 1)),
         learning_rate=learning_rate,
         progress=progress,
     )

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
-import torch
 from torch import Tensor
 
 from stagewise.checkpoint import Checkpoint
-from stagewise.data import Batch
-from stagewise.evaluate import Batching, Point, at, differentiable, gradient, over_rows
+from stagewise.evaluate import Batching, Point, at
 from stagewise.retraining.schedule import BatchOrder, LearningRate, Order
 from stagewise.retraining.updates import (
     Rule,
@@ -20,11 +17,9 @@ from stagewise.retraining.updates import (
     keeps_second_moment,
     recorded_optimizer,
 )
+from stagewise.stacking import BatchingChoice, decided
 from stagewise.task import Task
 from stagewise.vector import ParameterVector
-
-BatchingChoice = Literal["auto", "stacked", "loop"]
-"""``"auto"``: stacked, where the model allows it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +58,10 @@ class Start:
             ValueError: the checkpoint lacks all moments that its optimizer needs.
         """
         return TrainingState.of(self.checkpoint, self.rule, self.params, replays)
+
+    def decided(self, batching: BatchingChoice, replays: int) -> Batching:
+        """How so many replays are evaluated, see :func:`stagewise.stacking.decided`."""
+        return decided(self.point, batching, replays, self.rule.optimizer.batch_size)
 
     def recorded(self, step: int, state: TrainingState, learning_rates: Sequence[float] = ()) -> Checkpoint:
         """The first replay after ``step`` updates as a checkpoint, on the CPU."""
@@ -165,40 +164,3 @@ def check_steps(checkpoint: Checkpoint, steps: Sequence[int]) -> list[int]:
             f"steps must ascend without repeats from the start of the replays, step {checkpoint.step}, got {chosen}"
         )
     return chosen
-
-
-def decided(point: Point, batching: BatchingChoice) -> Batching:
-    """How replays are evaluated: as asked for, else stacked if that works and says the same on a few samples.
-
-    Raises:
-        torch.OutOfMemoryError: that says nothing of whether the model can be stacked.
-    """
-    if batching != "auto":
-        return batching
-    task = point.task
-    u = point.vector.flatten(point.state)
-    rows = torch.stack([u, 1.01 * u])
-    try:
-        alike = _alike(point, rows, task.train.batch(task.train.few(), task.device), None)
-        for name, data in task.queries.items():
-            alike = alike and _alike(point, rows, data.batch(data.few(), task.device), name)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception:  # whatever keeps a model from being traced; if it is something else the loop meets it too
-        return "loop"
-    return "stacked" if alike else "loop"
-
-
-def _alike(point: Point, rows: Tensor, batch: Batch, query: str | None) -> bool:
-    """Whether losses and their gradients are the same stacked and one by one."""
-
-    def losses(row: Tensor) -> Tensor:
-        return torch.stack(point.sample_losses(row, batch, query))
-
-    found = []
-    ways: tuple[Batching, ...] = ("stacked", "loop")
-    for batching in ways:
-        with differentiable(rows) as leaf:
-            values = over_rows(losses, leaf, batching)
-            found.append((values.detach(), gradient(values[:, 0].sum(), leaf)))
-    return all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(*found, strict=True))

@@ -18,8 +18,9 @@ from stagewise.checkpoint import Checkpoint, Optimizer
 from stagewise.data import Batch
 from stagewise.evaluate import Batching, Point, differentiable, in_any_mode
 from stagewise.retraining.schedule import LearningRate, Order, Schedule
-from stagewise.retraining.start import BatchingChoice, Start, decided, start_at
+from stagewise.retraining.start import Start, start_at
 from stagewise.retraining.updates import TrainingState, update
+from stagewise.stacking import BatchingChoice
 from stagewise.task import Task
 
 
@@ -55,7 +56,7 @@ def train(
     if len(schedules) != len(state.params):
         raise ValueError(f"expected one schedule for each of {len(state.params)} replays, got {len(schedules)}")
     task = start.task
-    way = decided(start.point, batching) if len(schedules) > 1 else "loop"
+    way = start.decided(batching, len(schedules))
     for span in constant_spans(steps, schedules):
         beta = sample_weights_of(schedules, span.start, len(task.train), state.params)
         for step in span:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.replay import replay
 from stagewise.retraining.schedule import BatchOrder, Order
 from stagewise.run.config import RunConfig
+from stagewise.run.kept import Kept
 from stagewise.run.progress import Progress
 from stagewise.task import Params, Samples, Task
 from stagewise.traces.store import TraceStore
@@ -57,49 +59,86 @@ def mean_losses(task: Task, trajectory: Trajectory, steps: Sequence[int]) -> xr.
 
 
 def baselines(
-    task: Task, trajectory: Trajectory, config: RunConfig, steps: Sequence[int], progress: Progress
+    task: Task,
+    trajectory: Trajectory,
+    config: RunConfig,
+    digests: Mapping[int, str],
+    kept: Kept,
+    progress: Progress,
 ) -> tuple[dict[str, xr.Dataset], dict[str, str]]:
-    """The deterministic estimators of the same influence, by name; and why one is left out."""
+    """The deterministic estimators of the same influence, by name; and why one is left out.
+
+    ``digests`` are the content hashes of the checkpoints that are asked for, by step.
+    """
     results: dict[str, xr.Dataset] = {}
     left_out: dict[str, str] = {}
     for name in config.baselines:
-        rows, reasons = [], {}
-        for done, step in enumerate(steps, start=1):
-            try:
-                rows.append(ESTIMATORS[name](task, trajectory, config.posterior, steps=[step]))
-            except ValueError as error:
-                reasons[step] = str(error)
-            progress(name, done, len(steps))
-        if rows:
-            results[name] = xr.concat(rows, "step", combine_attrs="override")
-            results[name].attrs["omitted"] = json.dumps({str(step): reason for step, reason in reasons.items()})
-        else:
-            left_out[name] = none_usable(reasons)
+        estimate = partial(ESTIMATORS[name], task, trajectory, config.posterior)
+        try:
+            results[name] = _step_by_step(name, "", estimate, digests, kept, progress)
+        except ValueError as error:
+            left_out[name] = str(error)
     return results, left_out
 
 
 def measure(
-    task: Task, trajectory: Trajectory, config: RunConfig, steps: Sequence[int], progress: Progress
+    task: Task,
+    trajectory: Trajectory,
+    config: RunConfig,
+    digests: Mapping[int, str],
+    kept: Kept,
+    progress: Progress,
 ) -> dict[str, xr.Dataset]:
     """Measured window effects, if asked for, and how well retraining repeats the run that they are to prove."""
     settings, window = config.retraining, retraining_window(config)
     if settings is None or window is None:
         return {}
     order = recorded_order(task, trajectory, config)
-    measured = window_ablation(
+    ablation = partial(
+        window_ablation,
         task,
         trajectory,
         window=window,
         weight=settings.weight,
-        steps=steps,
         repeats=settings.repeats,
         order=order,
-        progress=lambda done, total: progress("retraining windows", done, total),
     )
-    repeated = replay(
-        task, trajectory, order, steps, progress=lambda done, total: progress("repeating the run", done, total)
-    )
-    return {"measured": measured, "replay": repeated}
+    cause = f"{window} {settings!r}"
+    measured = _step_by_step("retraining windows", cause, ablation, digests, kept, progress)
+
+    def repeat() -> xr.Dataset:
+        bar = partial(progress, "repeating the run")
+        return replay(task, trajectory, order, list(digests), progress=bar)
+
+    run = " ".join(f"{step} {trajectory.load(step).digest}" for step in trajectory.steps)
+    return {"measured": measured, "replay": kept.get("replay", f"{cause} {list(digests)} {run}", repeat)}
+
+
+def _step_by_step(
+    name: str,
+    cause: str,
+    estimate: Callable[..., xr.Dataset],
+    digests: Mapping[int, str],
+    kept: Kept,
+    progress: Progress,
+) -> xr.Dataset:
+    """``estimate(steps=[step])`` of every checkpoint, along ``step``; what is kept is not computed again.
+
+    Raises:
+        ValueError: no checkpoint can be used, with the reasons.
+    """
+    rows, reasons = [], {}
+    for done, (step, digest) in enumerate(digests.items(), start=1):
+        try:
+            rows.append(kept.get(name, f"{cause} {step} {digest}", partial(estimate, steps=[step])))
+        except ValueError as error:
+            reasons[step] = str(error)
+        progress(name, done, len(digests))
+    if not rows:
+        raise ValueError(none_usable(reasons))
+    result = xr.concat(rows, "step", combine_attrs="override")
+    result.attrs["omitted"] = json.dumps({str(step): reason for step, reason in reasons.items()})
+    return result
 
 
 def retraining_window(config: RunConfig) -> int | None:

@@ -16,9 +16,10 @@ from stagewise.run.engine import default_workers
 from stagewise.run.preflight import preflight
 from stagewise.run.task_file import load_task
 from stagewise.sampling.chains import Chains, tune
-from stagewise.sampling.gradient import choose_batching, potential_gradient
+from stagewise.sampling.gradient import potential_gradient
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior
 from stagewise.sampling.watch import Watch
+from stagewise.stacking import decided
 from stagewise.task import Task
 from stagewise.usable import chosen_steps
 
@@ -125,9 +126,7 @@ def _probe(density: LocalDensity, sampling: Chains) -> tuple[float, int]:
 
 def _times(density: LocalDensity, sampling: Chains) -> tuple[float, float]:
     """Seconds of one gradient and of one draw of a block of chains."""
-    batching = sampling.batching
-    if batching == "auto":
-        batching = choose_batching(density, sampling.chains, sampling.batch_size)
+    batching = decided(density, sampling.batching, sampling.chains, sampling.batch_size)
     u = torch.zeros(sampling.chains, density.vector.size).to(density.anchor)
     gradient = potential_gradient(
         density, sampling.chains, sampling.batch_size, sampling.control_variate, batching, torch.Generator()

@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from multiprocessing import connection
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack
 
 import torch
 
-from stagewise.checkpoint import Checkpoint
 from stagewise.checkpoints.trajectory import Trajectory, as_trajectory
 from stagewise.evaluate import in_any_mode
 from stagewise.groups import Labels
@@ -23,11 +25,9 @@ from stagewise.identity import Probe, identity, probe
 from stagewise.run.before import check_reusable, check_same_task, look
 from stagewise.run.progress import Progress, silent
 from stagewise.sampling.chains import Chains, SamplerName, sample_block, unusable_block
-from stagewise.sampling.gradient import choose_batching
 from stagewise.sampling.posterior import LocalPosterior
 from stagewise.task import Task
-from stagewise.traces.identity import read_identity
-from stagewise.traces.store import Cell, RunFolderError, TraceStore
+from stagewise.traces.store import Cell, TraceStore
 from stagewise.usable import chosen_steps
 
 # Raised whenever a change alters the numbers a cell would hold: old cells must not be taken for new ones.
@@ -60,12 +60,12 @@ class Work:
         make_task: returns the task; called once in every worker.
         trajectory: the checkpoints.
         posterior: what is sampled.
-        sampling: how; ``batching`` decided.
+        sampling: how.
         store: where cells go.
-        unusable: reasons why there is no posterior, by step.
+        usable: the content hash of every checkpoint at which there is a posterior, by step.
+        unusable: reasons why there is none, by step.
         parts: identity of the task, which every worker's must have.
         known: a step, and the probe that it must give there.
-        threads: threads of a worker.
     """
 
     make_task: Callable[[], Task]
@@ -73,10 +73,22 @@ class Work:
     posterior: LocalPosterior
     sampling: Chains
     store: TraceStore
+    usable: dict[int, str]
     unusable: dict[int, str]
     parts: dict[str, str]
     known: tuple[int, Probe]
-    threads: int
+
+    @property
+    def cells(self) -> list[Cell]:
+        """All of them, ascending; the folder may hold some."""
+        steps, blocks = sorted({*self.usable, *self.unusable}), range(self.sampling.blocks)
+        return [self._cell(step, block) for step in steps for block in blocks]
+
+    def _cell(self, step: int, block: int) -> Cell:
+        """Under the hash of all that decides its numbers; without a checkpoint's digest it has none."""
+        parts = [f"{name}={value}" for name, value in sorted(self.store.identity.items())]
+        parts += [self.usable.get(step) or "unusable", str(step), str(block)]
+        return Cell(step, block, hashlib.sha256("\0".join(parts).encode()).hexdigest())
 
 
 @in_any_mode
@@ -138,30 +150,56 @@ def sample(
         ((0,), (1, 2, 1))
         >>> folder.cleanup()
     """
-    sampling = replace(sampling or Chains(), **settings)
     run = as_trajectory(trajectory)
-    chosen = chosen_steps(run, steps)
-    usable, unusable = look(task, run, posterior, chosen)
+    looked = look(task, run, posterior, chosen_steps(run, steps))
+    work = prepare(task, run, posterior, replace(sampling or Chains(), **settings), Path(out), looked, make_task)
+    with work.store.lock():
+        compute(work, task, workers, progress)
+    return work.store
+
+
+def prepare(
+    task: Task,
+    trajectory: Trajectory,
+    posterior: LocalPosterior,
+    sampling: Chains,
+    out: Path,
+    looked: tuple[dict[int, str], dict[int, str]],
+    make_task: Callable[[], Task] | None = None,
+) -> Work:
+    """Open the run folder for these cells; what it holds already is held against what the task gives now.
+
+    ``looked`` is what :func:`stagewise.run.before.look` has found at the checkpoints.
+
+    Raises:
+        RunMismatchError: the folder is of another run.
+        ValueError: ``make_task`` builds another task each time.
+    """
+    usable, unusable = looked
     last = max(usable)
-    known = last, probe(task, task.fitted(run.load(last)))
+    known = last, probe(task, task.fitted(trajectory.load(last)))
     parts = identity(task)
     if make_task is not None:
-        check_same_task(make_task(), parts, run, known)
-    sampling = replace(sampling, batching=_batching(task, run.load(last), posterior, sampling, Path(out)))
+        check_same_task(make_task(), parts, trajectory, known)
     store = TraceStore.open(out, parts | _settings(posterior, sampling))
-    cells = [_cell(store, step, block, usable.get(step)) for step in chosen for block in range(sampling.blocks)]
-    with store.lock():
-        store.sweep()
-        todo = [cell for cell in cells if not store.is_complete(cell)]
-        check_reusable(store, task, run)
-        store.write_labels(_of_candidates(task), task.query_groups)
-        progress("sampling", len(cells) - len(todo), len(cells))
-        threads = max(1, torch.get_num_threads() // workers)
-        build = make_task or partial(_return, task)
-        work = Work(build, run, posterior, sampling, store, unusable, parts, known, threads)
-        for done, _ in enumerate(_computed(work, task, todo, workers), start=len(cells) - len(todo) + 1):
-            progress("sampling", done, len(cells))
-    return store
+    build = make_task or partial(_return, task)
+    work = Work(build, trajectory, posterior, sampling, store, usable, unusable, parts, known)
+    for cell in work.cells:
+        store.is_complete(cell)  # refuses one of other weights
+    check_reusable(store, task, trajectory)
+    return work
+
+
+def compute(work: Work, task: Task, workers: int = 1, progress: Progress = silent) -> None:
+    """Compute the cells that the store lacks. Call it under the store's lock."""
+    store = work.store
+    store.sweep()
+    cells = work.cells
+    todo = [cell for cell in cells if not store.is_complete(cell)]
+    store.write_labels(_of_candidates(task), task.query_groups)
+    progress("sampling", len(cells) - len(todo), len(cells))
+    for done, _ in enumerate(_computed(work, task, todo, workers), start=len(cells) - len(todo) + 1):
+        progress("sampling", done, len(cells))
 
 
 def default_workers(task: Task) -> int:
@@ -175,18 +213,10 @@ def _settings(posterior: LocalPosterior, sampling: Chains) -> dict[str, str]:
     """What the numbers in a run folder depend on beside the task and the checkpoints; blocks may be added later."""
     return {
         "posterior": repr(posterior),
-        "sampling": repr(replace(sampling, blocks=1, batching="auto")),
-        "batching": sampling.batching,
+        "sampling": repr(replace(sampling, blocks=1)),
         "torch": torch.__version__.split("+")[0],
         "numerics": NUMERICS_VERSION,
     }
-
-
-def _cell(store: TraceStore, step: int, block: int, digest: str | None) -> Cell:
-    """A cell under the hash of all that decides its numbers; without a checkpoint's digest it has none."""
-    parts = [f"{name}={value}" for name, value in sorted(store.identity.items())]
-    parts += [digest or "unusable", str(step), str(block)]
-    return Cell(step, block, hashlib.sha256("\0".join(parts).encode()).hexdigest())
 
 
 def _of_candidates(task: Task) -> Labels | None:
@@ -201,15 +231,20 @@ def _computed(work: Work, task: Task, cells: Sequence[Cell], workers: int) -> It
             yield cell
         return
     context = multiprocessing.get_context("spawn")  # forking a process that has used torch's threads can hang
-    with ProcessPoolExecutor(workers, context, _start_worker, (work,)) as pool:
-        waiting = {pool.submit(_work_on, cell): cell for cell in cells}
+    threads = max(1, torch.get_num_threads() // workers)
+    with ProcessPoolExecutor(workers, context, _start_worker, (work, threads)) as pool:
         try:
+            waiting = {pool.submit(_work_on, cell): cell for cell in cells}
             while waiting:
                 for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                     future.result()
                     yield waiting.pop(future)
-        finally:
+        except BaseException:
+            # Nobody waits for the cells that are under way, which may take hours: they are absent, and computed again.
+            for process in list(pool._processes.values()):
+                process.kill()
             pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _compute(work: Work, cell: Cell, task: Task) -> None:
@@ -224,11 +259,21 @@ def _compute(work: Work, cell: Cell, task: Task) -> None:
 _work: Work | None = None  # what this worker process computes with; set once when it starts
 
 
-def _start_worker(work: Work) -> None:
+def _start_worker(work: Work, threads: int) -> None:
     global _work
-    torch.set_num_threads(work.threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
     quiet_vmap()
     _work = work
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for another cell for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _work_on(cell: Cell) -> None:
@@ -248,19 +293,9 @@ def _own_task() -> Task:
 
 
 def quiet_vmap() -> None:
-    """Silence torch's notes on operations it cannot stack: stacking is timed, and not used where it does not pay."""
+    """Silence torch's notes on operations it cannot stack: stacking is tried, and not used where it does not pay."""
     warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented")
 
 
 def _return(task: Task) -> Task:
     return task
-
-
-def _batching(task: Task, checkpoint: Checkpoint, posterior: LocalPosterior, sampling: Chains, out: Path) -> Any:
-    """Stacked or loop: as asked, else as the run folder was begun, else whichever is faster here."""
-    if sampling.batching != "auto":
-        return sampling.batching
-    try:
-        return read_identity(out)["batching"]
-    except (RunFolderError, KeyError):
-        return choose_batching(posterior.at(task, checkpoint), sampling.chains, sampling.batch_size)

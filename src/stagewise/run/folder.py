@@ -3,6 +3,7 @@
 config.yaml        the resolved configuration; `stagewise run` continues from it
 provenance.json    versions and times
 results/           everything the report shows that is not in the traces, as JSON
+kept/              results of single checkpoints, from which a killed run goes on
 report.html        the report, and figures/
 """
 
@@ -41,7 +42,7 @@ def save_results(folder: Path, datasets: Mapping[str, xr.Dataset], found: Sequen
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for name, dataset in datasets.items():
-        (partial / f"{name}.json").write_text(json.dumps(_to_json(dataset)), encoding="utf-8")
+        (partial / f"{name}.json").write_text(json.dumps(dataset_to_json(dataset)), encoding="utf-8")
     (partial / "exemplars.json").write_text(json.dumps([_exemplar_to_json(e) for e in found]), encoding="utf-8")
     target = folder / "results"
     shutil.rmtree(target, ignore_errors=True)
@@ -58,7 +59,7 @@ def load_results(folder: Path) -> tuple[dict[str, xr.Dataset], list[Exemplar]]:
     if not target.is_dir():
         raise FileNotFoundError(f"{folder} has no results yet; run `stagewise run {folder / 'config.yaml'}` first")
     datasets = {
-        path.stem: _from_json(json.loads(path.read_text(encoding="utf-8")))
+        path.stem: dataset_from_json(json.loads(path.read_text(encoding="utf-8")))
         for path in sorted(target.glob("*.json"))
         if path.stem != "exemplars"
     }
@@ -66,7 +67,7 @@ def load_results(folder: Path) -> tuple[dict[str, xr.Dataset], list[Exemplar]]:
     return datasets, [_exemplar_from_json(entry) for entry in stored]
 
 
-def _to_json(dataset: xr.Dataset) -> dict[str, Any]:
+def dataset_to_json(dataset: xr.Dataset) -> dict[str, Any]:
     """Values as nested lists, with the type and shape that lists do not tell: of no rows, or of text."""
     content: dict[str, Any] = dataset.to_dict(data="list")
     for part in ("coords", "data_vars"):
@@ -75,7 +76,8 @@ def _to_json(dataset: xr.Dataset) -> dict[str, Any]:
     return content
 
 
-def _from_json(content: Mapping[str, Any]) -> xr.Dataset:
+def dataset_from_json(content: Mapping[str, Any]) -> xr.Dataset:
+    """What :func:`dataset_to_json` was given."""
     variables = {
         part: {name: _variable(entry) for name, entry in content[part].items()} for part in ("coords", "data_vars")
     }

@@ -18,11 +18,13 @@ from stagewise.results import Results
 from stagewise.run import analysis, yaml12
 from stagewise.run.before import look
 from stagewise.run.config import RunConfig, save_config
-from stagewise.run.engine import default_workers, sample
+from stagewise.run.engine import Work, compute, default_workers, prepare
 from stagewise.run.folder import load_results, provenance, save_results
+from stagewise.run.kept import Kept
 from stagewise.run.preflight import preflight
 from stagewise.run.progress import Progress, silent
 from stagewise.run.task_file import load_task
+from stagewise.task import Task
 from stagewise.traces.diagnostics import diagnose_run
 from stagewise.traces.store import TraceStore
 from stagewise.usable import chosen_steps
@@ -39,34 +41,37 @@ def run(config: RunConfig, progress: Progress = silent) -> Results:
     """
     make_task = partial(load_task, config.task, config.task_args)
     task, trajectory = make_task(), Trajectory.from_directory(config.checkpoints)
-    steps = chosen_steps(trajectory, config.steps)
-    usable, _ = look(task, trajectory, config.posterior, steps)
-    left_out = preflight(task, trajectory, config, list(usable))
-    store = sample(
-        task,
-        trajectory,
-        posterior=config.posterior,
-        out=config.out,
-        steps=steps,
-        workers=config.workers or default_workers(task),
-        progress=progress,
-        make_task=make_task,
-        sampling=config.sampling,
-    )
-    save_config(config, config.out / "config.yaml")
-    (config.out / "provenance.json").write_text(json.dumps(provenance(), indent=1), encoding="utf-8")
+    looked = look(task, trajectory, config.posterior, chosen_steps(trajectory, config.steps))
+    left_out = preflight(task, trajectory, config, list(looked[0]))
+    work = prepare(task, trajectory, config.posterior, config.sampling, config.out, looked, make_task)
+    with work.store.lock():
+        save_config(config, config.out / "config.yaml")  # a killed run goes on from it
+        (config.out / "provenance.json").write_text(json.dumps(provenance(), indent=1), encoding="utf-8")
+        compute(work, task, config.workers or default_workers(task), progress)
+        influence = _influence(work.store)
+        _analyse(work, task, config, influence, left_out, progress)
+        return _report(work.store, influence)
 
-    datasets = {"losses": analysis.mean_losses(task, trajectory, steps)}
+
+def _analyse(
+    work: Work,
+    task: Task,
+    config: RunConfig,
+    influence: xr.Dataset | None,
+    left_out: dict[str, str],
+    progress: Progress,
+) -> None:
+    """All that the report shows beside the traces, into the run folder."""
+    trajectory, kept = work.trajectory, Kept(work.store, task)
+    datasets = {"losses": analysis.mean_losses(task, trajectory, sorted({*work.usable, *work.unusable}))}
     wanted = config.model_copy(update={"baselines": tuple(n for n in config.baselines if n not in left_out)})
-    found, failed = analysis.baselines(task, trajectory, wanted, list(usable), progress)
+    found, failed = analysis.baselines(task, trajectory, wanted, work.usable, kept, progress)
     datasets |= {f"baseline {name}": result for name, result in found.items()}
-    datasets |= analysis.measure(task, trajectory, config, list(usable), progress)
+    datasets |= analysis.measure(task, trajectory, config, work.usable, kept, progress)
     notes = [f"Without {name}: {reason}" for name, reason in (left_out | failed).items()]
     datasets["losses"].attrs |= {"task": repr(task), "notes": json.dumps(notes)}
-    influence = _influence(store)
-    chosen = [] if influence is None else analysis.exemplars(task, store, influence, config.exemplars)
+    chosen = [] if influence is None else analysis.exemplars(task, work.store, influence, config.exemplars)
     save_results(config.out, datasets, chosen)
-    return _report(store, influence)
 
 
 def report(folder: str | Path) -> Results:

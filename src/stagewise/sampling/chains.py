@@ -14,7 +14,6 @@ import xarray as xr
 from torch import Generator
 
 from stagewise.checkpoint import Checkpoint
-from stagewise.evaluate import Batching
 from stagewise.sampling.base import Sampler
 from stagewise.sampling.curvature import extreme_curvature
 from stagewise.sampling.gradient import full_gradient, potential_gradient
@@ -23,6 +22,7 @@ from stagewise.sampling.rmsprop_sgld import RMSpropSGLD
 from stagewise.sampling.sgld import SGLD
 from stagewise.sampling.underdamped import Underdamped
 from stagewise.sampling.watch import Seen, Watch
+from stagewise.stacking import BatchingChoice, decided
 from stagewise.task import Task
 
 SamplerName = Literal["underdamped", "sgld", "rmsprop_sgld"]
@@ -53,7 +53,7 @@ class Chains:
             block share their minibatches, so that small ones make standard errors somewhat too small.
         control_variate: subtract each minibatch's gradient at the checkpoint.
         reflect: also record losses at the reflected point 2w* - w, for odd and even parts.
-        batching: stack the chains or loop over them; ``"auto"`` takes the faster.
+        batching: stack the chains or loop over them; ``"auto"`` stacks small models that allow it.
         seed: of the noise and the minibatches. Checkpoints share it, so that their differences are less
             noisy.
 
@@ -86,7 +86,7 @@ class Chains:
     batch_size: int | None = None
     control_variate: bool = True
     reflect: bool = True
-    batching: Literal["auto", "stacked", "loop"] = "auto"
+    batching: BatchingChoice = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -154,7 +154,7 @@ def sample_block(
         task: the task.
         checkpoint: where.
         posterior: what is sampled.
-        sampling: how; ``batching`` must be decided (not ``"auto"``) for the same bits every time.
+        sampling: how.
         block: which block; it seeds the noise together with ``sampling.seed``.
         on_step: called after every sampler step.
 
@@ -199,7 +199,7 @@ def _run(
     density: LocalDensity, tuning: Tuning, sampling: Chains, block: int, on_step: Callable[[], None]
 ) -> tuple[dict[str, Seen], np.ndarray[Any, Any]]:
     """Burn in, then draw: traces by data set and variable, and the status of every chain."""
-    batching: Batching = "stacked" if sampling.batching == "auto" else sampling.batching
+    batching = decided(density, sampling.batching, sampling.chains, sampling.batch_size)
     noise, minibatches = (_generator(sampling.seed, block, use, density.anchor.device) for use in ("noise", "batch"))
     gradient = potential_gradient(
         density, sampling.chains, sampling.batch_size, sampling.control_variate, batching, minibatches

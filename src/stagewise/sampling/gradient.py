@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -13,7 +11,6 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from stagewise.data import Batch
 from stagewise.evaluate import Batching, chunks, differentiable, gradient, mean_gradient, over_rows, sample_weights
-from stagewise.memory import out_of_memory
 from stagewise.sampling.base import Gradient, GradientFunction
 from stagewise.sampling.posterior import LocalDensity
 
@@ -159,34 +156,3 @@ def potential_gradient(
         return Gradient(n_beta * drift + gamma * u, slope)
 
     return plain
-
-
-def choose_batching(density: LocalDensity, chains: int, batch_size: int | None) -> Batching:
-    """Time three gradients of a block both ways and take the faster: the loop if the model cannot be stacked.
-
-    The choice decides the last bits of every draw, so callers must record it with the run.
-
-    Raises:
-        torch.OutOfMemoryError: the chains do not fit; that says nothing of whether they can be stacked.
-    """
-    seconds: dict[Batching, float] = {}
-    u = torch.zeros(chains, density.vector.size).to(density.anchor)
-    methods: tuple[Batching, ...] = ("stacked", "loop")
-    for batching in methods:
-        slope = potential_gradient(density, chains, batch_size, True, batching, Generator().manual_seed(0))
-        try:
-            slope(u)
-        except RuntimeError as error:
-            if batching == "loop" or out_of_memory(error):
-                raise
-            continue  # an operation without a batching rule
-        start = time.perf_counter()
-        for _ in range(3):
-            _wait(slope(u))
-        seconds[batching] = time.perf_counter() - start
-    return min(seconds, key=lambda batching: seconds[batching])
-
-
-def _wait(result: Any) -> None:
-    """Make asynchronous devices finish."""
-    result.potential.flatten()[0].item()
