@@ -512,3 +512,35 @@ def test_the_callers_gradient_mode_makes_no_difference():
     with torch.inference_mode():
         checked()
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("where", ["train", "q"])
+def test_noise_that_spares_the_samples_that_are_looked_at_closely_is_found(where):
+    x, y = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)), torch.arange(200) % 3
+    first = len(x) if where == "q" else 0
+
+    def rarely(model, batch):
+        noisy = torch.zeros(len(batch[2]))
+        noisy[batch[2] == first + 60] = torch.rand(()).item()  # one of all samples
+        return cross_entropy(model, batch[:2]) + noisy
+
+    numbers = torch.arange(400)
+    data = {"train": (x, y, numbers[:200]), "queries": {"q": (x, y, numbers[200:])}}
+    task = Task(plain(), rarely, **data, forward_batch=64)
+    with pytest.raises(ValueError, match=r"differ, first at sample 60 .*must be deterministic") as error:
+        check(task, task.fitted(Checkpoint(0, task.state())))
+    assert str(error.value).startswith("train: " if where == "train" else "queries['q']: ")
+
+
+def test_dropout_of_one_unit_in_a_thousand_is_found():
+    x, y = torch.randn(500, 4, generator=torch.Generator().manual_seed(0)), torch.arange(500) % 3
+
+    def losses(model, batch):
+        return nn.functional.cross_entropy(
+            nn.functional.dropout(model(batch[0]), 0.003, training=True), batch[1], reduction="none"
+        )
+
+    torch.manual_seed(0)
+    task = Task(plain(), losses, train=(x, y), queries={"q": (x, y)})
+    with pytest.raises(ValueError, match="deterministic"):
+        check(task, task.fitted(Checkpoint(0, task.state())))

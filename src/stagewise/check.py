@@ -69,17 +69,23 @@ def _check(task: Task, checkpoint: Checkpoint, curvature: bool) -> None:
         task.checked.add("curvature")
     if checkpoint.digest not in task.checked:
         for data, query in _all(task):
-            check_finite(task, checkpoint.params, data, query)
-        task.checked.add(checkpoint.digest)
+            losses = check_finite(task, checkpoint.params, data, query)
+            if "steady" not in task.checked:
+                _check_steady(data, losses, check_finite(task, checkpoint.params, data, query))
+        task.checked |= {checkpoint.digest, "steady"}
 
 
-def check_finite(task: Task, params: Mapping[str, Tensor], data: Samples, query: str | None = None) -> None:
+def check_finite(task: Task, params: Mapping[str, Tensor], data: Samples, query: str | None = None) -> Tensor:
     """One pass over a data set.
+
+    Returns:
+        Loss and weight of every sample ``(2, sample)``, on the CPU.
 
     Raises:
         ValueError: the first sample whose loss is not finite, or no sample has a weight.
     """
     done, weight = 0, 0.0
+    found = []
     for batch in data.batches(task.forward_batch, task.device):
         with torch.no_grad():
             values, weights = task.weighted_losses(params, batch, query)
@@ -91,8 +97,22 @@ def check_finite(task: Task, params: Mapping[str, Tensor], data: Samples, query:
             )
         done += len(values)
         weight += len(values) if weights is None else float(weights.sum())
+        found.append(torch.stack(task.by_sample(Losses(values, weights))).cpu())
     if not weight > 0:
         raise ValueError(f"{data.name}: all weights that the loss returned are 0, so that there is nothing to average")
+    return torch.cat(found, 1)
+
+
+def _check_steady(data: Samples, first: Tensor, second: Tensor) -> None:
+    """All samples, twice: noise may spare the few that are looked at more closely."""
+    differ = ~torch.isclose(first, second, rtol=1e-5, atol=1e-6).all(0)
+    if differ.any():
+        sample = int(differ.nonzero()[0])
+        raise ValueError(
+            f"{data.name}: two evaluations of the same data differ, first at sample {sample} "
+            f"({first[0, sample].item():.5g} and {second[0, sample].item():.5g} nats); losses and data must be "
+            "deterministic. Switch off dropout and random augmentation (model.eval(), F.dropout(..., training=False))"
+        )
 
 
 def _all(task: Task) -> Iterator[tuple[Samples, str | None]]:

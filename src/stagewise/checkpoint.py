@@ -5,9 +5,10 @@ This is the ground of the package: it imports nothing from it.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -115,6 +116,8 @@ class Checkpoint:
             updates cannot be repeated exactly.
         learning_rates: of the updates that led here from the checkpoint recorded before, the last one made last, where
             they were recorded.
+        coming_rates: of the updates that follow, as far as the run's later checkpoints know them; a trajectory fills
+            them in. Where there are none, the optimiser's rate is held.
 
     Example:
         >>> import torch, stagewise as sw
@@ -132,14 +135,21 @@ class Checkpoint:
     update_counts: Mapping[str, int] = field(default_factory=dict)
     train_mode: tuple[str, ...] = ()
     learning_rates: tuple[float, ...] = ()
+    coming_rates: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("params", "first_moment", "second_moment"):
             object.__setattr__(self, name, {key: lifted(tensor) for key, tensor in getattr(self, name).items()})
 
+    def followed_by(self, rates: Sequence[float]) -> Checkpoint:
+        """The same, with the learning rates of the updates that follow."""
+        known = copy.copy(self)
+        object.__setattr__(known, "coming_rates", tuple(rates))
+        return known
+
     @cached_property
     def digest(self) -> str:
-        """Content hash of everything that can change a number computed at this checkpoint."""
+        """Content hash of everything that can change a number computed at this checkpoint, but for ``coming_rates``."""
         named = {f"params/{name}": t for name, t in self.params.items()}
         named |= {f"first/{name}": t for name, t in self.first_moment.items()}
         named |= {f"second/{name}": t for name, t in self.second_moment.items()}

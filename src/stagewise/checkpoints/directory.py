@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -123,6 +123,16 @@ def read_checkpoint(path: str | Path, step: int) -> Checkpoint:
     if checkpoint.step != step:
         raise CheckpointError(f"{path} holds step {checkpoint.step}, not {step}; was it renamed?")
     return checkpoint
+
+
+def read_learning_rates(path: Path) -> tuple[float, ...]:
+    """``learning_rates`` of one file found by :func:`scan`, without its weights; none where it has none."""
+    try:
+        with safe_open(path, "pt") as file:
+            known = "learning_rates" in set(file.keys())
+            return tuple(file.get_tensor("learning_rates").tolist()) if known else ()
+    except (OSError, SafetensorError):
+        return ()  # of another kind, or damaged: reading the checkpoint says so
 
 
 def scan(path: str | Path) -> dict[int, Path]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from stagewise.checkpoint import Checkpoint, CheckpointError
 
 if TYPE_CHECKING:
     from stagewise.task import Task
+
+_LONGEST = 10_000  # coming learning rates that are looked for: more updates than any window has
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Trajectory:
                     f"two different checkpoints are of step {checkpoint.step}; one run has one at a step: keep one of "
                     "them, or make a trajectory of each run"
                 )
-        return cls(tuple(sorted(by_step)), by_step.__getitem__)
+        return cls(tuple(sorted(by_step)), partial(_recall, by_step))
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Trajectory:
@@ -81,13 +84,31 @@ def as_trajectory(source: Trajectory | str | Path) -> Trajectory:
     )
 
 
+# Functions of this module, so that a trajectory can be sent to worker processes.
+
+
+def _recall(by_step: Mapping[int, Checkpoint], step: int) -> Checkpoint:
+    return _followed(by_step[step], sorted(by_step), lambda later: by_step[later].learning_rates)
+
+
 def _read(files: Mapping[int, Path], step: int) -> Checkpoint:
-    """A function of this module, so that a trajectory can be sent to worker processes."""
-    from stagewise.checkpoints.directory import read_checkpoint
+    from stagewise.checkpoints.directory import read_checkpoint, read_learning_rates
 
     if step not in files:
         raise KeyError(f"no checkpoint of step {step}; there are {sorted(files)}")
-    return read_checkpoint(files[step], step)
+    return _followed(read_checkpoint(files[step], step), sorted(files), lambda later: read_learning_rates(files[later]))
+
+
+def _followed(checkpoint: Checkpoint, steps: Sequence[int], rates_of: Callable[[int], tuple[float, ...]]) -> Checkpoint:
+    """The checkpoint with the learning rates of the updates that follow, as far as later ones know them."""
+    coming: list[float] = []
+    for here, later in pairwise(step for step in steps if step >= checkpoint.step):
+        rates = rates_of(later)
+        if len(rates) < later - here or len(coming) >= _LONGEST:
+            break
+        coming += rates[here - later :]
+    held = checkpoint.optimizer.learning_rate if checkpoint.optimizer else None
+    return checkpoint if all(rate == held for rate in coming) else checkpoint.followed_by(coming)
 
 
 def check_fits(task: Task, checkpoint: Checkpoint, source: str | Path = "") -> None:

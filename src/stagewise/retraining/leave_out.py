@@ -37,9 +37,10 @@ def retrain(
 ) -> xr.DataArray:
     """Mean loss of every query group along replays of training that see the data as the schedules say.
 
-    All replays start at the same weights, make the checkpoint's own updates and share their batches. A checkpoint
-    knows only the learning rate of the update that follows it, which is held for all updates: if the run's own
-    rate changed, pass ``learning_rate``, or these are other runs. Groups of parameters keep the ratios of their rates.
+    All replays start at the same weights, make the checkpoint's own updates and share their batches. Their
+    learning rates are the run's own as far as the trajectory's later checkpoints know them, then held: if they are not
+    known and changed, pass ``learning_rate``, or these are other runs. Groups of parameters keep the ratios of their
+    rates.
 
     Args:
         task: the model, its losses and data.
@@ -47,7 +48,8 @@ def retrain(
         schedules: the sample weights of each replay, e.g. ``Schedule.whole_run`` or ``Schedule.window``.
         order: the samples of every update.
         steps: when to look, ascending from ``start.step`` on; training ends at the last.
-        learning_rate: of the update made at ``step``; default: the checkpoint's, held.
+        learning_rate: of the update made at ``step``; default: the run's own where they are known (``Checkpoint.coming_rates``), else the
+            checkpoint's, held.
         max_replays: most replays trained at once.
         batching: how the replays are evaluated: ``"stacked"`` in one ``vmap``, ``"loop"``: one by one, ``"auto"``:
             stacked if the model allows it.
@@ -107,8 +109,7 @@ def leave_out(
         effect[i, j] = mean loss of query group j, group i changed  -  the same, unchanged.
 
     A sample's effect on itself is in it, where the queries hold training samples. All replays make the checkpoint's
-    own updates. Its learning rate is held, as :func:`retrain` explains: if the run's own rate changed, pass
-    ``learning_rate``.
+    own updates. Learning rates are those that :func:`retrain` explains.
 
     Args:
         task: the model, its losses and data.
@@ -118,7 +119,8 @@ def leave_out(
         weight: of the changed group's samples from ``start`` on; 0 leaves them out. Not 1, which is no change.
         groups: label of every training sample; default ``task.train_groups``, or every candidate alone if there are
             at most 64.
-        learning_rate: of the update made at ``step``; default: the checkpoint's, held.
+        learning_rate: of the update made at ``step``; default: the run's own where they are known (``Checkpoint.coming_rates``), else the
+            checkpoint's, held.
         max_replays: most replays trained at once.
         batching: how the replays are evaluated: ``"stacked"`` in one ``vmap``, ``"loop"``: one by one, ``"auto"``:
             stacked if the model allows it.

@@ -31,7 +31,7 @@ def losses_along(
 ) -> Tensor:
     """Train one stack of replays on; mean loss of every query group at ``steps``, in nats.
 
-    The learning rate is the checkpoint's, held, unless ``learning_rate`` gives that of every update.
+    Without ``learning_rate`` it is the run's own where it is known, else the checkpoint's, held.
 
     Returns:
         ``(step, replay, query)``, float64, on the CPU.
@@ -57,7 +57,7 @@ def paired_losses(
 ) -> tuple[Tensor, Tensor]:
     """What each schedule does to the queries, against a replay without any change.
 
-    The learning rate is the checkpoint's, held, unless ``learning_rate`` gives that of every update.
+    Without ``learning_rate`` it is the run's own where it is known, else the checkpoint's, held.
 
     Returns:
         Changed minus unchanged loss ``(step, schedule, query)``, and the unchanged loss ``(step, query)``.

@@ -107,7 +107,7 @@ def start_at(task: Task, checkpoint: Checkpoint, *, curvature: bool = False) -> 
     if optimizer.clip_norm is not None:
         # The norm that decides is that of all gradients, also of parameters that are not updated.
         point = replace(point, vector=ParameterVector.of(task))
-    return Start(point, fitted, Rule.of(optimizer, point.vector))
+    return Start(point, fitted, Rule.of(optimizer, point.vector, fitted.step, fitted.coming_rates))
 
 
 def check_moves(start: Start, learning_rate: LearningRate | None = None) -> None:

@@ -1,8 +1,8 @@
 """Exact unrolling: the derivative of a training run with respect to the weights of its samples.
 
 The run is repeated and differentiated update by update, with its own optimiser, batches and order. It is the run
-as it was made if its learning rates are too: a checkpoint knows only the rate of the update that follows it, which
-is held for all updates unless ``learning_rate`` gives that of each. For SGD the derivative r of the weights in a
+as it was made if its learning rates are too: those that later checkpoints of the trajectory have recorded, or that
+``learning_rate`` gives; else the checkpoint's is held. For SGD the derivative r of the weights in a
 direction of sample weights d obeys
 
     r_{s+1} = (I - eta_s H_s) r_s  -  eta_s sum_{i in B_s} d_i(s) a_i grad l_i(w_s) / sum_{i in B_s} a_i,
@@ -51,9 +51,8 @@ def unroll(
 
     The derivative at epsilon = 0 of the losses of a run with the sample weights 1 + epsilon (beta(t) - 1),
     beta the schedule's: what :func:`stagewise.retraining.leave_out.retrain` measures, if the change were
-    infinitely small. It is exact up to rounding wherever the losses are twice differentiable. As there, the
-    checkpoint's learning rate is held: if the run's own rate changed, pass ``learning_rate``, or it is another run
-    that is differentiated.
+    infinitely small. It is exact up to rounding wherever the losses are twice differentiable. Learning
+    rates are those that are explained there.
 
     Args:
         task: the model, its losses and data.
@@ -61,7 +60,8 @@ def unroll(
         schedules: one direction of change each.
         order: the samples of every update.
         steps: when to look, ascending from ``start.step`` on; the replay ends at the last.
-        learning_rate: of the update made at ``step``; default: the checkpoint's, held.
+        learning_rate: of the update made at ``step``; default: the run's own where they are known (``Checkpoint.coming_rates``), else the
+            checkpoint's, held.
         max_replays: most directions carried along one replay; bounds the memory.
         progress: called with (directions done, directions in all) after every pass.
 
@@ -119,8 +119,8 @@ def unrolled_influence(
 
         value[i, j] = d (mean loss of query group j) / d (weight of group i) / (samples in group i)
 
-    A sample's influence on itself is in it. The checkpoint's learning rate is held, as :func:`unroll` explains: if the
-    run's own rate changed, pass ``learning_rate``.
+    A sample's influence on itself is in it. Learning rates are those that
+    :func:`stagewise.retraining.leave_out.retrain` explains.
 
     Args:
         task: the model, its losses and data.
@@ -130,7 +130,8 @@ def unrolled_influence(
         during: the updates whose weights are varied, e.g. ``range(100, 150)``; default the whole run.
         groups: label of every training sample; default ``task.train_groups``, or every candidate alone if there are
             at most 64.
-        learning_rate: of the update made at ``step``; default: the checkpoint's, held.
+        learning_rate: of the update made at ``step``; default: the run's own where they are known (``Checkpoint.coming_rates``), else the
+            checkpoint's, held.
         max_replays: most groups carried along one replay; bounds the memory.
         progress: called with (groups done, groups in all) after every pass.
 

@@ -26,6 +26,8 @@ class Rule:
         updated: which of them are updated ``(names,)``.
         rates: their learning rates ``(names,)``, float64; 0 where a parameter is not updated.
         decays: their weight decays ``(names,)``, float64.
+        first: the first update of ``coming``.
+        coming: the run's own learning rates from there on, as far as they are known; the last one is held.
     """
 
     optimizer: Optimizer
@@ -33,9 +35,11 @@ class Rule:
     updated: Tensor
     rates: Tensor
     decays: Tensor
+    first: int = 0
+    coming: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, optimizer: Optimizer, vector: ParameterVector) -> Rule:
+    def of(cls, optimizer: Optimizer, vector: ParameterVector, first: int = 0, coming: tuple[float, ...] = ()) -> Rule:
         """The rule of an optimizer on the parameters of a vector."""
         groups, known = [optimizer.group_of(name) for name in vector.names], optimizer.updated
         return cls(
@@ -44,6 +48,8 @@ class Rule:
             torch.tensor([known is None or name in known for name in vector.names]),
             torch.tensor([group.learning_rate for group in groups], dtype=torch.float64),
             torch.tensor([group.weight_decay for group in groups], dtype=torch.float64),
+            first,
+            coming,
         )
 
     def rates_at(self, step: int, learning_rate: LearningRate | None) -> Tensor:
@@ -54,6 +60,8 @@ class Rule:
         Raises:
             ValueError: the learning rate is negative or not finite, or nothing says how groups scale with it.
         """
+        if learning_rate is None and self.coming:
+            learning_rate = self._recorded_rate
         if learning_rate is None:
             return self.rates
         rate, usual = float(learning_rate(step)), self.optimizer.learning_rate
@@ -70,6 +78,9 @@ class Rule:
                 "another, so that theirs cannot be scaled with it; start from a later checkpoint"
             )
         return torch.where(self.rates == usual, rate, self.rates * (rate / usual))
+
+    def _recorded_rate(self, step: int) -> float:
+        return self.coming[min(step - self.first, len(self.coming) - 1)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -104,6 +104,7 @@ def measure(
         order=order,
     )
     cause = f"{window} {settings!r}"
+    digests = {s: f"{digest} {trajectory.load(s).coming_rates[:window]}" for s, digest in digests.items()}
     measured = _step_by_step("retraining windows", cause, ablation, digests, kept, progress)
 
     def repeat() -> xr.Dataset:

@@ -31,8 +31,10 @@ def look(
     for step in steps:
         try:
             checkpoint = trajectory.load(step)
-            posterior.at(task, checkpoint)
+            density = posterior.at(task, checkpoint)
             usable[step] = task.fitted(checkpoint).digest
+            if checkpoint.coming_rates:  # of which only the window's count
+                usable[step] += f" {density.gamma!r}"
         except ValueError as error:
             unusable[step], cause = str(error), error
     if not usable:

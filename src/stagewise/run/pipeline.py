@@ -67,7 +67,10 @@ def _analyse(
     wanted = config.model_copy(update={"baselines": tuple(n for n in config.baselines if n not in left_out)})
     found, failed = analysis.baselines(task, trajectory, wanted, work.usable, kept, progress)
     datasets |= {f"baseline {name}": result for name, result in found.items()}
-    datasets |= analysis.measure(task, trajectory, config, work.usable, kept, progress)
+    try:
+        datasets |= analysis.measure(task, trajectory, config, work.usable, kept, progress)
+    except ValueError as error:
+        failed["retraining"] = str(error)
     notes = [f"Without {name}: {reason}" for name, reason in (left_out | failed).items()]
     datasets["losses"].attrs |= {"task": repr(task), "notes": json.dumps(notes)}
     chosen = [] if influence is None else analysis.exemplars(task, work.store, influence, config.exemplars)

@@ -146,7 +146,7 @@ class LocalPosterior:
                 f"the learning rate at step {checkpoint.step} is 0, as in front of a warm-up: no update follows that "
                 "data could change; look at a later step"
             )
-        return n_beta / (window_reach(self.window, optimizer) * clip_factor(point, optimizer))
+        return n_beta / (_reach(self.window, optimizer, checkpoint) * clip_factor(point, optimizer))
 
 
 def _moving(point: Point, anchor: Tensor) -> Tensor:
@@ -206,6 +206,24 @@ def window_reach(window: int, optimizer: Optimizer) -> float:
     effective = window - b / (1 - b) * (1 - b**window)
     rate = optimizer.learning_rate / (1 - b) if optimizer.name == "sgd" else optimizer.learning_rate
     return rate * effective
+
+
+def _reach(window: int, optimizer: Optimizer, checkpoint: Checkpoint) -> float:
+    """:func:`window_reach` with the run's own learning rates where they change during the window."""
+    coming = checkpoint.coming_rates[:window]
+    if all(rate == optimizer.learning_rate for rate in coming):
+        return window_reach(window, optimizer)
+    b = optimizer.betas[0] if optimizer.name == "adam" else optimizer.momentum
+    moved = memory = 0.0
+    for rate in [*coming, *[coming[-1]] * (window - len(coming))]:
+        memory = b * memory + (1 - b if optimizer.name == "adam" else 1.0)
+        moved += rate * memory
+    if moved == 0:
+        raise ValueError(
+            f"the learning rates of the {window} updates after step {checkpoint.step} are all 0: no update follows "
+            "that data could change; look at an earlier step"
+        )
+    return moved
 
 
 def largest_window(curvature_min: float, optimizer: Optimizer) -> int:
