@@ -42,8 +42,8 @@ def window_ablation(
 
     From each checkpoint the run is continued for ``window`` updates with its own optimiser, once unchanged and
     once per group with the losses of that group's samples weighted by ``weight``. All replays share their
-    batches. Learning rates are the run's own where later checkpoints have recorded them, else the checkpoint's, held: as
-    in the posterior that predicts the effect. At the window's end
+    batches. Learning rates are the run's own where later checkpoints have recorded them, else the checkpoint's, held:
+    as in the posterior that predicts the effect. At the window's end
 
         effect[i, j] = mean loss of query group j, group i changed  -  the same, unchanged.
 

@@ -48,8 +48,8 @@ def retrain(
         schedules: the sample weights of each replay, e.g. ``Schedule.whole_run`` or ``Schedule.window``.
         order: the samples of every update.
         steps: when to look, ascending from ``start.step`` on; training ends at the last.
-        learning_rate: of the update made at ``step``; default: the run's own where they are known (``Checkpoint.coming_rates``), else the
-            checkpoint's, held.
+        learning_rate: of the update made at ``step``; default: the run's own where known
+            (``Checkpoint.coming_rates``), else the checkpoint's, held.
         max_replays: most replays trained at once.
         batching: how the replays are evaluated: ``"stacked"`` in one ``vmap``, ``"loop"``: one by one, ``"auto"``:
             stacked if the model allows it.
@@ -119,8 +119,8 @@ def leave_out(
         weight: of the changed group's samples from ``start`` on; 0 leaves them out. Not 1, which is no change.
         groups: label of every training sample; default ``task.train_groups``, or every candidate alone if there are
             at most 64.
-        learning_rate: of the update made at ``step``; default: the run's own where they are known (``Checkpoint.coming_rates``), else the
-            checkpoint's, held.
+        learning_rate: of the update made at ``step``; default: the run's own where known
+            (``Checkpoint.coming_rates``), else the checkpoint's, held.
         max_replays: most replays trained at once.
         batching: how the replays are evaluated: ``"stacked"`` in one ``vmap``, ``"loop"``: one by one, ``"auto"``:
             stacked if the model allows it.

@@ -45,8 +45,8 @@ def train(
         steps: the updates to make.
         on_step: called after every update with the number of updates made and the state.
         batching: how the replays are evaluated.
-        learning_rate: of the update made at ``step``; default: the run's own where they are known (``Checkpoint.coming_rates``), else the
-            checkpoint's, held.
+        learning_rate: of the update made at ``step``; default: the run's own where known
+            (``Checkpoint.coming_rates``), else the checkpoint's, held.
 
     Returns:
         The state after ``steps.stop`` updates.

@@ -60,8 +60,8 @@ def unroll(
         schedules: one direction of change each.
         order: the samples of every update.
         steps: when to look, ascending from ``start.step`` on; the replay ends at the last.
-        learning_rate: of the update made at ``step``; default: the run's own where they are known (``Checkpoint.coming_rates``), else the
-            checkpoint's, held.
+        learning_rate: of the update made at ``step``; default: the run's own where known
+            (``Checkpoint.coming_rates``), else the checkpoint's, held.
         max_replays: most directions carried along one replay; bounds the memory.
         progress: called with (directions done, directions in all) after every pass.
 
@@ -130,8 +130,8 @@ def unrolled_influence(
         during: the updates whose weights are varied, e.g. ``range(100, 150)``; default the whole run.
         groups: label of every training sample; default ``task.train_groups``, or every candidate alone if there are
             at most 64.
-        learning_rate: of the update made at ``step``; default: the run's own where they are known (``Checkpoint.coming_rates``), else the
-            checkpoint's, held.
+        learning_rate: of the update made at ``step``; default: the run's own where known
+            (``Checkpoint.coming_rates``), else the checkpoint's, held.
         max_replays: most groups carried along one replay; bounds the memory.
         progress: called with (groups done, groups in all) after every pass.
 
