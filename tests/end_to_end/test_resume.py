@@ -16,11 +16,12 @@ from stagewise.run.config import load_config
 from stagewise.run.pipeline import run
 
 _DRIVER = """
-import sys
+import signal, sys
 from tiny import without_files_for_papers
 from stagewise.run.config import load_config
 from stagewise.run.pipeline import run
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     without_files_for_papers()
     run(load_config(sys.argv[1]), lambda what, done, total: print(what, done, flush=True))
 """
