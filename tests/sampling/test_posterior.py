@@ -106,6 +106,29 @@ def test_largest_window_is_the_last_one_that_is_localised(optimizer, curvature):
     assert damping[0] > -curvature >= damping[1]
 
 
+@pytest.mark.parametrize("optimizer", [SGD, Optimizer("sgd", 0.1, momentum=0.9), Optimizer("adam", 0.1)])
+@pytest.mark.parametrize("curvature", [-20.0, -1.0, -0.2, -0.05])
+def test_windows_of_a_changing_rate_are_reached_by_the_sum_of_its_updates(optimizer, curvature):
+    coming = [0.01, 0.02, 0.05, 0.1, 0.1, 0.03]
+
+    def response(window):
+        rates, moved, memory = [*coming, *[0.03] * window][:window], 0.0, 0.0
+        for rate in rates:
+            memory = 0.9 * memory + 0.1 if optimizer.name == "adam" else optimizer.momentum * memory + 1
+            moved += rate * memory
+        return moved
+
+    for window in (1, 3, 6, 20):
+        assert window_reach(window, optimizer, coming) == pytest.approx(response(window))
+    largest = largest_window(curvature, optimizer, coming)
+    assert (1 / response(largest) > -curvature) if largest else curvature < -1 / response(1)
+    assert 1 / response(largest + 1) <= -curvature
+
+
+def test_a_rate_that_stays_as_it_is_is_a_held_one():
+    assert window_reach(30, SGD, [SGD.learning_rate] * 10) == window_reach(30, SGD)
+
+
 def test_largest_window_at_its_ends():
     assert largest_window(0.5, SGD) == LONGEST_WINDOW
     assert largest_window(-1e9, SGD) == 0

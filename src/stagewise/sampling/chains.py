@@ -259,7 +259,9 @@ def _tree(
 
 
 def _facts(density: LocalDensity, tuning: Tuning, sampling: Chains, checkpoint: Checkpoint) -> dict[str, Any]:
-    optimizer, window = density.optimizer, density.posterior.window
+    optimizer, window, largest = density.optimizer, density.posterior.window, None
+    if optimizer and window:
+        largest = largest_window(tuning.curvature_min, optimizer, checkpoint.coming_rates)
     return {
         "step": checkpoint.step,
         "n_beta": density.n_beta,
@@ -277,7 +279,7 @@ def _facts(density: LocalDensity, tuning: Tuning, sampling: Chains, checkpoint: 
         "curvature_max": tuning.curvature_max,
         "damping": density.damping,
         "localised": tuning.localised,
-        "largest_window": largest_window(tuning.curvature_min, optimizer) if optimizer and window else None,
+        "largest_window": largest,
     }
 
 

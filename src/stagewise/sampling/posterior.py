@@ -9,7 +9,9 @@ Everything downstream works in *whitened displacements* u, with w = w* + P^(1/2)
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice, repeat, takewhile
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -146,7 +148,13 @@ class LocalPosterior:
                 f"the learning rate at step {checkpoint.step} is 0, as in front of a warm-up: no update follows that "
                 "data could change; look at a later step"
             )
-        return n_beta / (_reach(self.window, optimizer, checkpoint) * clip_factor(point, optimizer))
+        reach = window_reach(self.window, optimizer, checkpoint.coming_rates)
+        if reach == 0:
+            raise ValueError(
+                f"the learning rates of the {self.window} updates after step {checkpoint.step} are all 0: no update "
+                "follows that data could change; look at an earlier step"
+            )
+        return n_beta / (reach * clip_factor(point, optimizer))
 
 
 def _moving(point: Point, anchor: Tensor) -> Tensor:
@@ -196,41 +204,40 @@ class LocalDensity(Point):
         return torch.zeros_like(self.anchor)
 
 
-def window_reach(window: int, optimizer: Optimizer) -> float:
+def window_reach(window: int, optimizer: Optimizer, coming: Sequence[float] = ()) -> float:
     """How far a constant gradient moves the weights in ``window`` steps, in the metric: learning rate x W.
 
     Momentum delays the response: W is replaced by  W - b/(1-b) (1 - b^W).  SGD's buffer also multiplies the
-    step by 1/(1-b), Adam's first moment is an average and does not.
+    step by 1/(1-b), Adam's first moment is an average and does not. With ``coming``, the run's own learning rates, it
+    is the sum of the responses of all updates; after the last known rate that one is held.
     """
+    if any(rate != optimizer.learning_rate for rate in coming[:window]):
+        return next(islice(_reaches(optimizer, coming), window - 1, None))
     b = optimizer.betas[0] if optimizer.name == "adam" else optimizer.momentum
     effective = window - b / (1 - b) * (1 - b**window)
     rate = optimizer.learning_rate / (1 - b) if optimizer.name == "sgd" else optimizer.learning_rate
     return rate * effective
 
 
-def _reach(window: int, optimizer: Optimizer, checkpoint: Checkpoint) -> float:
-    """:func:`window_reach` with the run's own learning rates where they change during the window."""
-    coming = checkpoint.coming_rates[:window]
-    if all(rate == optimizer.learning_rate for rate in coming):
-        return window_reach(window, optimizer)
+def _reaches(optimizer: Optimizer, coming: Sequence[float]) -> Iterator[float]:
+    """The reach of windows of 1, 2, ... updates with the coming learning rates."""
     b = optimizer.betas[0] if optimizer.name == "adam" else optimizer.momentum
     moved = memory = 0.0
-    for rate in [*coming, *[coming[-1]] * (window - len(coming))]:
+    for rate in chain(coming, repeat(coming[-1])):
         memory = b * memory + (1 - b if optimizer.name == "adam" else 1.0)
         moved += rate * memory
-    if moved == 0:
-        raise ValueError(
-            f"the learning rates of the {window} updates after step {checkpoint.step} are all 0: no update follows "
-            "that data could change; look at an earlier step"
-        )
-    return moved
+        yield moved
 
 
-def largest_window(curvature_min: float, optimizer: Optimizer) -> int:
+def largest_window(curvature_min: float, optimizer: Optimizer, coming: Sequence[float] = ()) -> int:
     """The longest window, in steps up to a million, whose posterior exists at this most negative curvature.
 
-    0 if not even that of one step does. The curvature is that of the whitened Hessian.
+    0 if not even that of one step does. The curvature is that of the whitened Hessian; ``coming`` as for
+    :func:`window_reach`.
     """
+    if coming:
+        fit = takewhile(lambda reach: -curvature_min * reach < 1, islice(_reaches(optimizer, coming), LONGEST_WINDOW))
+        return sum(1 for _ in fit)
     exists, too_long = 0, LONGEST_WINDOW + 1
     while too_long - exists > 1:
         middle = (exists + too_long) // 2
