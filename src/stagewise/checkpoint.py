@@ -147,6 +147,11 @@ class Checkpoint:
         object.__setattr__(known, "coming_rates", tuple(rates))
         return known
 
+    def changing_rates(self, window: int) -> tuple[float, ...]:
+        """The known learning rates of the next ``window`` updates; none where they stay what they are."""
+        coming, held = self.coming_rates[:window], self.optimizer.learning_rate if self.optimizer else None
+        return () if all(rate == held for rate in coming) else coming
+
     @cached_property
     def digest(self) -> str:
         """Content hash of everything that can change a number computed at this checkpoint, but for ``coming_rates``."""

@@ -128,10 +128,9 @@ def test_adams_reach_is_that_of_the_mean_of_its_memory():
     assert 1 / gamma == pytest.approx(0.5 * 0.1 + 0.25 * 0.19 + 0.25 * 0.271)  # the last known rate is held
 
 
+@pytest.mark.parametrize("recorded", ["SGD", "momentum"], indirect=True)
 def test_predictions_have_the_size_of_what_the_falling_rate_does(recorded):
-    kind, task, run, _ = recorded
-    if kind == "AdamW":
-        pytest.skip("the sizes of Adam's effects on twelve samples are no first order in the metric")
+    _, task, run, _ = recorded
     measured = window_ablation(task, run, window=10, steps=[30], weight=0.99)["effect"].values.ravel()
     posterior = LocalPosterior(window=10)
     known = run.load(30)
@@ -159,6 +158,9 @@ def test_a_trajectory_knows_coming_rates_as_far_as_they_were_recorded(tmp_path):
         assert run.load(2).coming_rates == (0.2,)
         assert run.load(3).coming_rates == run.load(6).coming_rates == ()
         assert run.load(0).digest == falling[0].digest
+        # A window within which the rate stays does not depend on what comes after it.
+        assert run.load(0).changing_rates(1) == ()
+        assert run.load(0).changing_rates(2) == (0.4, 0.3)
     steady = Trajectory.from_checkpoints(
         [Checkpoint(0, params, rule), Checkpoint(2, params, rule, learning_rates=(0.4, 0.4))]
     )

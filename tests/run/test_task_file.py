@@ -148,6 +148,7 @@ def test_workers_sample_a_task_beside_files_that_are_called_like_what_they_need_
 
 def test_a_task_that_fails_in_a_worker_is_an_error_of_the_cell_and_not_a_dead_worker(tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "_work", None)
+    monkeypatch.setattr(engine.signal, "signal", lambda *_: None)  # this process goes on hearing Ctrl-C
     make_task = partial(load_task, put(tmp_path, "t.py", "raise OSError('no data here')\n"), {})
     engine._start_worker(SimpleNamespace(make_task=make_task), torch.get_num_threads())
     with pytest.raises(ConfigError, match=r"t\.py:1: OSError: no data here"):

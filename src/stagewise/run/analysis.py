@@ -104,14 +104,14 @@ def measure(
         order=order,
     )
     cause = f"{window} {settings!r}"
-    digests = {s: f"{digest} {trajectory.load(s).coming_rates[:window]}" for s, digest in digests.items()}
+    digests = {s: f"{digest} {trajectory.load(s).changing_rates(window)}" for s, digest in digests.items()}
     measured = _step_by_step("retraining windows", cause, ablation, digests, kept, progress)
 
     def repeat() -> xr.Dataset:
         bar = partial(progress, "repeating the run")
         return replay(task, trajectory, order, list(digests), progress=bar)
 
-    run = " ".join(f"{step} {trajectory.load(step).digest}" for step in trajectory.steps)
+    run = " ".join(f"{c.step} {c.digest} {c.learning_rates}" for c in map(trajectory.load, trajectory.steps))
     return {"measured": measured, "replay": kept.get("replay", f"{cause} {list(digests)} {run}", repeat)}
 
 

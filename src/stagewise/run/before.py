@@ -31,10 +31,10 @@ def look(
     for step in steps:
         try:
             checkpoint = trajectory.load(step)
-            density = posterior.at(task, checkpoint)
+            posterior.at(task, checkpoint)
             usable[step] = task.fitted(checkpoint).digest
-            if checkpoint.coming_rates:  # of which only the window's count
-                usable[step] += f" {density.gamma!r}"
+            if posterior.window and (rates := checkpoint.changing_rates(posterior.window)):
+                usable[step] += f" {rates}"
         except ValueError as error:
             unusable[step], cause = str(error), error
     if not usable:
