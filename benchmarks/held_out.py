@@ -44,7 +44,7 @@ from stagewise.reporting.words import score
 from stagewise.results import Results, headline
 from stagewise.run.analysis import mean_losses
 
-console = Console(width=180)
+console = Console(width=190)
 WINDOW, WEIGHT, REPEATS = 20, 0.8, 4  # of retraining; repeats matter to minibatches only
 STEPS = sw.log_spaced(600, 8, first=5)
 LAST = STEPS[-1] + WINDOW  # a checkpoint after the last window, so that its learning rates are known
@@ -126,9 +126,9 @@ def thirds(values: Array) -> list[str]:
 PROBLEMS = {"wine": wine, "cancer": cancer, "diabetes": diabetes}
 OPTIMISERS: dict[str, Callable[[Sequence[nn.Parameter]], Optimizer]] = {
     "SGD": lambda parameters: SGD(parameters, lr=0.05),
-    "momentum 0.9": lambda parameters: SGD(parameters, lr=0.005, momentum=0.9),
+    "momentum .9": lambda parameters: SGD(parameters, lr=0.005, momentum=0.9),
     "Adam": lambda parameters: Adam(parameters, lr=2e-3),
-    "AdamW, decay 0.1": lambda parameters: AdamW(parameters, lr=2e-3, weight_decay=0.1),
+    "AdamW, decay .1": lambda parameters: AdamW(parameters, lr=2e-3, weight_decay=0.1),
     "Adam, cosine": lambda parameters: Adam(parameters, lr=2e-3),
 }
 
@@ -282,7 +282,8 @@ def main() -> None:
     options = parser.parse_args()
     start = time.perf_counter()
     notes: list[str] = []
-    table = Table(*COLUMNS, title=f"W = {WINDOW}, weight {WEIGHT}: median over checkpoints [least, largest]")
+    title = escape(f"W = {WINDOW}, weight {WEIGHT}: median over checkpoints [least, largest]")
+    table = Table(*COLUMNS, title=title)
     for name in (f"{problem}, {optimiser}" for problem in PROBLEMS for optimiser in OPTIMISERS):
         if options.only not in name:
             continue
