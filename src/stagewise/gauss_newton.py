@@ -19,7 +19,7 @@ from stagewise.evaluate import Point, Product, chunks, differentiable, gradient,
 from stagewise.task import checked_losses
 
 _TOLERANCE = 1e-2
-_REMEDY = "use curvature='hessian'"
+_REMEDY = "damped_influence(..., curvature='hessian') does without"
 
 Rebuild = Callable[[list[Tensor]], Any]
 
@@ -75,7 +75,7 @@ def _check_outputs_suffice(
     if (whole - through).norm() > _TOLERANCE * whole.norm() + 1e-6:
         raise ValueError(
             "Gauss-Newton curvature needs a loss that depends on the parameters through the model's outputs only; "
-            f"this one also uses them directly. {_REMEDY[0].upper()}{_REMEDY[1:]}"
+            f"this one also uses them directly; {_REMEDY}"
         )
 
 
@@ -138,7 +138,7 @@ def _taken_apart(outputs: Any) -> tuple[list[Tensor], Rebuild]:
     if not places:
         raise ValueError(
             f"the model returned {type(outputs).__name__}, in which no tensors were found; Gauss-Newton curvature "
-            f"needs a tensor, or a tuple, list, dict or dataclass of tensors: {_REMEDY}"
+            f"needs a tensor, or a tuple, list, dict or dataclass of tensors; {_REMEDY}"
         )
 
     def rebuild(new: list[Tensor]) -> Any:
