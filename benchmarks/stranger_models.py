@@ -321,6 +321,22 @@ def top_expert() -> nn.Module:
     )
 
 
+class Balanced(nn.Module):
+    """Leaves a penalty on its gates in an attribute, as mixtures of experts do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = (
+            nn.Linear(FEATURES, 2),
+            nn.ModuleList([nn.Linear(FEATURES, CLASSES) for _ in range(2)]),
+        )
+
+    def forward(self, x: Tensor) -> Any:
+        gate = self.gate(x).softmax(1)
+        self.penalty = (gate - 0.5).square().sum(1)
+        return sum(gate[:, k, None] * expert(x) for k, expert in enumerate(self.experts))
+
+
 class Own(nn.Module):
     """With a device, a configuration and a method of its own, as many classes have."""
 
@@ -486,6 +502,18 @@ def with_l2(model: Any, batch: Any) -> Tensor:
     return cross_entropy(model, (x, y)) + 1e-2 * sum(p.square().sum() for p in model.parameters())
 
 
+def with_what_forward_leaves(model: Any, batch: Any) -> Tensor:
+    return cross_entropy(model, batch) + 0.1 * model.penalty
+
+
+def with_slope_penalty(model: Any, batch: Any) -> Tensor:
+    """Differentiates by the inputs."""
+    x = batch[0].clone().requires_grad_()
+    losses = cross_entropy(model, (x, batch[1]))
+    (slope,) = torch.autograd.grad(losses.sum(), x, create_graph=True)
+    return losses + 0.1 * slope.square().sum(1)
+
+
 class Focal(nn.Module):
     """A loss that is a module."""
 
@@ -547,6 +575,8 @@ STRANGERS: dict[str, Stranger] = {
     "siamese": Stranger(mlp(nn.Tanh, outputs=2), contrastive, pairs, "Adam"),
     "if (logits > 0).any()": Stranger(mlp(nn.Tanh), depends_on_logits, vectors),
     "L2 inside of the loss": Stranger(mlp(nn.Tanh), with_l2, vectors),
+    "slope penalty": Stranger(mlp(nn.Tanh), with_slope_penalty, vectors, "Adam"),
+    "penalty left in an attribute": Stranger(Balanced, with_what_forward_leaves, vectors, "Adam"),
     "focal loss as a module": Stranger(mlp(nn.SiLU), Focal(), vectors, "Adam"),
     "frozen part": Stranger(frozen_body, cross_entropy, vectors, "Adam"),
     "low-rank adapters": Stranger(adapters, cross_entropy, vectors, "AdamW"),
