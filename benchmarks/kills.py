@@ -36,7 +36,7 @@ console = Console(width=120)
 
 @dataclass(frozen=True)
 class Moment:
-    """When to kill: some seconds after so many files were complete, in a stage."""
+    """When to kill: some seconds after so many files were written, in a stage, and before there is another."""
 
     stage: str
     files: int
@@ -87,19 +87,28 @@ def contents(run: Path) -> dict[str, str]:
     return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+def shown(run: Path, since: float) -> dict[Path, float]:
+    """When every file of results and report was written, of those that were since then."""
+    files = [*(run / "results").glob("*"), *(run / "figures").glob("*"), run / "report.html"]
+    times = {path: path.stat().st_mtime for path in files if path.exists()}
+    return {path: when for path, when in times.items() if when >= since}
+
+
 def stage_of(path: Path) -> str:
+    if path.parent.name != "cells" and path.parent.name != "kept":
+        return "report"
     if path.parent.name == "cells":
         return "sampling"
     return "retraining" if path.name.startswith(("retraining", "replay")) else "baselines"
 
 
-def moments(run: Path, began: float, ended: float, chance: random.Random) -> list[Moment]:
+def moments(run: Path, began: float, chance: random.Random) -> list[Moment]:
     """Random moments of every stage, by the times of a run that was left alone."""
-    files = complete(run)
+    files = complete(run) | shown(run, began)
     times = sorted(files.values())
-    ends = {stage: max(t for path, t in files.items() if stage_of(path) == stage) for stage in list(KILLS)[1:-1]}
     work = (run / "provenance.json").stat().st_mtime
-    edges = [began, work, *ends.values(), began + 0.9 * (ended - began) if ended - times[-1] < 1 else ended - 0.5]
+    ends = {stage: max(t for path, t in files.items() if stage_of(path) == stage) for stage in list(KILLS)[1:]}
+    edges = [began, work, *ends.values()]
     chosen = []
     for (stage, kills), first, last in zip(KILLS.items(), edges[:-1], edges[1:], strict=True):
         for moment in sorted(chance.uniform(first, last) for _ in range(kills)):
@@ -110,12 +119,25 @@ def moments(run: Path, began: float, ended: float, chance: random.Random) -> lis
 
 def wait_for(moment: Moment, process: subprocess.Popen[bytes], run: Path) -> None:
     """Until the moment has come, or the process has ended."""
-    before, begun = _written(run), moment.stage == "start"
-    while process.poll() is None:
-        begun = begun or _written(run) != before  # what is done already is looked at before the work goes on
-        if begun and len(complete(run)) >= moment.files:
-            time.sleep(moment.delay)
+    since, before = time.time(), _written(run)
+
+    def written() -> int:
+        return len(complete(run)) + len(shown(run, since))
+
+    def working() -> bool:
+        return _written(run) != before  # what is done already is looked at before the work goes on
+
+    while moment.stage != "start" and not (working() and written() >= moment.files):
+        if process.poll() is not None:
             return
+        time.sleep(0.005)
+    now, last = written(), time.time() + moment.delay
+    while (
+        time.time() < last
+        and process.poll() is None
+        and written() == now
+        and (moment.stage != "start" or not working())
+    ):
         time.sleep(0.005)
 
 
@@ -162,7 +184,7 @@ def compare(folder: Path, chance: random.Random) -> int:
     alone, run = whole.parent / "run", config.parent / "run"
     faults: list[str] = []
     table = Table("kill", "stage", "signal", "exit", "complete", "nobody left", "seconds", "done again")
-    for number, moment in enumerate(moments(alone, began, time.time(), chance)):
+    for number, moment in enumerate(moments(alone, began, chance)):
         how, before = SIGNALS[number % len(SIGNALS)], complete(run)
         process = start(config, log)
         wait_for(moment, process, run)
@@ -170,7 +192,8 @@ def compare(folder: Path, chance: random.Random) -> int:
         again = [path.name for path, when in complete(run).items() if before.get(path, when) != when]
         lost = [path.name for path in before if not path.exists()]
         faults += [f"kill {number}: {what}" for what in judged(killed, again, lost)]
-        row = (str(number), moment.stage, how.name, str(killed.code), str(killed.complete), str(killed.nobody_left))
+        console.print(f"{number + 1}/{sum(KILLS.values())} {moment.stage}, {how.name}: {killed.code}", highlight=False)
+        row = (str(number + 1), moment.stage, how.name, str(killed.code), str(killed.complete), str(killed.nobody_left))
         table.add_row(*row, f"{killed.seconds:.1f}", str(len(again)))
         config = run / "config.yaml" if (run / "config.yaml").exists() else config
     before = complete(run)
