@@ -48,6 +48,8 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/hierarchy_accuracy.py
 	$(BIN)/python benchmarks/sampling_speed.py
 	$(BIN)/python benchmarks/hierarchy_speed.py
+	$(BIN)/python benchmarks/strangers.py
+	$(BIN)/python benchmarks/kills.py
 
 clean:
 	rm -rf $(VENV) runs

@@ -198,8 +198,8 @@ def directional_derivatives(
 def _along(losses: Tensor, leaf: Tensor, directions: Tensor) -> Tensor:
     """One product for all samples; their gradients one by one where backward() cannot itself be differentiated.
 
-    Some operations say so (``EmbeddingBag``), others give 0 (a ``Function`` that detaches what it gets in backward): so
-    a few samples are always done both ways.
+    Some operations say so (``functional.embedding_bag``), others give 0 (a ``Function`` that detaches what it gets in
+    backward): so a few samples are always done both ways.
     """
 
     def by_gradients(rows: Tensor) -> Tensor:

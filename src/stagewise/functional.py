@@ -10,17 +10,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrizations import _WeightNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from stagewise.checkpoint import lifted
+from stagewise.twice import differentiate_twice
 
 
 class PureModel:
@@ -177,25 +175,8 @@ def _twin(model: nn.Module, shared: bool = True) -> nn.Module:
     for module in twin.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.sparse = False  # the same gradient, dense
-        _differentiate_twice(module)
+        differentiate_twice(module)
     return twin
-
-
-def _differentiate_twice(module: nn.Module) -> None:
-    """Weight norm by its definition: the second derivatives of torch's own kernel are wrong."""
-    if isinstance(module, _WeightNorm):
-        module.forward = partial(_normed, dim=module.dim)  # type: ignore[method-assign]
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, WeightNorm):
-            hook.compute_weight = partial(_hooked, name=hook.name, dim=hook.dim)  # type: ignore[method-assign]
-
-
-def _normed(weight_g: Tensor, weight_v: Tensor, dim: int) -> Tensor:
-    return weight_v * (weight_g / torch.norm_except_dim(weight_v, 2, dim))
-
-
-def _hooked(module: Any, name: str, dim: int) -> Tensor:
-    return _normed(getattr(module, f"{name}_g"), getattr(module, f"{name}_v"), dim)
 
 
 @contextmanager

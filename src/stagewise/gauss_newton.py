@@ -16,10 +16,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from stagewise.attention import plain_attention
 from stagewise.data import Batch
 from stagewise.evaluate import Point, Product, chunks, differentiable, gradient, pull, push
+from stagewise.memory import out_of_memory
+from stagewise.plain import cannot
 from stagewise.task import checked_losses
 
 _TOLERANCE = 1e-2
-_REMEDY = "use curvature='hessian'"
+_REMEDY = "damped_influence(..., curvature='hessian') does without"
 
 Rebuild = Callable[[list[Tensor]], Any]
 
@@ -75,7 +77,7 @@ def _check_outputs_suffice(
     if (whole - through).norm() > _TOLERANCE * whole.norm() + 1e-6:
         raise ValueError(
             "Gauss-Newton curvature needs a loss that depends on the parameters through the model's outputs only; "
-            f"this one also uses them directly. {_REMEDY[0].upper()}{_REMEDY[1:]}"
+            f"this one also uses them directly; {_REMEDY}"
         )
 
 
@@ -122,7 +124,16 @@ def _outputs(point: Point, u: Tensor, batch: Batch) -> Any:
 def _losses_of(point: Point, u: Tensor, outputs: Any, batch: Batch) -> Any:
     """The losses that follow from given outputs of the model."""
     with point.task.pure.holding(point.params(u.detach())) as model:
-        return checked_losses(point.task.loss(_StandIn(model, lambda *_args, **_kwargs: outputs), batch))
+        stand_in = _StandIn(model, lambda *_args, **_kwargs: outputs)
+        try:
+            return checked_losses(point.task.loss(stand_in, batch))
+        except Exception as error:  # it may need what the forward pass leaves behind, or its derivative by the inputs
+            if out_of_memory(error):
+                raise
+            raise ValueError(
+                "Gauss-Newton curvature needs a loss that follows from the model's outputs alone; "
+                f"{cannot(error, 'from them')}; {_REMEDY}"
+            ) from error
 
 
 def _taken_apart(outputs: Any) -> tuple[list[Tensor], Rebuild]:
@@ -138,7 +149,7 @@ def _taken_apart(outputs: Any) -> tuple[list[Tensor], Rebuild]:
     if not places:
         raise ValueError(
             f"the model returned {type(outputs).__name__}, in which no tensors were found; Gauss-Newton curvature "
-            f"needs a tensor, or a tuple, list, dict or dataclass of tensors: {_REMEDY}"
+            f"needs a tensor, or a tuple, list, dict or dataclass of tensors; {_REMEDY}"
         )
 
     def rebuild(new: list[Tensor]) -> Any:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from stagewise.attention import slow_path
 from stagewise.data import Samples
 from stagewise.memory import out_of_memory
-from stagewise.task import Batch, Losses, Task, checked_losses
+from stagewise.task import Batch, Losses, Task, evaluated
 
 
 def plain_losses(
@@ -22,7 +22,7 @@ def plain_losses(
     loss = task.loss if query is None else task.query_losses.get(query, task.loss)
     try:
         with slow_path(), torch.inference_mode(False), torch.set_grad_enabled(grad):
-            return checked_losses(loss(model, batch))
+            return evaluated(loss, model, batch)
     except Exception as error:
         if out_of_memory(error):
             raise

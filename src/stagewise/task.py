@@ -176,7 +176,7 @@ class Task:
         """The same with the weights that the loss gives them."""
         loss = self.loss if query is None else self.query_losses.get(query, self.loss)
         with self.pure.holding(params) as model:
-            return checked_losses(loss(model, batch))
+            return evaluated(loss, model, batch)
 
     def sample_losses(self, params: Params, batch: Batch, query: str | None = None) -> tuple[Tensor, Tensor]:
         """The loss l_i of every sample and its weight a_i in the objective, ``(batch,)`` each."""
@@ -210,6 +210,14 @@ class Task:
             CheckpointError: parameters or buffers are missing, unknown, or of another shape or a wider type.
         """
         return fitted(self.pure, checkpoint)
+
+
+def evaluated(loss: Loss, model: nn.Module, batch: Batch) -> Losses:
+    """What a loss says of a batch; it may itself differentiate (a gradient penalty) where its caller does not."""
+    wanted = torch.is_grad_enabled()
+    with torch.enable_grad():
+        values, weights = checked_losses(loss(model, batch))
+    return Losses(values if wanted else values.detach(), weights)
 
 
 def checked_losses(result: Any) -> Losses:

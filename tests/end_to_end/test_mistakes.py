@@ -12,6 +12,8 @@ import torch
 from tiny import write_run
 from typer.testing import CliRunner
 
+from stagewise.checkpoint import Checkpoint
+from stagewise.checkpoints.directory import write_checkpoint
 from stagewise.cli import app
 from stagewise.run import pipeline
 from stagewise.run.config import load_config
@@ -114,6 +116,16 @@ def test_a_task_in_a_package_beside_the_configuration_is_found(config, task):
     shutil.copy(tiny.__file__, package / "base.py")
     result = cli.invoke(app, ["run", str(config), "--dry-run", "-s", f"task={task}"])
     assert result.exit_code == 0, result.output
+
+
+def test_retraining_of_an_optimizer_that_was_not_recorded_is_refused_with_the_way_to_go_on_without_it(config):
+    """As the Recorder leaves it out of a run with SGD(nesterov=True)."""
+    for path in (config.parent / "checkpoints").iterdir():
+        path.unlink()
+    for step in (5, 20):
+        write_checkpoint(config.parent / "checkpoints", Checkpoint(step, tiny.task().state()))
+    line = told("run", config, "-s", "posterior={gamma: 100.0}", "-s", "retraining={window: 4}")
+    assert re.search(r"does not say which optimizer.*SGD, Adam or AdamW.*-s retraining=null$", line), line
 
 
 def test_a_dry_run_of_a_step_that_is_not_there_says_so_as_the_run_does(config):

@@ -89,8 +89,34 @@ def test_a_loss_that_calls_the_model_twice_is_refused_with_the_way_out(plain):
         both = model(batch[0]) + model(2 * batch[0])
         return nn.functional.cross_entropy(both, batch[1], reduction="none")
 
-    with pytest.raises(ValueError, match=r"once, as model\(...\), got 2 calls; use curvature='hessian'"):
+    with pytest.raises(ValueError, match=r"once, as model\(...\), got 2 calls; .*curvature='hessian'"):
         product(task, task.model, loss, vectors)
+
+
+def test_a_loss_that_needs_more_than_the_outputs_is_refused_with_the_way_out(plain):
+    """A penalty on the slope by the inputs, and one that the forward pass leaves in an attribute."""
+    task, vectors, _ = plain
+
+    def by_inputs(model, batch):
+        x = batch[0].clone().requires_grad_()
+        values = nn.functional.cross_entropy(model(x), batch[1], reduction="none")
+        return values + torch.autograd.grad(values.sum(), x, create_graph=True)[0].square().sum(1)
+
+    def by_attribute(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none") + model.penalty
+
+    class Penalised(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            self.penalty = 0.1 * self.inner(x).square().sum(1)
+            return self.inner(x)
+
+    for model, loss in ((task.model, by_inputs), (Penalised(task.model), by_attribute)):
+        with pytest.raises(ValueError, match=r"from the model's outputs alone.*Error: .*curvature='hessian'"):
+            product(task, model, loss, vectors)
 
 
 def next_token_loss(model, tokens):

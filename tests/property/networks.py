@@ -262,7 +262,6 @@ NETWORKS: dict[str, Network] = {
     "bag of words": Network(
         lambda: Through(lambda m, i: m.head(torch.tanh(m.bag(i))), bag=nn.EmbeddingBag(WORDS, 3), head=nn.Linear(3, 3)),
         "words",
-        curved=False,
     ),
     "positions": Network(positions, "words", WORDS, per_token=True),
     "conv 1d": Network(

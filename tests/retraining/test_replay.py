@@ -154,9 +154,17 @@ def test_layers_in_train_mode_are_named():
     task = classifier()
     start, end = recorded(task, order=BatchOrder(60), steps=(0, 5))
     got = replay(task, run_of([start, replace(end, train_mode=("BatchNorm1d", "Dropout"))]))
-    note = "trained with BatchNorm1d, Dropout in train mode; replayed in eval mode"
+    note = "trained with BatchNorm1d, Dropout in train mode; retrained in eval mode"
     assert note in got.verdict.item()
     assert note in got.attrs["verdict"]
+
+
+def test_layers_in_train_mode_are_named_where_the_batches_are_not_known_too():
+    task = classifier()
+    start, end = recorded(task)[:2]
+    got = replay(task, run_of([start, replace(end, train_mode=("Dropout",))]))
+    note = "trained with Dropout in train mode; retrained in eval mode"
+    assert got.attrs["verdict"] == f"a like run, not this one: the batches are not known; {note}"
 
 
 def test_one_bad_checkpoint_raises_nothing_and_the_others_are_replayed():

@@ -119,7 +119,7 @@ def _outcome(task: Task, run: Trajectory, order: Order | None, step: int, stop: 
         start = start_at(task, checkpoint)
         batches = _batches(start, order)
         if batches is None:
-            return _Outcome(LIKE_RUN)
+            return _Outcome("; ".join([LIKE_RUN, *notes]))
         if stop - step > longest:
             return _Outcome(f"not replayed: {stop - step:,} updates are more than longest={longest:,}")
         return _replayed(start, target, batches, rates, notes)
@@ -131,7 +131,7 @@ def _learning_rates(checkpoint: Checkpoint, target: Checkpoint) -> tuple[Learnin
     """The learning rate of every update between two checkpoints, and what is not known of the run."""
     notes = []
     if kinds := sorted({*checkpoint.train_mode, *target.train_mode}):
-        notes.append(f"trained with {', '.join(kinds)} in train mode; replayed in eval mode")
+        notes.append(f"trained with {', '.join(kinds)} in train mode; retrained in eval mode")
     recorded, count = target.learning_rates, target.step - checkpoint.step
     if len(recorded) < count:
         return None, [*notes, "learning rates were not recorded; the checkpoint's was held"]

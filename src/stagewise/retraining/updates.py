@@ -13,7 +13,10 @@ from stagewise.checkpoint import Checkpoint, CheckpointError, Optimizer
 from stagewise.retraining.schedule import LearningRate
 from stagewise.vector import ParameterVector
 
-_REMEDY = "save checkpoints with stagewise.Recorder, which stores the optimizer and its state beside the weights"
+_REMEDY = (
+    "save checkpoints with stagewise.Recorder, which stores the optimizer (SGD, Adam or AdamW in their plain form) and "
+    "its state beside the weights"
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,10 +37,10 @@ def preflight(task: Task, trajectory: Trajectory, config: RunConfig, steps: Sequ
     if window is not None:
         train_groups(task)
         order = recorded_order(task, trajectory, config)
-        start = start_at(task, trajectory.load(steps[-1]))
-        if order is not None:
-            check_order(start, order)
         try:
+            start = start_at(task, trajectory.load(steps[-1]))
+            if order is not None:
+                check_order(start, order)
             window_ablation(small, trajectory, window=1, steps=[steps[-1]])
         except ValueError as error:
             raise ValueError(f"retraining is not possible here: {error}. Without it: -s retraining=null") from error
