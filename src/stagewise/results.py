@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 
 from stagewise.dynamics.events import Event
 from stagewise.groups import same_label
-from stagewise.retraining.scores import agreement, predicted_effect
+from stagewise.retraining.scores import agreement, coverage, predicted_effect
+
+STAND_IN = "damped influence"
+"""The baseline that answers where chains cannot."""
 
 _DIMS = {"step", "train", "query"}
 
@@ -122,6 +125,25 @@ class Results:
         answered = [] if self.influence is None else self.influence["step"].values.tolist()
         steps = sorted({*answered, *self.omitted})
         return xr.DataArray([step not in self.omitted for step in steps], {"step": steps}, ("step",), "trusted")
+
+    @cached_property
+    def stand_in(self) -> xr.Dataset | None:
+        """Damped influence at the checkpoints whose chains cannot be trusted, or None where there is none.
+
+        Its Gauss-Newton curvature is never negative, so that it exists where no posterior does.
+        """
+        damped = self.baselines.get(STAND_IN)
+        if damped is None:
+            return None
+        steps = [step for step in damped["step"].values.tolist() if step in self.omitted]
+        return damped.sel(step=steps) if steps else None
+
+    @cached_property
+    def coverage(self) -> xr.DataArray | None:
+        """How often the stated 95 % intervals hold what was measured (step); None where nothing was."""
+        if self.predicted is None or self.measured is None:
+            return None
+        return coverage(self.predicted, self.measured.sel(step=self.predicted["step"]))
 
     @cached_property
     def estimators(self) -> dict[str, xr.Dataset]:

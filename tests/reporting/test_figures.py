@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -213,3 +214,14 @@ def test_a_dollar_in_a_label_is_a_dollar(make):
     texts = [t.get_text() for t in figures.loss_curves(results.losses).axes[0].texts]
     assert {r"$\frac{$", "$5 to $10"} <= set(texts)
     figures.influence_heatmaps(results.influence, [30])
+
+
+def test_open_squares_stand_where_the_chains_have_no_answer(results):
+    damped = results.baselines["gradient product (Adam)"]
+    stand_in = replace(results, baselines={"damped influence": damped}).stand_in
+    figure = figures.influence_curves(results.influence, results.events, results.trusted, stand_in)
+    squares = [line for ax in figure.axes for line in ax.lines if line.get_marker() == "s"]
+    assert squares
+    assert {tuple(line.get_xdata()) for line in squares} == {(0, 5, 10, 400)}
+    plain = figures.influence_curves(results.influence, results.events, results.trusted)
+    assert not [line for ax in plain.axes for line in ax.lines if line.get_marker() == "s"]

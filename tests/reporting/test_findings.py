@@ -123,3 +123,34 @@ def test_a_single_pair_has_no_correlation(make):
     told = text(make(steps=[30], labels=["a"]))
     assert "1 pair of groups was retrained, too few for a correlation." in told
     assert "median" not in told
+
+
+def off_by(results, value, factor, stderr=1e-7):
+    """Effects that were measured ``factor`` times as large as predicted, at half of the checkpoints."""
+    effect = -28 * value
+    effect[: len(effect) // 2] *= factor
+    return with_values(results, value, stderr, effect)
+
+
+def test_sizes_that_are_off_by_more_than_their_errors_are_said_to_be_with_the_checkpoints(results, value):
+    told = text(off_by(results, value, 1.5))
+    assert "of the measured effects: at 5 checkpoints (steps 20, 30, 45, 65 and 90)" in told
+    assert "measured effects are 1.50 times as large as predicted" in told
+    assert "Read the order of the effects there, not their sizes." in told
+
+
+@pytest.mark.parametrize(("factor", "stderr"), [(1.0, 1e-7), (1.5, 1e-3)])
+def test_sizes_that_are_right_or_within_their_errors_raise_no_doubt(results, value, factor, stderr):
+    told = text(off_by(results, value, factor, stderr))
+    assert "The stated 95% intervals hold 100% of the measured effects." in told
+    assert "not their sizes" not in told
+
+
+def test_checkpoints_that_chains_cannot_answer_are_answered_by_damped_influence_which_is_said_and_scored(results):
+    damped = results.baselines["gradient product (Adam)"].assign_attrs(estimator="damped influence")
+    told = text(replace(results, baselines={"damped influence": damped}))
+    assert "There damped influence answers instead (steps 0, 5, 10 and 400; open squares)" in told
+    assert "with retraining it correlates with a median of" in told
+    unmeasured = replace(results, baselines={"damped influence": damped}, measured=None)
+    assert "it was not held against retraining at these" in text(unmeasured)
+    assert "answers instead" not in text(results)

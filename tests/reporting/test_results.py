@@ -73,3 +73,14 @@ def test_a_group_is_itself_in_each_of_several_query_sets_and_not_an_other_one(re
 def test_data_of_the_wrong_shape_are_refused_by_name(results, change, message):
     with pytest.raises(ValueError, match=message):
         replace(results, **{name: value(results) for name, value in change.items()})
+
+
+def test_damped_influence_stands_in_only_where_chains_cannot_be_trusted(results):
+    damped = results.baselines["gradient product (Adam)"]
+    with_it = replace(results, baselines={"damped influence": damped})
+    assert with_it.stand_in["step"].values.tolist() == [0, 5, 10, 400]
+    assert replace(with_it, influence=None, correlation=None).stand_in.sizes["step"] == 14
+    assert results.stand_in is None
+    part = {"damped influence": damped.sel(step=[10, 20, 900])}
+    assert replace(results, baselines=part).stand_in["step"].values.tolist() == [10]
+    assert replace(results, baselines={"damped influence": damped.sel(step=[20])}).stand_in is None

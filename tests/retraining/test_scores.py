@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from stagewise.retraining.scores import agreement, predicted_effect
+from stagewise.retraining.scores import agreement, coverage, predicted_effect
 
 LABELS = list("abcdef")
 
@@ -161,3 +161,16 @@ def test_number_labels_of_groups_are_the_same_as_their_text():
     text = [str(label) for label in labels]
     got = agreement(effects(noise(1, 6, 6), labels, text), effects(noise(1, 6, 6), labels, text))
     assert got["slope_off_diagonal"].attrs["pairs"] == 30
+
+
+def test_coverage_is_the_share_of_effects_within_both_errors_whatever_the_order_of_labels():
+    dims, coords = ("step", "train", "query"), {"step": [3, 9], "train": list("ab"), "query": list("xy")}
+    predicted = xr.Dataset(
+        {"effect": (dims, np.zeros((2, 2, 2))), "effect_stderr": (dims, np.full((2, 2, 2), 0.3))}, coords
+    )
+    effect = np.array([[[0.9, 1.0], [-0.9, -1.0]], [[0.0, 0.0], [0.0, 3.0]]])  # 1.96 * hypot(.3, .4) = .98
+    measured = xr.Dataset({"effect": (dims, effect), "effect_stderr": (dims, np.full((2, 2, 2), 0.4))}, coords)
+    shuffled = predicted.isel(train=[1, 0], query=[1, 0])
+    np.testing.assert_allclose(coverage(shuffled, measured), [0.5, 0.75])
+    exact = coverage(predicted.drop_vars("effect_stderr"), measured)  # now 1.96 * .4 = .784
+    np.testing.assert_allclose(exact, [0.0, 0.75])

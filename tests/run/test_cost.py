@@ -1,5 +1,6 @@
 """What a dry run promises, with a clock that only moves when work is done."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from stagewise.checkpoints.directory import write_checkpoint
 from stagewise.run import cost
 from stagewise.run.config import make_config
-from stagewise.run.cost import Cost, estimate, sampling_cost
+from stagewise.run.cost import Cost, answered, estimate, sampling_cost
 from stagewise.sampling.chains import Chains
-from stagewise.sampling.posterior import LocalPosterior
+from stagewise.sampling.curvature import extreme_curvature
+from stagewise.sampling.posterior import LocalPosterior, largest_window
 
 SAMPLING = Chains(chains=5, draws=7, blocks=2, burn_in=11, thinning=3, batching="loop")
 SAMPLES = len(springs.TRAIN) + len(springs.NEAR) + len(springs.FAR)
@@ -120,3 +122,16 @@ def test_estimate_refuses_a_step_without_checkpoint_as_the_run_does(configured):
         estimate(make_config(configured | {"steps": [7]}))
     with pytest.raises(ValueError, match="no checkpoint"):
         estimate(make_config(configured | {"steps": []}))
+
+
+def test_checkpoints_that_a_window_can_answer_are_counted_before_any_sampling():
+    saddle = springs.task(lambda model, batch: -springs.losses(model, batch))
+    (note,) = answered(saddle, springs.trajectory(), LocalPosterior(window=8), [0, 10, 20])
+    counts = {int(window): int(count) for window, count in re.findall(r"of (\d+): (\d+)", note)}
+    longest = [
+        largest_window(extreme_curvature(LocalPosterior(window=8).at(saddle, c)).smallest, c.optimizer, c.coming_rates)
+        for c in map(springs.trajectory().load, [0, 10, 20])
+    ]
+    assert counts == {window: sum(most >= window for most in longest) for window in (2, 4, 8, 16)}
+    assert min(counts.values()) < max(counts.values()), "the windows tell nothing apart"
+    assert answered(saddle, springs.trajectory(), LocalPosterior(gamma=1.0), [0]) == []

@@ -238,7 +238,7 @@ def test_step_size_burn_in_and_thinning_follow_from_the_curvature():
     fast = np.linalg.eigvalsh(GAUSSIAN.precision(POSTERIOR)[0])[-1]
     facts = sample(Chains("sgld", chains=2, draws=2)).attrs
     relaxation = 2 / (facts["step_size"] * 3.0)
-    assert facts["step_size"] == pytest.approx(0.4 / fast)
+    assert facts["step_size"] == pytest.approx(0.1 / fast)
     assert facts["burn_in"] == np.ceil(5 * relaxation)
     assert facts["thinning"] == np.ceil(relaxation / 2)
     assert facts["curvature_max"] == pytest.approx((fast - 3.0) / 5.0)

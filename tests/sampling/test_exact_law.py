@@ -25,11 +25,11 @@ def steps(sampler, posterior, fastest):
     if sampler == "underdamped":
         return np.zeros(4)
     if sampler == "sgld":
-        return np.full(4, 0.4 / fastest)
+        return np.full(4, 0.1 / fastest)
     law, scale = GAUSSIAN.law(posterior), GAUSSIAN.precision(posterior)[1]
     mean = GAUSSIAN.gradients("train", law.mean).mean(0)
     spread = np.diag(GAUSSIAN.hessian @ law.covariance @ GAUSSIAN.hessian)
-    return 0.4 / fastest * 0.1 / (scale * np.sqrt(mean**2 + spread) + 0.1)
+    return 0.1 / fastest * 0.1 / (scale * np.sqrt(mean**2 + spread) + 0.1)
 
 
 @pytest.mark.parametrize("sampler", SAMPLINGS)

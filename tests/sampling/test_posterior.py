@@ -7,7 +7,7 @@ from torch import nn
 
 from stagewise.checkpoint import Checkpoint, Optimizer
 from stagewise.sampling import LocalPosterior
-from stagewise.sampling.posterior import LONGEST_WINDOW, largest_window, window_reach
+from stagewise.sampling.posterior import LONGEST_WINDOW, MAX_NEGATIVE_CURVATURE, largest_window, window_reach
 from stagewise.task import Task
 
 SGD = Optimizer("sgd", 0.05)
@@ -103,7 +103,7 @@ def test_defaults_follow_the_run():
 def test_largest_window_is_the_last_one_that_is_localised(optimizer, curvature):
     window = largest_window(curvature, optimizer)
     damping = [1 / window_reach(w, optimizer) for w in (window, window + 1)]
-    assert damping[0] > -curvature >= damping[1]
+    assert MAX_NEGATIVE_CURVATURE * damping[0] > -curvature >= MAX_NEGATIVE_CURVATURE * damping[1]
 
 
 @pytest.mark.parametrize("optimizer", [SGD, Optimizer("sgd", 0.1, momentum=0.9), Optimizer("adam", 0.1)])
@@ -121,8 +121,9 @@ def test_windows_of_a_changing_rate_are_reached_by_the_sum_of_its_updates(optimi
     for window in (1, 3, 6, 20):
         assert window_reach(window, optimizer, coming) == pytest.approx(response(window))
     largest = largest_window(curvature, optimizer, coming)
-    assert (1 / response(largest) > -curvature) if largest else curvature < -1 / response(1)
-    assert 1 / response(largest + 1) <= -curvature
+    most = MAX_NEGATIVE_CURVATURE
+    assert (most / response(largest) > -curvature) if largest else curvature < -most / response(1)
+    assert most / response(largest + 1) <= -curvature
 
 
 def test_a_rate_that_stays_as_it_is_is_a_held_one():

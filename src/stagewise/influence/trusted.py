@@ -18,7 +18,7 @@ from stagewise.traces.diagnostics import diagnose
 from stagewise.traces.store import TraceStore
 
 # Verdicts under which a covariance of the draws says nothing about the posterior.
-_UNTRUSTED = ("unusable", "not localised", "chains failed", "not converged", "cannot say", "unconstrained")
+_UNTRUSTED = ("unusable", "not localised", "chains failed", "not converged", "heated", "cannot say", "unconstrained")
 
 
 class NoTrustedCheckpointError(ValueError):

@@ -14,7 +14,7 @@ from stagewise.reporting.findings import clearest_flips, findings
 from stagewise.reporting.page import Page, Plate, Section, write_page
 from stagewise.reporting.tables import Table
 from stagewise.reporting.words import count, label_text, number, quoted
-from stagewise.results import Exemplar, Results, others
+from stagewise.results import STAND_IN, Exemplar, Results, others
 
 _SHOWN_FLIPS = 15
 
@@ -46,11 +46,17 @@ def _losses(results: Results) -> Plate:
 
 def _influence(results: Results) -> Iterator[Plate | Table]:
     influence, events = results.answered, results.events
+    stand_in = results.stand_in
     if influence is None:
-        yield Plate("influence", "There are no influence curves, because no checkpoint could be answered.")
+        if stand_in is None:
+            yield Plate("influence", "There are no influence curves, because no checkpoint could be answered.")
+            return
+        caption = f"No checkpoint could be sampled: {STAND_IN} in place of what the chains would say. "
+        yield Plate("influence", caption + _curves_caption(stand_in), figures.influence_curves(stand_in))
         return
-    drawn = figures.influence_curves(influence, events, results.trusted)
-    yield Plate("influence", _curves_caption(influence) + _shading(results), drawn)
+    drawn = figures.influence_curves(influence, events, results.trusted, stand_in)
+    squares = "" if stand_in is None else f" Open squares: {STAND_IN}, at checkpoints that chains cannot answer."
+    yield Plate("influence", _curves_caption(influence) + squares + _shading(results), drawn)
     steps = figures.eventful_steps(influence, events)
     yield Plate("heatmaps", _matrices_caption(influence, steps), figures.influence_heatmaps(influence, steps))
     if results.correlation is not None and set(steps) <= set(results.correlation["step"].values.tolist()):

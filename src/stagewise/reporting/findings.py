@@ -19,12 +19,15 @@ from stagewise.reporting.words import (
     step_number,
     steps,
 )
-from stagewise.results import Results, headline, others
+from stagewise.results import STAND_IN, Results, headline, others
 
 LEVEL = 0.95
 _CASES = 3
 _MIN_PAIRS = 3
 _CAUTION = "beyond first order"
+# Fewer of the measured effects than this in their intervals, and sizes off by more than this, are worth a word.
+_MIN_COVERAGE = 0.8
+_MAX_SIZE_ERROR = 0.1
 
 
 def findings(results: Results) -> list[str]:
@@ -150,9 +153,46 @@ def _agreement(results: Results) -> Iterator[str]:
         f"measured effects and those predicted by {own} correlate with a median of {r}; the median slope measured / "
         f"predicted, 1 if the size in nats is right, is {slope}."
     )
+    yield from _sizes(results, scores)
     if rest:
         numbers = [f"{_median(results.agreements[name], 'correlation')} ({name})" for name in rest]
         yield f"For comparison, the median correlation of other estimators: {enumeration(numbers)}."
+
+
+def _sizes(results: Results, scores: xr.Dataset) -> Iterator[str]:
+    """Whether sizes are off by more than the stated errors allow, and where."""
+    if results.coverage is None:
+        return
+    covered = results.coverage
+    text = f"The stated {LEVEL:.0%} intervals hold {covered.mean().item():.0%} of the measured effects"
+    slope = scores[headline(scores, "slope")]
+    off = (covered < _MIN_COVERAGE) & (abs(slope - 1) > _MAX_SIZE_ERROR)
+    if not off.any():
+        yield f"{text}."
+        return
+    wrong = slope.where(off, drop=True)
+    low, high = (score(end.item()) for end in (wrong.min(), wrong.max()))
+    times = low if low == high else f"{low} to {high}"
+    where = f"{count(wrong.sizes['step'], 'checkpoint')} ({steps(wrong['step'].values.tolist())})"
+    yield (
+        f"{text}: at {where} measured effects are {times} times as large as predicted, which is more than the stated "
+        "errors allow; they know of the chains' noise alone. Read the order of the effects there, not their sizes."
+    )
+
+
+def _stand_in(results: Results) -> Iterator[str]:
+    """What answers where the chains cannot, and how well."""
+    if results.stand_in is None:
+        return
+    where = results.stand_in["step"].values.tolist()
+    text = f"There {STAND_IN} answers instead ({steps(where)}; open squares)"
+    scores = results.agreements.get(STAND_IN)
+    shared = [] if scores is None else [step for step in where if step in scores["step"].values]
+    if scores is None or not shared:
+        yield f"{text}; it was not held against retraining at these."
+        return
+    r, slope = (_median_and_range(scores.sel(step=shared), name) for name in ("correlation", "slope"))
+    yield f"{text}: with retraining it correlates with a median of {r} there, at a median slope of {slope}."
 
 
 def _repeated(results: Results) -> Iterator[str]:
@@ -190,6 +230,7 @@ def _trust(results: Results) -> Iterator[str]:
     for verdict, remedies in causes.items():
         where = f"{count(len(remedies), 'checkpoint')} cannot be answered ({steps([*remedies])})"
         yield f"{where}: {verdict}; {_remedy(remedies)}."
+    yield from _stand_in(results)
     verdicts = results.diagnostics["verdict"].values
     doubtful = results.diagnostics.isel(step=np.flatnonzero(verdicts == _CAUTION))
     caution = dict(zip(doubtful["step"].values.tolist(), doubtful["advice"].values.tolist(), strict=True))

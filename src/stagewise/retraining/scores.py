@@ -16,6 +16,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 _RESAMPLES = 2000
 LEVEL = 0.95
 _ROUNDING = 1e-12
+_NORMAL_95 = 1.96
 
 
 def predicted_effect(influence: xr.Dataset, weight: float) -> xr.Dataset:
@@ -152,6 +153,40 @@ def agreement(predicted: xr.DataArray, measured: xr.DataArray, seed: int = 0) ->
             for end, numbers in (("", value[name][0]), ("_lower", lower), ("_upper", upper)):
                 scores[f"{name}{suffix}{end}"] = ("step", numbers, attrs | {"pairs": int(pairs.sum())})
     return xr.Dataset(scores, {"step": measured["step"].values})
+
+
+def coverage(predicted: xr.Dataset, measured: xr.Dataset) -> xr.DataArray:
+    """How often the stated 95 % intervals hold the measured effects, at every step.
+
+    Intervals of predictions hold the noise of the chains, and what was measured has its own standard error. What
+    neither knows of, such as a window too long for one checkpoint to predict, shows as a share far below 0.95.
+
+    Args:
+        predicted: ``effect`` and perhaps ``effect_stderr`` (step, train, query), from :func:`predicted_effect`.
+        measured: the same, with the same labels in any order.
+
+    Returns:
+        (step) share of all pairs whose difference is within 1.96 standard errors.
+
+    Raises:
+        ValueError: as for :func:`agreement`.
+
+    Example:
+        >>> import numpy as np, xarray as xr
+        >>> from stagewise.retraining.scores import coverage
+        >>> dims, coords = ("step", "train", "query"), {"step": [0], "train": list("ab"), "query": ["x"]}
+        >>> both = {"effect": (dims, [[[1.0], [2.0]]]), "effect_stderr": (dims, [[[0.1], [0.1]]])}
+        >>> measured = xr.Dataset({"effect": (dims, [[[1.1], [2.5]]])}, coords)
+        >>> coverage(xr.Dataset(both, coords), measured).values.tolist()
+        [0.5]
+    """
+    p, m = _aligned(predicted["effect"], measured["effect"])
+    errors = [
+        _aligned(side["effect_stderr"], measured["effect"])[0] if "effect_stderr" in side else np.zeros_like(m)
+        for side in (predicted, measured)
+    ]
+    held = np.abs(p - m) <= _NORMAL_95 * np.hypot(*errors)
+    return xr.DataArray(held.mean((1, 2)), {"step": measured["step"].values}, ("step",), "coverage")
 
 
 def _aligned(predicted: xr.DataArray, measured: xr.DataArray) -> tuple[Array, Array]:

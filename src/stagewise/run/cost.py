@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from stagewise.checkpoint import Checkpoint
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.run.analysis import spread
 from stagewise.run.before import look
@@ -15,17 +16,18 @@ from stagewise.run.config import RunConfig
 from stagewise.run.engine import default_workers
 from stagewise.run.preflight import preflight
 from stagewise.run.task_file import load_task
-from stagewise.sampling.chains import Chains, tune
+from stagewise.sampling.chains import Chains, Tuning, tune
+from stagewise.sampling.curvature import extreme_curvature
 from stagewise.sampling.gradient import potential_gradient
-from stagewise.sampling.posterior import LocalDensity, LocalPosterior
+from stagewise.sampling.posterior import LocalDensity, LocalPosterior, largest_window
 from stagewise.sampling.watch import Watch
-from stagewise.stacking import decided
 from stagewise.task import Task
 from stagewise.usable import chosen_steps
 
 # Cells are stored as zstd-compressed float32, which keeps about this share of the bytes of loss traces.
 _COMPRESSED = 0.9
 _PROBES = 3
+_CURVATURES = 12
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def estimate(config: RunConfig) -> Cost:
     missing = preflight(task, trajectory, config, list(usable))
     workers = config.workers or default_workers(task)
     cost = sampling_cost(task, trajectory, config.posterior, config.sampling, list(usable), workers)
-    notes = [repr(task)]
+    notes = [repr(task), *answered(task, trajectory, config.posterior, list(usable))]
     notes += [f"step {step} cannot be used: {reason}" for step, reason in unusable.items()]
     notes += [f"without {name}: {reason}" for name, reason in missing.items()]
     return replace(cost, notes=tuple(notes))
@@ -112,6 +114,25 @@ def sampling_cost(
     )
 
 
+def answered(task: Task, trajectory: Trajectory, posterior: LocalPosterior, steps: Sequence[int]) -> list[str]:
+    """How many checkpoints have a posterior for the window asked for, and for shorter and longer ones, as a note.
+
+    It rests on the curvature at a few checkpoints; the chains may find more that is wrong.
+    """
+    if posterior.window is None:
+        return []
+    longest = [_longest(posterior, task, trajectory.load(step)) for step in spread(steps, _CURVATURES)]
+    windows = sorted({max(1, posterior.window * times // 4) for times in (1, 2, 4, 8)})
+    counts = ", ".join(f"of {window}: {sum(most >= window for most in longest)}" for window in windows)
+    return [f"of {len(longest)} checkpoints looked at, so many can answer a window {counts} steps"]
+
+
+def _longest(posterior: LocalPosterior, task: Task, checkpoint: Checkpoint) -> int:
+    density = posterior.at(task, checkpoint)
+    assert density.optimizer is not None, "a window needs one"
+    return largest_window(extreme_curvature(density).smallest, density.optimizer, checkpoint.coming_rates)
+
+
 def _probe(density: LocalDensity, sampling: Chains) -> tuple[float, int]:
     """Seconds and sampler steps of one cell at this checkpoint."""
     start = time.perf_counter()
@@ -120,16 +141,16 @@ def _probe(density: LocalDensity, sampling: Chains) -> tuple[float, int]:
     if not tuning.localised and density.posterior.require_localised:
         return tuned, 0
     count = tuning.burn_in + sampling.draws * tuning.thinning
-    gradient, draw = _times(density, sampling)
+    gradient, draw = _times(tuning, sampling)
     return tuned + count * gradient + sampling.draws * draw, count
 
 
-def _times(density: LocalDensity, sampling: Chains) -> tuple[float, float]:
+def _times(tuning: Tuning, sampling: Chains) -> tuple[float, float]:
     """Seconds of one gradient and of one draw of a block of chains."""
-    batching = decided(density, sampling.batching, sampling.chains, sampling.batch_size)
+    density, batching = tuning.density, tuning.batching
     u = torch.zeros(sampling.chains, density.vector.size).to(density.anchor)
     gradient = potential_gradient(
-        density, sampling.chains, sampling.batch_size, sampling.control_variate, batching, torch.Generator()
+        density, sampling.chains, tuning.batch_size, sampling.control_variate, batching, torch.Generator()
     )
     gradient(u)
     start = time.perf_counter()

@@ -44,6 +44,16 @@ class Sampler(Protocol):
         """Steps in which a direction of precision ``slow`` forgets its position (by a factor of about e)."""
         ...
 
+    def heating(self, noise: float, fast: float, correlation: Tensor) -> float:
+        """Share of the variance of a direction that the noise of gradients adds, at most.
+
+        Args:
+            noise: variance of the gradient of U along the direction.
+            fast: the largest precision, whose direction forgets least of the noise of one step by the next.
+            correlation: of the noises of two gradients 1, 2, ... steps apart.
+        """
+        ...
+
     def init(self, position: Tensor, generator: Generator) -> Any:
         """The state of chains that start at ``position`` ``(chain, parameters)``."""
         ...

@@ -11,12 +11,15 @@ from typing import Any, ClassVar, Literal, cast
 import numpy as np
 import torch
 import xarray as xr
-from torch import Generator
+from torch import Generator, Tensor
 
 from stagewise.checkpoint import Checkpoint
+from stagewise.evaluate import CURVATURE_SAMPLES, Batching, spread_rows
 from stagewise.sampling.base import Sampler
-from stagewise.sampling.curvature import extreme_curvature
+from stagewise.sampling.curvature import Curvature, extreme_curvature
 from stagewise.sampling.gradient import full_gradient, potential_gradient
+from stagewise.sampling.heat import epoch_correlation, gradient_noise, quiet
+from stagewise.sampling.pilot import pilot
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior, largest_window
 from stagewise.sampling.rmsprop_sgld import RMSpropSGLD
 from stagewise.sampling.sgld import SGLD
@@ -34,6 +37,8 @@ SAMPLERS: dict[SamplerName, type[Sampler]] = {
 
 # The localisation alone keeps gamma u^2 at 1 in every direction; a chain at a multiple of that has diverged.
 _DIVERGED = 10.0
+# The pilot goes by the exact gradient of as many samples as this many minibatches hold.
+_PILOT_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,8 @@ class Chains:
         options: other fields of the sampler, e.g. ``{"start": 1}`` for RMSprop's V, or ``{"friction": 5.0}``.
         burn_in: steps before the first draw; default five relaxation times.
         thinning: steps per draw; default half a relaxation time.
-        batch_size: samples per gradient; default the whole training set. With the control variate all chains of a
-            block share their minibatches, so that small ones make standard errors somewhat too small.
+        batch_size: samples per gradient; default the whole training set. Steps are made so short that the noise of
+            minibatches adds 1 % to the variances at most; where the whole training set costs less, it is used.
         control_variate: subtract each minibatch's gradient at the checkpoint.
         reflect: also record losses at the reflected point 2w* - w, for odd and even parts.
         batching: stack the chains or loop over them; ``"auto"`` stacks small models that allow it.
@@ -105,39 +110,96 @@ class Chains:
 
 @dataclass(frozen=True)
 class Tuning:
-    """A sampler with its burn-in and thinning for one checkpoint, and the curvature they follow from.
+    """A sampler with its burn-in and thinning for one checkpoint, and what they follow from.
 
     Attributes:
+        density: the posterior, with ``n_beta`` as it was chosen.
+        n_beta_raised: how many times the usual that is; None where it was given.
         sampler: with its step size.
         burn_in: steps before the first draw.
         thinning: steps per draw.
-        slow: smallest precision of the posterior's directions.
-        curvature_min: smallest eigenvalue of the whitened Hessian.
-        curvature_max: largest.
-        localised: whether the posterior exists.
+        batch_size: samples per gradient; None is the training set.
+        batching: stack the chains or loop over them.
+        heat: share of the variance that comes from minibatches, at most.
+        stable_step: the step size that the curvature and the minibatches ask for.
+        relaxation: steps in which the slowest direction forgets where it was.
+        curvature: the extremes of the whitened Hessian.
+        localised: whether the posterior exists, and is not far from what the window does.
     """
 
+    density: LocalDensity
+    n_beta_raised: float | None
     sampler: Sampler
     burn_in: int
     thinning: int
-    slow: float
-    curvature_min: float
-    curvature_max: float
+    batch_size: int | None
+    batching: Batching
+    heat: float
+    stable_step: float
+    relaxation: float
+    curvature: Curvature
     localised: bool
 
 
 def tune(density: LocalDensity, sampling: Chains) -> Tuning:
-    """Choose step size, burn-in and thinning from the curvature at the checkpoint, unless they are given."""
-    curvature = extreme_curvature(density)
-    slow, fast = curvature.precision_range(density)
-    sampler = SAMPLERS[sampling.sampler].tuned(slow, fast, **sampling.options)
-    if sampling.step_size is not None:
-        sampler = replace(cast(Any, sampler), step_size=sampling.step_size)
-    relaxation = sampler.relaxation(slow)
-    burn_in = math.ceil(5 * relaxation) if sampling.burn_in is None else sampling.burn_in
-    thinning = sampling.thinning or max(1, math.ceil(relaxation / 2))
+    """Choose n_beta, step size, burn-in and thinning at a checkpoint, unless they are given.
+
+    The step follows from the curvature, and from the noise of minibatches where there are any; n_beta from what the
+    chains of a pilot see.
+    """
+    curvature, n = extreme_curvature(density), len(density.task.train)
     localised = curvature.localised(density)
-    return Tuning(sampler, burn_in, thinning, slow, curvature.smallest, curvature.largest, localised)
+    size = sampling.batch_size if sampling.batch_size and sampling.batch_size < n else None
+    batching = decided(density, sampling.batching, sampling.chains, size)
+    usual = density.n_beta
+    free = density.posterior.n_beta is None and density.posterior.window is not None
+    sampler, noise, correlation = _sampler(density, curvature, sampling), 0.0, epoch_correlation(n, size or n)
+    if (free or size) and (localised or not density.posterior.require_localised):
+        rows = spread_rows(_PILOT_BATCHES * size if size else CURVATURE_SAMPLES, n)
+        random = _generator(sampling.seed, 0, "pilot", density.anchor.device)
+        density, positions = pilot(density, curvature, rows, batching, random, free)
+        sampler = _sampler(density, curvature, sampling)
+        if size:
+            noise = _noise(density, sampling, batching, size, positions)
+    slow, fast = curvature.precision_range(density)
+    quieter = quiet(sampler, noise, fast, correlation)
+    if size and sampling.step_size is None and _costs_more(sampling, size, n, sampler, quieter):
+        size, noise, quieter = None, 0.0, sampler
+    stable = quieter.step_size
+    sampler = quieter if sampling.step_size is None else replace(cast(Any, quieter), step_size=sampling.step_size)
+    relaxation = sampler.relaxation(slow)
+    return Tuning(
+        density,
+        density.n_beta / usual if free else None,
+        sampler,
+        burn_in=math.ceil(5 * relaxation) if sampling.burn_in is None else sampling.burn_in,
+        thinning=sampling.thinning or max(1, math.ceil(relaxation / 2)),
+        batch_size=size,
+        batching=batching,
+        heat=sampler.heating(noise, fast, correlation),
+        stable_step=stable,
+        relaxation=relaxation,
+        curvature=curvature,
+        localised=localised,
+    )
+
+
+def _sampler(density: LocalDensity, curvature: Curvature, sampling: Chains) -> Sampler:
+    """The sampler as the curvature asks for it."""
+    return SAMPLERS[sampling.sampler].tuned(*curvature.precision_range(density), **sampling.options)
+
+
+def _noise(density: LocalDensity, sampling: Chains, batching: Batching, size: int, positions: Tensor) -> float:
+    """Largest variance of minibatch gradients, over directions, where the chains will be."""
+    random = _generator(sampling.seed, 0, "pilot batch", density.anchor.device)
+    gradient = potential_gradient(density, len(positions), size, sampling.control_variate, batching, random)
+    return gradient_noise(gradient, positions, len(density.task.train), size)
+
+
+def _costs_more(sampling: Chains, size: int, n: int, sampler: Sampler, quieter: Sampler) -> bool:
+    """Whether minibatches, with the shorter steps they need, cost more than the whole training set."""
+    per_step = size * (1 + sampling.control_variate / sampling.chains)
+    return per_step * sampler.step_size > n * quieter.step_size
 
 
 def sample_block(
@@ -164,9 +226,11 @@ def sample_block(
         the checkpoint (``loss_anchor``), the ``share`` of every loss in the mean over its data set (in the training
         objective), and the attributes ``is_training_set``, true of a query set whose samples are the candidates, and
         ``own_loss``, true of one on which something else than the training loss is measured; group ``chains`` with
-        the ``status`` of every chain; attributes with every number that was chosen. A chain that left the
-        posterior is ``"diverged"``, and its later draws are the losses at the checkpoint. Where the posterior
-        does not exist nothing is drawn and every chain's status is ``"not_localised"``.
+        the ``status`` of every chain, and its ``soft_spread``, the mean square displacement along the softest
+        direction in units of the variance that the curvature at the checkpoint gives it; attributes with every
+        number that was chosen. A chain that left the posterior is ``"diverged"``, and its later draws are the losses
+        at the checkpoint. Where the posterior does not exist nothing is drawn and every chain's status is
+        ``"not_localised"``.
 
     Raises:
         ValueError: the losses are unusable (see ``Task.check``), or the checkpoint lacks what the posterior
@@ -174,13 +238,13 @@ def sample_block(
     """
     density = posterior.at(task, checkpoint)
     tuning = tune(density, sampling)
-    facts = _facts(density, tuning, sampling, checkpoint)
+    facts = _facts(tuning, sampling, checkpoint)
     numbers = np.arange(block * sampling.chains, (block + 1) * sampling.chains)
     if not tuning.localised and posterior.require_localised:
         status = np.full(sampling.chains, "not_localised")
         return _tree({}, status, numbers, facts)
-    traces, status = _run(density, tuning, sampling, block, on_step or (lambda: None))
-    tree = _tree(traces, status, numbers, facts, task.candidates.numpy())
+    traces, status, soft_spread = _run(tuning, sampling, block, on_step or (lambda: None))
+    tree = _tree(traces, status, numbers, facts, soft_spread, task.candidates.numpy())
     # An effect of a sample on itself is known by its position: the same samples in the same order.
     for name, data in task.queries.items():
         if f"queries/{name}" in traces:
@@ -196,19 +260,19 @@ def unusable_block(step: int, reason: str, sampling: Chains, block: int = 0) -> 
 
 
 def _run(
-    density: LocalDensity, tuning: Tuning, sampling: Chains, block: int, on_step: Callable[[], None]
-) -> tuple[dict[str, Seen], np.ndarray[Any, Any]]:
-    """Burn in, then draw: traces by data set and variable, and the status of every chain."""
-    batching = decided(density, sampling.batching, sampling.chains, sampling.batch_size)
+    tuning: Tuning, sampling: Chains, block: int, on_step: Callable[[], None]
+) -> tuple[dict[str, Seen], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Burn in, then draw: traces by data set and variable, the status and the ``soft_spread`` of every chain."""
+    density, batching, sampler = tuning.density, tuning.batching, tuning.sampler
     noise, minibatches = (_generator(sampling.seed, block, use, density.anchor.device) for use in ("noise", "batch"))
     gradient = potential_gradient(
-        density, sampling.chains, sampling.batch_size, sampling.control_variate, batching, minibatches
+        density, sampling.chains, tuning.batch_size, sampling.control_variate, batching, minibatches
     )
-    sampler = tuning.sampler
     state = sampler.init(torch.zeros(sampling.chains, density.vector.size).to(density.anchor), noise)
     alive = torch.ones(sampling.chains, dtype=torch.bool, device=density.anchor.device)
-    farthest = _farthest(density, tuning.slow)
-    watch = Watch(density, batching, sampling.reflect)
+    slow, _ = tuning.curvature.precision_range(density)
+    farthest = _farthest(density, slow)
+    watch, softest, along = Watch(density, batching, sampling.reflect), tuning.curvature.softest, []
     for step in range(-tuning.burn_in, sampling.draws * tuning.thinning):
         if step == -(tuning.burn_in // 2):
             state = sampler.freeze(state)
@@ -217,9 +281,12 @@ def _run(
             alive &= state.position.square().sum(1) < farthest  # also False for NaN
         if step >= 0 and (step + 1) % tuning.thinning == 0:
             alive &= watch.draw(torch.where(alive[:, None], state.position, 0.0))
+            along.append(state.position @ softest)
         on_step()
+    soft = torch.stack(along, 1).double().cpu()
+    soft_spread = torch.where(alive.cpu(), slow * (soft - soft[alive.cpu()].mean()).square().mean(1), torch.nan)
     status = np.where(alive.cpu().numpy(), "ok", "diverged")
-    return watch.traces(), status
+    return watch.traces(), status, soft_spread.numpy()
 
 
 def _farthest(density: LocalDensity, slow: float) -> float:
@@ -239,9 +306,12 @@ def _tree(
     status: np.ndarray[Any, Any],
     numbers: np.ndarray[Any, Any],
     facts: dict[str, Any],
+    soft_spread: np.ndarray[Any, Any] | None = None,
     candidates: np.ndarray[Any, Any] | None = None,
 ) -> xr.DataTree:
-    tree = {"chains": xr.Dataset({"status": ("chain", status.astype(str))}, {"chain": numbers})}
+    spread = np.full(len(numbers), np.nan) if soft_spread is None else soft_spread
+    chains = {"status": ("chain", status.astype(str)), "soft_spread": ("chain", spread)}
+    tree = {"chains": xr.Dataset(chains, {"chain": numbers})}
     for name, seen in traces.items():
         data = ("sample", "token")[: seen.loss_anchor.ndim]
         variables = {
@@ -258,13 +328,15 @@ def _tree(
     return result
 
 
-def _facts(density: LocalDensity, tuning: Tuning, sampling: Chains, checkpoint: Checkpoint) -> dict[str, Any]:
+def _facts(tuning: Tuning, sampling: Chains, checkpoint: Checkpoint) -> dict[str, Any]:
+    density, curvature = tuning.density, tuning.curvature
     optimizer, window, largest = density.optimizer, density.posterior.window, None
     if optimizer and window:
-        largest = largest_window(tuning.curvature_min, optimizer, checkpoint.coming_rates)
+        largest = largest_window(curvature.smallest, optimizer, checkpoint.coming_rates)
     return {
         "step": checkpoint.step,
         "n_beta": density.n_beta,
+        "n_beta_raised": tuning.n_beta_raised,
         "gamma": density.gamma,
         "kappa": density.kappa,
         "metric": density.metric,
@@ -275,8 +347,12 @@ def _facts(density: LocalDensity, tuning: Tuning, sampling: Chains, checkpoint: 
         "step_size": tuning.sampler.step_size,
         "burn_in": tuning.burn_in,
         "thinning": tuning.thinning,
-        "curvature_min": tuning.curvature_min,
-        "curvature_max": tuning.curvature_max,
+        "batch_size": tuning.batch_size,
+        "heat": tuning.heat,
+        "stable_step": tuning.stable_step,
+        "relaxation": tuning.relaxation,
+        "curvature_min": curvature.smallest,
+        "curvature_max": curvature.largest,
         "damping": density.damping,
         "localised": tuning.localised,
         "largest_window": largest,

@@ -14,7 +14,7 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
 from stagewise.evaluate import CURVATURE_SAMPLES, hessian_product, spread_rows
-from stagewise.sampling.posterior import LocalDensity
+from stagewise.sampling.posterior import MAX_NEGATIVE_CURVATURE, LocalDensity
 
 _DENSE_LIMIT = 32
 _RESTARTS = 100
@@ -22,14 +22,26 @@ _RESTARTS = 100
 
 @dataclass(frozen=True)
 class Curvature:
-    """Smallest and largest eigenvalue of the whitened Hessian P^(1/2) H P^(1/2) of the mean training loss."""
+    """The ends of the spectrum of the whitened Hessian P^(1/2) H P^(1/2) of the mean training loss.
+
+    Attributes:
+        smallest: eigenvalue.
+        largest: eigenvalue.
+        softest: direction of the smallest eigenvalue ``(parameters,)``, of length 1.
+    """
 
     smallest: float
     largest: float
+    softest: Tensor
 
     def localised(self, density: LocalDensity) -> bool:
-        """Whether the localisation outweighs the most negative curvature, so that the posterior exists."""
-        return self.smallest > -density.damping
+        """Whether the posterior exists, and with a window is near enough to what the window does.
+
+        The localisation must outweigh the most negative curvature, and that of a window must do so by
+        ``MAX_NEGATIVE_CURVATURE``.
+        """
+        most = MAX_NEGATIVE_CURVATURE if density.posterior.window else 1.0
+        return self.smallest > -most * density.damping
 
     def precision_range(self, density: LocalDensity) -> tuple[float, float]:
         """Smallest and largest precision of the posterior's directions, for tuning a sampler.
@@ -60,8 +72,8 @@ def extreme_curvature(density: LocalDensity) -> Curvature:
 
     if size <= _DENSE_LIMIT:
         dense = checked(torch.eye(size))
-        values = np.linalg.eigvalsh((dense + dense.T) / 2)
-        return Curvature(float(values[0]), float(values[-1]))
+        values, vectors = np.linalg.eigh((dense + dense.T) / 2)
+        return Curvature(float(values[0]), float(values[-1]), torch.from_numpy(vectors[:, 0]).to(density.anchor))
     # Lanczos works to a precision relative to each eigenvalue, which those of H near zero would never reach.
     # It is given H + shift, which takes zero to twice the damping, and the limit of localisation to it.
     shift = 2 * density.damping
@@ -72,10 +84,11 @@ def extreme_curvature(density: LocalDensity) -> Curvature:
     )
     start = np.random.default_rng(0).standard_normal(size)
     try:
-        values = eigsh(operator, k=2, which="BE", v0=start, tol=1e-2, maxiter=_RESTARTS, return_eigenvectors=False)
+        values, vectors = eigsh(operator, k=2, which="BE", v0=start, tol=1e-2, maxiter=_RESTARTS)
     except ArpackNoConvergence as error:
         raise ValueError(
             f"Lanczos did not find the extreme curvatures of the training loss in {_RESTARTS} restarts; "
             "use a shorter window (a larger gamma), or let fewer parameters move"
         ) from error
-    return Curvature(float(values.min()) - shift, float(values.max()) - shift)
+    softest = torch.from_numpy(vectors[:, values.argmin()]).to(density.anchor)
+    return Curvature(float(values.min()) - shift, float(values.max()) - shift, softest)

@@ -88,6 +88,28 @@ def reshuffled(n: int, size: int, generator: Generator) -> Iterator[Tensor]:
         yield from (order[i : i + size] for i in range(0, n - size + 1, size))
 
 
+def exact_gradient(density: LocalDensity, batching: Batching, rows: Tensor | None = None) -> GradientFunction:
+    """The gradient of U for a block of chains without noise, on some training samples, default all."""
+    train = density.task.train
+    rows = torch.arange(len(train)) if rows is None else rows
+    per_chain = chain_gradients(batch_loss(density), batching)
+    batches = list(chunks(density.task, train, rows))
+    shares = [min(density.task.forward_batch, len(rows)) / len(rows)] * len(batches)
+    shares[-1] = 1 - sum(shares[:-1])
+
+    def loss_gradient(u: Tensor) -> Tensor:
+        parts = (share * per_chain(u, batch) for batch, share in zip(batches, shares, strict=True))
+        return sum(parts, torch.zeros_like(u))
+
+    anchor_gradient = loss_gradient(density.origin[None]) if density.posterior.centred else 0.0
+
+    def exact(u: Tensor) -> Gradient:
+        slope = loss_gradient(u)
+        return Gradient(density.n_beta * (slope - anchor_gradient) + density.gamma * u, slope)
+
+    return exact
+
+
 def potential_gradient(
     density: LocalDensity,
     chains: int,
@@ -119,18 +141,7 @@ def potential_gradient(
     per_chain = chain_gradients(loss, batching)
 
     if batch_size is None or batch_size >= len(train):
-        batches = list(chunks(density.task, train))
-        shares = [min(density.task.forward_batch, len(train)) / len(train)] * len(batches)
-        shares[-1] = 1 - sum(shares[:-1])
-        anchor_gradient = full_gradient(density) if centred else None
-
-        def exact(u: Tensor) -> Gradient:
-            parts = (share * per_chain(u, batch) for batch, share in zip(batches, shares, strict=True))
-            slope = sum(parts, torch.zeros_like(u))
-            drift = slope if anchor_gradient is None else slope - anchor_gradient
-            return Gradient(n_beta * drift + gamma * u, slope)
-
-        return exact
+        return exact_gradient(density, batching)
 
     if control_variate:
         indices = reshuffled(len(train), batch_size, generator)

@@ -26,9 +26,15 @@ Metric = Literal["euclidean", "adam"]
 
 LONGEST_WINDOW = 10**6
 
+MAX_NEGATIVE_CURVATURE = 0.5
+"""The most negative curvature, in units of the damping 1/T, at which a posterior stands for a window of reach T.
+
+Along a curvature s the window responds by (1 - exp(-s T)) / s and the posterior by 1 / (s + 1/T): at s T = -1/2 that
+is 1.5 times too much, at -3/4 already 2.7 times, and at -1 there is no posterior.
+"""
+
 # Fluctuations this much smaller than at n_beta = n keep the loss close to its quadratic form on ordinary
-# networks. The diagnostics measure whether they do (the share of the even part), and say by how much to raise
-# n_beta if not.
+# networks. A pilot measures whether they do (the share of the even part), and raises n_beta if not.
 DEFAULT_N_BETA_PER_SAMPLE = 10.0
 
 
@@ -44,7 +50,7 @@ class LocalPosterior:
         window: length W of the training window, in steps.
         gamma: precision of the localisation, if set by hand.
         n_beta: inverse temperature times the number of samples; larger is closer to first order. Default:
-            10 n.
+            10 n, and with a window as much more as a pilot at each checkpoint finds necessary for that.
         metric: ``"euclidean"``, or ``"adam"``, which needs second moments in the checkpoints. Default: Adam's
             metric for Adam-trained runs with a window, Euclidean otherwise.
         centred: drop the gradient at the checkpoint, so that the posterior is centred there. Otherwise chains
@@ -141,7 +147,7 @@ class LocalPosterior:
         if optimizer is None:
             raise ValueError(
                 f"checkpoint at step {checkpoint.step} has no record of its optimiser, which window= needs; "
-                "record checkpoints with stagewise.Recorder, or set gamma= by hand"
+                "stagewise.Recorder records SGD, Adam and AdamW in their plain form. Without it set gamma= by hand"
             )
         if optimizer.learning_rate == 0:
             raise ValueError(
@@ -230,18 +236,21 @@ def _reaches(optimizer: Optimizer, coming: Sequence[float]) -> Iterator[float]:
 
 
 def largest_window(curvature_min: float, optimizer: Optimizer, coming: Sequence[float] = ()) -> int:
-    """The longest window, in steps up to a million, whose posterior exists at this most negative curvature.
+    """The longest window, in steps up to a million, whose posterior can be used at this most negative curvature.
 
     0 if not even that of one step does. The curvature is that of the whitened Hessian; ``coming`` as for
     :func:`window_reach`.
     """
+    most = MAX_NEGATIVE_CURVATURE
     if coming:
-        fit = takewhile(lambda reach: -curvature_min * reach < 1, islice(_reaches(optimizer, coming), LONGEST_WINDOW))
+        fit = takewhile(
+            lambda reach: -curvature_min * reach < most, islice(_reaches(optimizer, coming), LONGEST_WINDOW)
+        )
         return sum(1 for _ in fit)
     exists, too_long = 0, LONGEST_WINDOW + 1
     while too_long - exists > 1:
         middle = (exists + too_long) // 2
-        if 1 / window_reach(middle, optimizer) > -curvature_min:
+        if -curvature_min * window_reach(middle, optimizer) < most:
             exists = middle
         else:
             too_long = middle

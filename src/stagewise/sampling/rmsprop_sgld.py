@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from stagewise.sampling.base import GradientFunction
+from stagewise.sampling.sgld import heating
 
 
 class RMSpropSGLDState(NamedTuple):
@@ -54,13 +55,17 @@ class RMSpropSGLD:
 
     @classmethod
     def tuned(cls, slow: float, fast: float, **options: Any) -> Self:
-        """Safe for any V: the longest elementwise step, step_size / stability, times ``fast`` is 0.4."""
+        """Safe for any V: the longest elementwise step, step_size / stability, times ``fast`` is 0.1."""
         del slow
-        return cls(0.4 / fast * options.get("stability", cls.stability), **options)
+        return cls(0.1 / fast * options.get("stability", cls.stability), **options)
 
     def relaxation(self, slow: float) -> float:
         """As for SGLD at the longest elementwise step; larger gradients make it slower."""
         return 2 * self.stability / (self.step_size * slow)
+
+    def heating(self, noise: float, fast: float, correlation: Tensor) -> float:
+        """As for SGLD at the longest elementwise step."""
+        return heating(self.step_size / self.stability, noise, fast, correlation)
 
     def init(self, position: Tensor, generator: Generator) -> RMSpropSGLDState:
         """Start at ``position`` with V = ``start``."""

@@ -17,6 +17,12 @@ class SGLDState(NamedTuple):
     position: Tensor
 
 
+def heating(step_size: float, noise: float, fast: float, correlation: Tensor) -> float:
+    """:meth:`Sampler.heating` of an Euler step."""
+    kept = (1 - step_size * fast / 2) ** torch.arange(1, len(correlation) + 1, dtype=torch.float64)
+    return step_size * noise * (1 + 2 * float(correlation @ kept)) / 4
+
+
 @dataclass(frozen=True)
 class SGLD:
     """Overdamped Langevin dynamics by the Euler scheme.
@@ -34,13 +40,17 @@ class SGLD:
 
     @classmethod
     def tuned(cls, slow: float, fast: float, **options: Any) -> Self:
-        """step_size * fast = 0.4: the variance of the stiffest direction is 11 per cent too large."""
+        """step_size * fast = 0.1: the variance of the stiffest direction is 2.6 per cent too large."""
         del slow
-        return cls(0.4 / fast, **options)
+        return cls(0.1 / fast, **options)
 
     def relaxation(self, slow: float) -> float:
         """A deviation decays by the factor 1 - step_size * slow / 2 each step."""
         return 2 / (self.step_size * slow)
+
+    def heating(self, noise: float, fast: float, correlation: Tensor) -> float:
+        """step_size noise / 4 for noise that is new at every step; other noise as far as a direction remembers it."""
+        return heating(self.step_size, noise, fast, correlation)
 
     def init(self, position: Tensor, generator: Generator) -> SGLDState:
         """Start at ``position``."""

@@ -52,6 +52,12 @@ class Underdamped:
         rate = min(self.friction / 2, slow / self.friction)
         return 1 / (rate * self.step_size)
 
+    def heating(self, noise: float, fast: float, correlation: Tensor) -> float:
+        """step_size noise / (2 friction) for noise that is new at every step; other noise at the motion's frequency."""
+        phases = self.step_size * math.sqrt(fast) * torch.arange(1, len(correlation) + 1, dtype=torch.float64)
+        at_frequency = 1 + 2 * float(correlation @ phases.cos())
+        return self.step_size * noise * at_frequency / (2 * self.friction)
+
     def init(self, position: Tensor, generator: Generator) -> UnderdampedState:
         """Start at ``position`` with momenta drawn from their stationary law."""
         momentum = torch.randn(position.shape, generator=generator, dtype=position.dtype, device=position.device)

@@ -34,13 +34,15 @@ def diagnose(tree: xr.DataTree) -> xr.Dataset:
 
         * ``chains_ok``, ``chains_failed``, ``draws`` (per chain), ``localised``;
         * ``verdict``: the first that applies, in order of severity, of ``"unusable"``, ``"not localised"``,
-          ``"chains failed"``, ``"cannot say"``, ``"not converged"``, ``"unconstrained"``, ``"beyond first order"``,
-          ``"ok"``;
+          ``"chains failed"``, ``"cannot say"``, ``"not converged"``, ``"heated"``, ``"unconstrained"``,
+          ``"beyond first order"``, ``"ok"``;
         * ``advice``: the reason and what to change; empty if ok.
 
         There unless nothing was drawn:
 
         * ``loss_rise``: mean training loss (of the candidates) over draws minus that at the checkpoint, in nats;
+        * ``soft_spread``: mean square displacement along the softest direction in units of the variance that the
+          curvature at the checkpoint gives it; where it was recorded;
         * ``query_spread``: the largest standard deviation over the draws of the loss of any query sample, in units of
           the largest of any training sample. Query sets with a loss of their own are not looked at;
         * ``query_reach``: the same in units of the range of all losses at the checkpoint.
@@ -58,7 +60,8 @@ def diagnose(tree: xr.DataTree) -> xr.Dataset:
 
         * ``even_share``: see :func:`even_share`.
     """
-    status = np.asarray(tree["chains"].to_dataset()["status"])
+    chains = tree["chains"].to_dataset()
+    status = np.asarray(chains["status"])
     ok = status == "ok"
     groups = {path: group.isel(chain=ok) for path, group in loss_groups(tree).items()}
     drawn = "train" in groups and ok.any()
@@ -69,6 +72,8 @@ def diagnose(tree: xr.DataTree) -> xr.Dataset:
         "localised": bool(tree.attrs.get("localised", True)),
     }
     numbers = _numbers(groups) if drawn else {}
+    if drawn and "soft_spread" in chains:
+        numbers["soft_spread"] = float(chains["soft_spread"].values[ok].mean())
     loosest = _loosest(groups) if drawn else None
     if loosest is not None:
         numbers |= {"query_spread": loosest.spread, "query_reach": loosest.reach}

@@ -16,10 +16,14 @@ MIN_DRAWS = 8
 MAX_RHAT = 1.1
 MAX_DRIFT = 4.0
 MIN_ESS_PER_CHAIN = 5
+MAX_HEAT = 0.1
+MAX_SOFT_SPREAD = 2.5
 MAX_EVEN_SHARE = 0.2
 MAX_QUERY_SPREAD = 10.0
 MAX_QUERY_REACH = 1.0
 _GOOD_EVEN_SHARE = 0.05
+# Burn-in and thinning this many times the usual are no longer what is missing.
+_LONG = 2
 
 Numbers = Mapping[str, Any]
 Settings = Mapping[Any, Any]
@@ -45,15 +49,24 @@ def _unusable(_numbers: Numbers, _statuses: Sequence[str], settings: Settings) -
 
 
 def _not_localised(numbers: Numbers, _statuses: Sequence[str], settings: Settings) -> str:
-    if numbers["localised"]:
+    if not numbers["localised"]:
+        reason = (
+            "the loss curves downwards by too much beside the localisation: a posterior of that width would not stand "
+            "for what the window does"
+        )
+        largest = settings.get("largest_window")
+        if largest is None or not math.isfinite(largest):
+            return f"{reason}; use a shorter window (a larger gamma)"
+        if largest < 1:
+            return f"{reason}, not even with a window of one training step; leave this step out"
+        return f"{reason}; use a window of at most {math.floor(largest)} training steps"
+    spread = numbers.get("soft_spread", 1.0)
+    if spread <= MAX_SOFT_SPREAD:
         return ""
-    reason = "the loss curves downwards by more than the localisation holds back, so there is no local posterior"
-    largest = settings.get("largest_window")
-    if largest is None or not math.isfinite(largest):
-        return f"{reason}; use a shorter window (a larger gamma)"
-    if largest < 1:
-        return f"{reason}, not even of a window of one training step; leave this step out"
-    return f"{reason}; use a window of at most {math.floor(largest)} training steps"
+    return (
+        f"along the softest direction the chains spread {spread:.1f} times as far (in variance) as the curvature at "
+        f"the checkpoint says: away from it the loss curves otherwise, as at the kinks of ReLU; {_shorter(settings)}"
+    )
 
 
 def _chains_failed(_numbers: Numbers, statuses: Sequence[str], settings: Settings) -> str:
@@ -61,32 +74,49 @@ def _chains_failed(_numbers: Numbers, statuses: Sequence[str], settings: Setting
     if 2 * failed.total() <= len(statuses):
         return ""
     kinds = ", ".join(f"{count} {status}" for status, count in failed.most_common())
-    remedy = f"use a smaller {_times(settings, 'step_size', 0.5)}"
-    return f"{failed.total()} of {len(statuses)} chains failed ({kinds}); {remedy}"
+    found = f"{failed.total()} of {len(statuses)} chains failed ({kinds})"
+    step, stable = settings.get("step_size"), settings.get("stable_step")
+    if step and stable and step <= stable:
+        return f"{found}, with steps that are stable by the curvature at the checkpoint; {_shorter(settings)}"
+    return f"{found}; {_stable_step(settings)}"
 
 
-def _cannot_say(numbers: Numbers, _statuses: Sequence[str], _settings: Settings) -> str:
+def _cannot_say(numbers: Numbers, _statuses: Sequence[str], settings: Settings) -> str:
     if numbers["chains_ok"] < MIN_CHAINS:
         return f"too few chains ended ok ({numbers['chains_ok']}); run at least {MIN_CHAINS}, better 4"
     if numbers["draws"] < MIN_DRAWS:
         return f"too few draws per chain ({numbers['draws']}); take at least {MIN_DRAWS}, better 100"
     if "rhat" not in numbers:
-        return "the training loss hardly changes from draw to draw; use a larger step_size or a longer window"
+        return f"the training loss hardly changes from draw to draw; use a longer window, or {_stable_step(settings)}"
     return ""
 
 
 def _not_converged(numbers: Numbers, _statuses: Sequence[str], settings: Settings) -> str:
     drift, rhat, ess = numbers["drift"], numbers["rhat"], numbers["ess_bulk"] / numbers["chains_ok"]
-    longer = f"use a longer {_times(settings, 'burn_in', 2)}"
+    if abs(drift) <= MAX_DRIFT and rhat <= MAX_RHAT and ess >= MIN_ESS_PER_CHAIN:
+        return ""
     if abs(drift) > MAX_DRIFT:
-        return f"the losses still drift ({drift:+.1f} standard errors); {longer}, or a shorter window"
-    if rhat > MAX_RHAT or ess < MIN_ESS_PER_CHAIN:
-        thinning = _times(settings, "thinning", max(2, math.ceil(2 * MIN_ESS_PER_CHAIN / ess)))
-        return (
+        found = f"the losses still drift ({drift:+.1f} standard errors)"
+    else:
+        found = (
             f"the chains have not all seen the same region (R-hat {rhat:.2f}, should be below {MAX_RHAT}; a chain is "
-            f"worth {ess:.1f} independent draws, should be {MIN_ESS_PER_CHAIN}); {longer} and a larger {thinning}"
+            f"worth {ess:.1f} independent draws, should be {MIN_ESS_PER_CHAIN})"
         )
-    return ""
+    burn_in, thinning, relaxation = (settings.get(name) for name in ("burn_in", "thinning", "relaxation"))
+    if relaxation and burn_in >= _LONG * 5 * relaxation and thinning >= _LONG * relaxation / 2:
+        return f"{found}, although burn_in and thinning are long beside {relaxation:.0f} steps; {_shorter(settings)}"
+    factor = max(2, math.ceil(2 * MIN_ESS_PER_CHAIN / ess))
+    return f"{found}; use a longer {_times(settings, 'burn_in', 2)} and a larger {_times(settings, 'thinning', factor)}"
+
+
+def _heated(_numbers: Numbers, _statuses: Sequence[str], settings: Settings) -> str:
+    heat = settings.get("heat") or 0.0
+    if heat <= MAX_HEAT:
+        return ""
+    return (
+        f"{heat:.0%} of the variances come from the noise of minibatches; {_stable_step(settings)}, or use the whole "
+        "training set (no batch_size)"
+    )
 
 
 def _unconstrained(numbers: Numbers, _statuses: Sequence[str], _settings: Settings) -> str:
@@ -106,12 +136,12 @@ def _beyond_first_order(numbers: Numbers, _statuses: Sequence[str], settings: Se
     share = numbers.get("even_share", 0.0)
     if share <= MAX_EVEN_SHARE:
         return ""
+    found = f"{share:.0%} of the spread of the losses is of second order"
+    if raised := settings.get("n_beta_raised"):
+        return f"{found}, although n_beta is {raised:g} times the usual; {_shorter(settings)}"
     # The variance of the odd part shrinks like 1/n_beta, that of the even part like its square.
     factor = (1 / _GOOD_EVEN_SHARE - 1) * share / max(1 - share, 0.01)
-    return (
-        f"{share:.0%} of the spread of the losses is of second order; raise n_beta at the same window: "
-        f"{_times(settings, 'n_beta', math.ceil(factor))}"
-    )
+    return f"{found}; raise n_beta at the same window: {_times(settings, 'n_beta', math.ceil(factor))}"
 
 
 _RULES: dict[str, Callable[[Numbers, Sequence[str], Settings], str]] = {
@@ -120,9 +150,24 @@ _RULES: dict[str, Callable[[Numbers, Sequence[str], Settings], str]] = {
     "chains failed": _chains_failed,
     "cannot say": _cannot_say,
     "not converged": _not_converged,
+    "heated": _heated,
     "unconstrained": _unconstrained,
     "beyond first order": _beyond_first_order,
 }
+
+
+def _shorter(settings: Settings) -> str:
+    """The remedy where the posterior itself is at fault."""
+    window = settings.get("window")
+    if not window:
+        return f"use a larger {_times(settings, 'gamma', 2)}"
+    return f"use a window of at most {window // 2} training steps" if window > 1 else "leave this step out"
+
+
+def _stable_step(settings: Settings) -> str:
+    """The remedy where a step size that was set by hand is."""
+    stable = settings.get("stable_step")
+    return f"leave step_size out, or set it to {stable:.3g}" if stable else "leave step_size out"
 
 
 def _times(settings: Settings, name: str, factor: float) -> str:

@@ -1,0 +1,81 @@
+"""A short look before the chains: where the posterior reaches, and whether first order dominates there.
+
+A few chains on the exact gradient of some training samples, about a tenth of the work of the real ones. They are
+seeded by ``Chains.seed`` alone, so that all blocks of a checkpoint choose alike.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from torch import Generator, Tensor
+
+from stagewise.evaluate import Batching
+from stagewise.sampling.curvature import Curvature
+from stagewise.sampling.gradient import exact_gradient
+from stagewise.sampling.posterior import LocalDensity
+from stagewise.sampling.underdamped import Underdamped
+from stagewise.sampling.watch import Watch
+
+MAX_EVEN_SHARE = 0.1
+"""Of the spread of the losses, what may be of second order before ``n_beta`` is raised."""
+
+_GOOD_EVEN_SHARE = 0.05
+_CHAINS = 16
+_RELAXATIONS = 3
+_ROUNDS = 6
+
+
+def pilot(
+    density: LocalDensity, curvature: Curvature, rows: Tensor, batching: Batching, noise: Generator, free: bool
+) -> tuple[LocalDensity, Tensor]:
+    """The posterior with n_beta raised until first order dominates, if it is ``free``, and places that it reaches.
+
+    With a window n_beta is free: gamma follows it, and what is measured stays the same. The places
+    ``(16, parameters)`` are found by the training samples ``rows``.
+    """
+    for _ in range(_ROUNDS):
+        positions = _reached(density, curvature, rows, batching, noise)
+        factor = _colder(density, positions, batching) if free else 1.0
+        if factor == 1:
+            break
+        density = replace(density, n_beta=factor * density.n_beta, gamma=factor * density.gamma)
+    return density, positions
+
+
+def _reached(density: LocalDensity, curvature: Curvature, rows: Tensor, batching: Batching, noise: Generator) -> Tensor:
+    """Places that the posterior reaches, by the training samples ``rows``: ``(16, parameters)``."""
+    slow, fast = curvature.precision_range(density)
+    sampler, gradient = Underdamped.tuned(slow, fast), exact_gradient(density, batching, rows)
+    state = sampler.init(density.origin.repeat(_CHAINS, 1), noise)
+    for _ in range(math.ceil(_RELAXATIONS * sampler.relaxation(slow))):
+        state = sampler.step(state, gradient, noise)
+    return state.position
+
+
+def _colder(density: LocalDensity, positions: Tensor, batching: Batching) -> float:
+    """How many times larger n_beta should be, a power of two: 1 where first order dominates at ``positions``.
+
+    The variance of the losses' odd part shrinks like 1/n_beta, that of the even part like its square.
+    """
+    share = _even_share(density, positions, batching)
+    if share <= MAX_EVEN_SHARE:
+        return 1.0
+    factor = (1 / _GOOD_EVEN_SHARE - 1) * share / max(1 - share, 1e-3)
+    return 2.0 ** math.ceil(math.log2(factor))
+
+
+def _even_share(density: LocalDensity, positions: Tensor, batching: Batching) -> float:
+    """As :func:`stagewise.traces.diagnostics.even_share`, over places that are finite."""
+    watch = Watch(density, batching, reflect=True)
+    finite = watch.draw(positions).cpu()
+    if finite.sum() < 2:
+        return 0.0
+    shares = []
+    for seen in watch.traces().values():
+        assert seen.loss_reflected is not None
+        there, mirrored = (losses[finite] - seen.loss_anchor for losses in (seen.loss, seen.loss_reflected))
+        even, odd = ((there + sign * mirrored).var(0).sum().item() for sign in (1, -1))
+        shares.append(even / (even + odd) if even + odd > 0 else 0.0)
+    return max(shares)
