@@ -3,8 +3,8 @@
     python benchmarks/sampling_speed.py
 
 On the digits network, all as ratios within one run: a block of chains stacked into one call and looped over, against
-the gradient of one model times the number of chains; the control variate; and effective draws per gradient of the
-samplers at their own tuning.
+the gradient of one model times the number of chains; the control variate; effective draws per gradient of the
+samplers at their own tuning; and what minibatches cost and give beside full batches.
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
+import xarray as xr
 from rich.console import Console
 from rich.table import Table
 from timing import seconds
 
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.evaluate import differentiable, gradient
+from stagewise.influence.bif import bif
+from stagewise.influence.trusted import TracesInMemory
 from stagewise.sampling.chains import SAMPLERS, Chains, sample_block, tune
 from stagewise.sampling.gradient import batch_loss, potential_gradient
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior
@@ -70,6 +74,30 @@ def samplers(density: LocalDensity, trajectory: Trajectory) -> None:
     console.print(table)
 
 
+def minibatches(density: LocalDensity, trajectory: Trajectory) -> None:
+    """Sizes and 95 % intervals of group influence, against two runs on full batches with other noise."""
+
+    def sampled(size: int | None, seed: int) -> tuple[xr.Dataset, float, float]:
+        sampling = Chains(chains=CHAINS, draws=64, batch_size=size, seed=seed, reflect=False)
+        tree = sample_block(density.task, trajectory.load(STEP), density.posterior, sampling)
+        labels = {"train_groups": density.task.train_groups, "query_groups": density.task.query_groups}
+        steps = tree.attrs["burn_in"] + sampling.draws * tree.attrs["thinning"]
+        used = tree.attrs["batch_size"]
+        per_step = len(density.task.train) if used is None else used * (1 + 1 / CHAINS)
+        return bif(TracesInMemory({STEP: tree}), **labels), steps, steps * per_step
+
+    table = Table("batch", "steps", "sample gradients", "size", "in the 95 % intervals", title="beside full batches")
+    whole, steps, cost = sampled(None, 1)
+    again, _, _ = sampled(None, 2)
+    truth, error = (whole.value + again.value) / 2, np.hypot(whole.stderr, again.stderr) / 2
+    for size in (8, 64, 256):
+        found, here, spent = sampled(size, 3)
+        slope = float((found.value * truth).sum() / (truth**2).sum())
+        held = float((abs(found.value - truth) <= 1.96 * np.hypot(found.stderr, error)).mean())
+        table.add_row(str(size), f"x {here / steps:.1f}", f"x {spent / cost:.2f}", f"{slope:.3f}", f"{held:.0%}")
+    console.print(table)
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         record(Path(folder) / "checkpoints", 64, [STEP])
@@ -77,6 +105,7 @@ def main() -> None:
         density = LocalPosterior(window=30).at(task(), trajectory.load(STEP))
         gradients(density)
         samplers(density, trajectory)
+        minibatches(density, trajectory)
 
 
 if __name__ == "__main__":

@@ -154,3 +154,14 @@ def test_checkpoints_that_chains_cannot_answer_are_answered_by_damped_influence_
     unmeasured = replace(results, baselines={"damped influence": damped}, measured=None)
     assert "it was not held against retraining at these" in text(unmeasured)
     assert "answers instead" not in text(results)
+
+
+def test_a_window_that_answers_otherwise_than_its_posterior_is_said_to_without_any_retraining(results):
+    def told(high):
+        sizes = {"size_low": ("step", np.full(14, 0.9)), "size_high": ("step", np.linspace(1.1, high, 14))}
+        return text(replace(results, measured=None, diagnostics=results.diagnostics.assign(sizes)))
+
+    assert "the window responds 0.90 to 1.70 times as strongly as the posterior" in told(1.7)
+    assert "at step 900 most." in told(1.7)
+    assert "as strongly as" not in told(1.3)
+    assert "as strongly as" not in text(results)

@@ -1,13 +1,21 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from stagewise.checkpoint import Checkpoint, Optimizer
 from stagewise.sampling import LocalPosterior
-from stagewise.sampling.posterior import LONGEST_WINDOW, MAX_NEGATIVE_CURVATURE, largest_window, window_reach
+from stagewise.sampling.posterior import (
+    LONGEST_WINDOW,
+    MAX_NEGATIVE_CURVATURE,
+    largest_window,
+    size_range,
+    window_reach,
+    window_response,
+)
 from stagewise.task import Task
 
 SGD = Optimizer("sgd", 0.05)
@@ -173,3 +181,42 @@ def test_moments_of_parameters_that_do_not_move_are_not_needed():
     local = LocalPosterior(window=3, parameters=("first",)).at(task(), partial)
     assert local.vector.names == ("first",)
     assert local.anchor.tolist() == [0.1, 0.2, 0.3]
+
+
+@pytest.mark.parametrize("optimizer", [SGD, MOMENTUM, ADAM], ids=["sgd", "momentum", "adam"])
+@pytest.mark.parametrize("curvature", [-0.4, 0.0, 0.3, 5.0])
+def test_response_of_a_window_is_what_the_optimiser_does_with_a_constant_gradient(optimizer, curvature):
+    w = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    b = optimizer.momentum if optimizer.name == "sgd" else optimizer.betas[0]
+    rates = [0.02, 0.05, 0.01]
+    # plain SGD with momentum, dampened as Adam's first moment is; Adam's metric is 1 in whitened coordinates
+    rule = torch.optim.SGD([w], 1.0, momentum=b, dampening=b if optimizer.name == "adam" else 0.0)
+    if b and optimizer.name == "adam":
+        rule.state[w]["momentum_buffer"] = torch.zeros_like(w)
+    for step in range(12):
+        rule.param_groups[0]["lr"] = rates[min(step, 2)]
+        w.grad = curvature * w.detach() - 1
+        rule.step()
+    found = window_response(np.array([curvature]), 12, optimizer, rates)
+    assert found[0] == pytest.approx(w.item(), rel=1e-9)
+    assert window_response(np.zeros(1), 12, optimizer, rates)[0] == pytest.approx(window_reach(12, optimizer, rates))
+
+
+def test_sizes_are_off_by_as_much_as_the_exact_response_of_sgd_says():
+    window, rate = 40, SGD.learning_rate
+    local = LocalPosterior(window=window).at(task(), checkpoint(SGD))
+    low, high = size_range(local, -0.5 * local.damping, 6.0, ())
+    s = np.linspace(-0.5 * local.damping, 6.0, 20_001)
+    s = s[s != 0]
+    exact = (1 - (1 - rate * s) ** window) / s * (s + local.damping)
+    assert low == pytest.approx(exact.min(), rel=1e-3)
+    assert high == pytest.approx(exact.max(), rel=1e-3)
+    assert low == pytest.approx(1 / 1.54, abs=0.01)  # what MAX_NEGATIVE_CURVATURE allows
+
+
+def test_momentum_overshoots_by_more_than_plain_sgd_ever_does():
+    ranges = []
+    for optimizer in (SGD, MOMENTUM):
+        local = LocalPosterior(window=20).at(task(), checkpoint(optimizer))
+        ranges.append(size_range(local, 0.0, 4 * local.damping, ()))
+    assert ranges[0][1] < 1.35 < ranges[1][1]

@@ -28,6 +28,8 @@ _CAUTION = "beyond first order"
 # Fewer of the measured effects than this in their intervals, and sizes off by more than this, are worth a word.
 _MIN_COVERAGE = 0.8
 _MAX_SIZE_ERROR = 0.1
+# The posterior of plain SGD's window is off by a little less than this along its middling directions, always.
+_MAX_RESPONSE_ERROR = 0.35
 
 
 def findings(results: Results) -> list[str]:
@@ -180,6 +182,21 @@ def _sizes(results: Results, scores: xr.Dataset) -> Iterator[str]:
     )
 
 
+def _responses(results: Results) -> Iterator[str]:
+    """By how much sizes are off because the posterior is not the window, as far as the curvature tells."""
+    diagnostics, answered = results.diagnostics, results.trusted.where(results.trusted, drop=True)["step"].values
+    if "size_low" not in diagnostics or not len(answered):
+        return
+    known = diagnostics.sel(step=[step for step in answered.tolist() if step in diagnostics["step"].values])
+    low, high = known["size_low"].min().item(), known["size_high"].max().item()
+    if low < 1 - _MAX_RESPONSE_ERROR or high > 1 + _MAX_RESPONSE_ERROR:
+        yield (
+            f"Whatever the noise of the chains, the window responds {score(low)} to {score(high)} times as strongly as "
+            "the posterior along single directions of curvature, and predicted sizes may be off by as much; at "
+            f"{steps([int(known['step'][known['size_high'].argmax()])])} most."
+        )
+
+
 def _stand_in(results: Results) -> Iterator[str]:
     """What answers where the chains cannot, and how well."""
     if results.stand_in is None:
@@ -231,6 +248,7 @@ def _trust(results: Results) -> Iterator[str]:
         where = f"{count(len(remedies), 'checkpoint')} cannot be answered ({steps([*remedies])})"
         yield f"{where}: {verdict}; {_remedy(remedies)}."
     yield from _stand_in(results)
+    yield from _responses(results)
     verdicts = results.diagnostics["verdict"].values
     doubtful = results.diagnostics.isel(step=np.flatnonzero(verdicts == _CAUTION))
     caution = dict(zip(doubtful["step"].values.tolist(), doubtful["advice"].values.tolist(), strict=True))

@@ -20,7 +20,7 @@ from stagewise.sampling.curvature import Curvature, extreme_curvature
 from stagewise.sampling.gradient import full_gradient, potential_gradient
 from stagewise.sampling.heat import epoch_correlation, gradient_noise, quiet
 from stagewise.sampling.pilot import pilot
-from stagewise.sampling.posterior import LocalDensity, LocalPosterior, largest_window
+from stagewise.sampling.posterior import LocalDensity, LocalPosterior, largest_window, size_range
 from stagewise.sampling.rmsprop_sgld import RMSpropSGLD
 from stagewise.sampling.sgld import SGLD
 from stagewise.sampling.underdamped import Underdamped
@@ -330,9 +330,11 @@ def _tree(
 
 def _facts(tuning: Tuning, sampling: Chains, checkpoint: Checkpoint) -> dict[str, Any]:
     density, curvature = tuning.density, tuning.curvature
-    optimizer, window, largest = density.optimizer, density.posterior.window, None
+    optimizer, window, coming = density.optimizer, density.posterior.window, checkpoint.coming_rates
+    largest = low = high = None
     if optimizer and window:
-        largest = largest_window(curvature.smallest, optimizer, checkpoint.coming_rates)
+        largest = largest_window(curvature.smallest, optimizer, coming)
+        low, high = size_range(density, curvature.smallest, curvature.largest, coming)
     return {
         "step": checkpoint.step,
         "n_beta": density.n_beta,
@@ -356,6 +358,8 @@ def _facts(tuning: Tuning, sampling: Chains, checkpoint: Checkpoint) -> dict[str
         "damping": density.damping,
         "localised": tuning.localised,
         "largest_window": largest,
+        "size_low": low,
+        "size_high": high,
     }
 
 

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from itertools import chain, islice, repeat, takewhile
 from typing import Any, ClassVar, Literal, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from stagewise.checkpoint import Checkpoint, Optimizer
@@ -233,6 +235,41 @@ def _reaches(optimizer: Optimizer, coming: Sequence[float]) -> Iterator[float]:
         memory = b * memory + (1 - b if optimizer.name == "adam" else 1.0)
         moved += rate * memory
         yield moved
+
+
+def window_response(
+    curvatures: NDArray[np.float64], window: int, optimizer: Optimizer, coming: Sequence[float] = ()
+) -> NDArray[np.float64]:
+    """How far a constant gradient of 1 moves the weights in ``window`` steps along directions of these curvatures.
+
+    The optimiser's own linear response in the whitened coordinates, with curvature and metric held: what
+    1 / (curvature + damping) stands for in the posterior, and :func:`window_reach` where the curvature is 0.
+    """
+    b = optimizer.betas[0] if optimizer.name == "adam" else optimizer.momentum
+    moved = memory = np.zeros_like(curvatures)
+    for rate in islice(chain(coming, repeat(coming[-1] if coming else optimizer.learning_rate)), window):
+        slope = 1 - curvatures * moved
+        memory = b * memory + ((1 - b) * slope if optimizer.name == "adam" else slope)
+        moved = moved + rate * memory
+    return moved
+
+
+def size_range(density: LocalDensity, smallest: float, largest: float, coming: Sequence[float]) -> tuple[float, float]:
+    """Least and largest response of the window in units of the posterior's, over directions of the curvatures between.
+
+    Predicted effects are off in size by such factors, whatever the noise of the chains: (0.9, 1.3) is usual for plain
+    SGD; momentum overshoots along stiff directions, and (0.7, 1.0) is what negative curvature does.
+    """
+    optimizer, window = density.optimizer, density.posterior.window
+    assert optimizer is not None, "only a window of a recorded optimiser has a response"
+    assert window is not None, "only a window of a recorded optimiser has a response"
+    curvatures = np.unique(np.concatenate([np.linspace(smallest, 0, 50), np.geomspace(1e-3, 1, 150) * max(largest, 0)]))
+    reach = window_reach(window, optimizer, coming)
+    # Clipping shortens the window of the posterior as it does the updates.
+    clipped = 1 / (density.damping * reach)
+    response = clipped * window_response(clipped * curvatures, window, optimizer, coming)
+    ratio = response * (curvatures + density.damping)
+    return float(ratio.min()), float(ratio.max())
 
 
 def largest_window(curvature_min: float, optimizer: Optimizer, coming: Sequence[float] = ()) -> int:

@@ -38,6 +38,11 @@ def diagnose(tree: xr.DataTree) -> xr.Dataset:
           ``"beyond first order"``, ``"ok"``;
         * ``advice``: the reason and what to change; empty if ok.
 
+        There where a window was asked for:
+
+        * ``size_low``, ``size_high``: least and largest response of the window in units of the posterior's, over
+          directions of curvature, by which predicted effects are off in size.
+
         There unless nothing was drawn:
 
         * ``loss_rise``: mean training loss (of the candidates) over draws minus that at the checkpoint, in nats;
@@ -74,6 +79,7 @@ def diagnose(tree: xr.DataTree) -> xr.Dataset:
     numbers = _numbers(groups) if drawn else {}
     if drawn and "soft_spread" in chains:
         numbers["soft_spread"] = float(chains["soft_spread"].values[ok].mean())
+    numbers |= {name: float(tree.attrs[name]) for name in ("size_low", "size_high") if tree.attrs.get(name) is not None}
     loosest = _loosest(groups) if drawn else None
     if loosest is not None:
         numbers |= {"query_spread": loosest.spread, "query_reach": loosest.reach}
