@@ -22,6 +22,7 @@ from stagewise.functional import unchanged
 from stagewise.memory import out_of_memory
 from stagewise.plain import cannot, objective, plain_losses
 from stagewise.task import Batch, Task
+from stagewise.twice import once_only
 
 
 class _Ladder(NamedTuple):
@@ -115,7 +116,7 @@ def _compared(task: Task, params: Mapping[str, Tensor], batch: Batch, ladder: _L
 
     if (change := differ(slope, value, ladder.value, ladder.value)) is not None:
         return f"along a direction the loss changes by {change.item():.4g}, by its gradient it should by {slope:.4g}"
-    if (bend := differ(image, gradient, ladder.gradient, 0.1)) is not None:
+    if image is not None and (bend := differ(image, gradient, ladder.gradient, 0.1)) is not None:
         error = ((image - bend).norm() / torch.maximum(image.norm(), bend.norm())).item()
         return f"second derivatives miss the change of the gradient along a direction by {error:.0%}"
     return ""
@@ -127,18 +128,26 @@ def _central(function: Callable[[float], Tensor], step: float) -> Tensor:
 
 def _derivatives(
     task: Task, params: Mapping[str, Tensor], batch: Batch, direction: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Of the objective of the pure function along a direction: slope, and Hessian product ``(parameters,)``."""
+) -> tuple[Tensor, Tensor | None]:
+    """Of the objective of the pure function along a direction: slope, and Hessian product ``(parameters,)``.
+
+    The product is None where an operation has no second derivative: then curvature is taken from differences of
+    gradients, and there is nothing to compare.
+    """
     leaves = {name: params[name].detach().clone().requires_grad_() for name in direction}
     every = list(leaves.values())
     with torch.enable_grad():
         value = objective(task, task.weighted_losses({**params, **leaves}, batch))
         slopes = torch.autograd.grad(value, every, create_graph=True, materialize_grads=True, allow_unused=True)
         along = torch.stack([(g * d).sum() for g, d in zip(slopes, direction.values(), strict=True)]).sum()
-        if along.requires_grad:
+        if not along.requires_grad:
+            return along.detach(), _flat([torch.zeros_like(leaf) for leaf in every])
+        try:
             image = list(torch.autograd.grad(along, every, materialize_grads=True, allow_unused=True))
-        else:
-            image = [torch.zeros_like(leaf) for leaf in every]
+        except RuntimeError as error:
+            if not once_only(error):
+                raise
+            return along.detach(), None
     return along.detach(), _flat(image)
 
 

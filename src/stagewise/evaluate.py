@@ -23,6 +23,7 @@ from stagewise.data import Batch, Samples
 from stagewise.groups import TRAIN, Groups
 from stagewise.memory import out_of_memory
 from stagewise.task import Losses, Task
+from stagewise.twice import once_only
 from stagewise.vector import ParameterVector
 
 Batching = Literal["stacked", "loop"]
@@ -220,9 +221,20 @@ def _along(losses: Tensor, leaf: Tensor, directions: Tensor) -> Tensor:
 
 
 def hessian_product(point: Point, u: Tensor, rows: Tensor | None = None) -> Product:
-    """Vectors ``(k, parameters)`` to H v, for the objective on some training samples, default all."""
+    """Vectors ``(k, parameters)`` to H v, for the objective on some training samples, default all.
+
+    Where an operation has no second derivative (``torch.cdist``, CTC), by differences of gradients.
+    """
 
     def product(vectors: Tensor) -> Tensor:
+        try:
+            return exact(vectors)
+        except RuntimeError as error:
+            if not once_only(error):
+                raise
+            return torch.stack([_bend(point, u, v, rows) for v in vectors])
+
+    def exact(vectors: Tensor) -> Tensor:
         image, weight = torch.zeros_like(vectors), 0.0
         for batch in chunks(point.task, point.task.train, rows):
             with plain_attention(), differentiable(u) as leaf:
@@ -233,6 +245,18 @@ def hessian_product(point: Point, u: Tensor, rows: Tensor | None = None) -> Prod
         return image / weight
 
     return product
+
+
+def _bend(point: Point, u: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+    """H v by central differences, over a step by which the weights change as much as rounding asks for."""
+    change = float((v if point.scale is None else point.scale * v).norm())
+    if change == 0:
+        return torch.zeros_like(v)
+    size = float((u if point.anchor is None else point.anchor).norm())
+    step = torch.finfo(u.dtype).eps ** (1 / 3) * max(1.0, size) / change
+    ahead, behind = (mean_gradient(point, u + sign * step * v, point.task.train, rows) for sign in (1, -1))
+    bend: Tensor = (ahead - behind) / (2 * step)
+    return bend
 
 
 def dense(product: Product, like: Tensor, rows: int = 128) -> Tensor:

@@ -63,3 +63,8 @@ def _bags(
         return empty.scatter_reduce(0, bag[:, None].expand_as(rows), rows, "amax", include_self=False)
     total = empty.index_add(0, bag, rows)
     return total if module.mode == "sum" else total / torch.bincount(bag, minlength=count).clamp(min=1)[:, None]
+
+
+def once_only(error: Exception) -> bool:
+    """Whether it says that an operation can be differentiated once and not twice."""
+    return "derivative" in str(error) and "not implemented" in str(error)
