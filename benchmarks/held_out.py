@@ -38,7 +38,6 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import stagewise as sw
-from stagewise.dynamics.curves import critical, degrees
 from stagewise.reporting.findings import findings
 from stagewise.reporting.words import score
 from stagewise.results import Results, headline
@@ -202,16 +201,6 @@ def curvature(store: sw.TraceStore) -> xr.Dataset:
     return xr.Dataset({"ratio": ("step", ratio)}, {"step": list(store.steps)})
 
 
-def coverage(results: Results) -> xr.DataArray | None:
-    """Share of the 95 % intervals that hold the measured effect, at every answered checkpoint."""
-    predicted, measured = results.predicted, results.measured
-    if predicted is None or measured is None or results.answered is None:
-        return None
-    noise = measured.get("effect_stderr", 0.0)  # full batches have none
-    reach = critical(0.05, degrees(results.answered)) * (predicted["effect_stderr"] ** 2 + noise**2) ** 0.5
-    return (abs(measured["effect"] - predicted["effect"]) <= reach).mean(("train", "query"))
-
-
 def scores(results: Results, estimator: str, name: str, unanswered: bool = False) -> xr.DataArray:
     """Correlation or slope at the checkpoints of an estimator, or at those which sampling does not answer."""
     if estimator not in results.agreements:
@@ -236,7 +225,7 @@ def doubts(results: Results) -> list[str]:
 
 def summary_row(results: Results, notes: list[str]) -> list[str]:
     """A row of the table of all runs; what stagewise says of sizes goes to ``notes``."""
-    covered, said = coverage(results), []
+    covered, said = results.coverage, []
     for sentence in doubts(results):
         notes.append(sentence)
         said.append(str(len(notes)))
@@ -252,7 +241,7 @@ def summary_row(results: Results, notes: list[str]) -> list[str]:
 
 def detail_rows(results: Results) -> Iterator[list[str]]:
     """A row for every checkpoint."""
-    covered = coverage(results)
+    covered = results.coverage
     columns = [scores(results, e, name) for e in (SAMPLED, DAMPED) for name in ("correlation", "slope")]
     for step in results.diagnostics["step"].values:
         one = results.diagnostics.sel(step=step)

@@ -9,6 +9,8 @@ from stagewise.checkpoint import Checkpoint, Optimizer
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.evaluate import hessian_product
 from stagewise.influence.damped import damped_influence
+from stagewise.retraining.schedule import BatchOrder
+from stagewise.retraining.unrolling import unrolled_influence
 from stagewise.sampling import Chains, LocalPosterior, sample_block
 from stagewise.task import Task
 
@@ -23,6 +25,10 @@ class Places(nn.Module):
 
     def forward(self, x):
         return self.distance(x, self.places) @ self.head
+
+
+def kernel(x, places):
+    return torch.cdist(x, places, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def by_definition(x, places):
@@ -43,7 +49,7 @@ def margin_by_definition(model, batch):
     return ((1 - own + logits).clamp(min=0).sum(1) - 1) / logits.shape[1]
 
 
-ONCE = {"cdist": (Places(torch.cdist), cross_entropy), "margin": (Places(by_definition), margin)}
+ONCE = {"cdist": (Places(kernel), cross_entropy), "margin": (Places(by_definition), margin)}
 TWICE = {
     "cdist": (Places(by_definition), cross_entropy),
     "margin": (Places(by_definition), margin_by_definition),
@@ -92,6 +98,12 @@ def test_chains_go_where_those_of_the_same_loss_go(name):
 def test_gauss_newton_curvature_of_a_loss_without_second_derivatives_is_refused_and_the_hessian_is_not():
     task, checkpoint, local = density(*ONCE["margin"], torch.float64)
     run = Trajectory.from_checkpoints([checkpoint])
-    with pytest.raises(ValueError, match="second derivatives in the model's outputs.*curvature='hessian'"):
+    with pytest.raises(ValueError, match="operations with second derivatives.*curvature='hessian'"):
         damped_influence(task, run, local.posterior)
     assert damped_influence(task, run, local.posterior, curvature="hessian").value.isnull().sum() == 0
+
+
+def test_unrolling_through_an_operation_without_second_derivatives_is_refused():
+    task, checkpoint, _ = density(*ONCE["cdist"], torch.float64)
+    with pytest.raises(ValueError, match="unrolling needs operations with second derivatives.*tracin and retraining"):
+        unrolled_influence(task, checkpoint, BatchOrder(30), steps=[5])

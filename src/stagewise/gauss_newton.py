@@ -19,7 +19,7 @@ from stagewise.evaluate import Point, Product, chunks, differentiable, gradient,
 from stagewise.memory import out_of_memory
 from stagewise.plain import cannot
 from stagewise.task import checked_losses
-from stagewise.twice import once_only
+from stagewise.twice import second_derivatives
 
 _TOLERANCE = 1e-2
 _REMEDY = "damped_influence(..., curvature='hessian') does without"
@@ -37,7 +37,7 @@ def gauss_newton_product(point: Point, u: Tensor, rows: Tensor | None = None) ->
 
     Raises:
         ValueError: (when called) the loss does not call the model exactly once, the outputs hold no tensors, or the
-            loss depends on the parameters beside the outputs, or has no second derivative in them.
+            loss depends on the parameters beside the outputs, or an operation has no second derivative.
     """
     task, trusted = point.task, False
 
@@ -54,24 +54,13 @@ def gauss_newton_product(point: Point, u: Tensor, rows: Tensor | None = None) ->
                 if not trusted:
                     _check_outputs_suffice(point, batch, leaf, outputs, slopes)
                     trusted = True
-                bent = _bent(slopes, cut, push(outputs, leaf, vectors))
+                with second_derivatives("Gauss-Newton curvature", _REMEDY):
+                    bent = pull(slopes, cut, push(outputs, leaf, vectors))
                 image += pull(outputs, [leaf], bent)[0]
             weight += float(weights.sum())
         return image / weight
 
     return product
-
-
-def _bent(slopes: list[Tensor], cut: list[Tensor], along: list[Tensor]) -> list[Tensor]:
-    try:
-        return pull(slopes, cut, along)
-    except RuntimeError as error:
-        if not once_only(error):
-            raise
-        raise ValueError(
-            f"Gauss-Newton curvature needs a loss with second derivatives in the model's outputs: {error}; "
-            "damped_influence(..., curvature='hessian') does without"
-        ) from error
 
 
 def _slopes(value: Tensor, cut: list[Tensor]) -> list[Tensor]:

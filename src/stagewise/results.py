@@ -12,9 +12,10 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from stagewise.dynamics.curves import critical, degrees
 from stagewise.dynamics.events import Event
 from stagewise.groups import same_label
-from stagewise.retraining.scores import agreement, coverage, predicted_effect
+from stagewise.retraining.scores import LEVEL, agreement, coverage, predicted_effect
 
 STAND_IN = "damped influence"
 """The baseline that answers where chains cannot."""
@@ -141,9 +142,10 @@ class Results:
     @cached_property
     def coverage(self) -> xr.DataArray | None:
         """How often the stated 95 % intervals hold what was measured (step); None where nothing was."""
-        if self.predicted is None or self.measured is None:
+        if self.predicted is None or self.measured is None or self.answered is None:
             return None
-        return coverage(self.predicted, self.measured.sel(step=self.predicted["step"]))
+        reach = critical(1 - LEVEL, degrees(self.answered))
+        return coverage(self.predicted, self.measured.sel(step=self.predicted["step"]), reach)
 
     @cached_property
     def estimators(self) -> dict[str, xr.Dataset]:

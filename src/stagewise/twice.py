@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -68,3 +70,18 @@ def _bags(
 def once_only(error: Exception) -> bool:
     """Whether it says that an operation can be differentiated once and not twice."""
     return "derivative" in str(error) and "not implemented" in str(error)
+
+
+@contextmanager
+def second_derivatives(whose: str, instead: str) -> Iterator[None]:
+    """Where an operation has none, say so.
+
+    Raises:
+        ValueError: with what needs them, and what to use instead.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not once_only(error):
+            raise
+        raise ValueError(f"{whose} needs operations with second derivatives: {error}; {instead}") from error

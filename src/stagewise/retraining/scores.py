@@ -155,7 +155,7 @@ def agreement(predicted: xr.DataArray, measured: xr.DataArray, seed: int = 0) ->
     return xr.Dataset(scores, {"step": measured["step"].values})
 
 
-def coverage(predicted: xr.Dataset, measured: xr.Dataset) -> xr.DataArray:
+def coverage(predicted: xr.Dataset, measured: xr.Dataset, reach: float = _NORMAL_95) -> xr.DataArray:
     """How often the stated 95 % intervals hold the measured effects, at every step.
 
     Intervals of predictions hold the noise of the chains, and what was measured has its own standard error. What
@@ -164,9 +164,10 @@ def coverage(predicted: xr.Dataset, measured: xr.Dataset) -> xr.DataArray:
     Args:
         predicted: ``effect`` and perhaps ``effect_stderr`` (step, train, query), from :func:`predicted_effect`.
         measured: the same, with the same labels in any order.
+        reach: of an interval, in standard errors; of few replicates it is the quantile of Student's t.
 
     Returns:
-        (step) share of all pairs whose difference is within 1.96 standard errors.
+        (step) share of all pairs whose difference is within ``reach`` standard errors of both together.
 
     Raises:
         ValueError: as for :func:`agreement`.
@@ -185,7 +186,7 @@ def coverage(predicted: xr.Dataset, measured: xr.Dataset) -> xr.DataArray:
         _aligned(side["effect_stderr"], measured["effect"])[0] if "effect_stderr" in side else np.zeros_like(m)
         for side in (predicted, measured)
     ]
-    held = np.abs(p - m) <= _NORMAL_95 * np.hypot(*errors)
+    held = np.abs(p - m) <= reach * np.hypot(*errors)
     return xr.DataArray(held.mean((1, 2)), {"step": measured["step"].values}, ("step",), "coverage")
 
 

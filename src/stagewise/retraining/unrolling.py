@@ -33,6 +33,7 @@ from stagewise.retraining.start import Start, check_moves, check_order, check_st
 from stagewise.retraining.training import constant_spans, joined, sample_weights_of, slopes_of
 from stagewise.retraining.updates import Rule, TrainingState, update
 from stagewise.task import Task
+from stagewise.twice import second_derivatives
 
 
 @in_any_mode
@@ -205,7 +206,8 @@ def _gradients(
         share = weights / weights.sum().clamp(min=1e-30)
         found = slopes_of((share * losses).sum(), pieces, create_graph=True)
         slope, used = joined(point, found, (), leaf)
-        change = pull([slope, losses], [leaf], [tangents, (directions * share).to(losses)])[0]
+        with second_derivatives("unrolling", "tracin and retraining do without"):
+            change = pull([slope, losses], [leaf], [tangents, (directions * share).to(losses)])[0]
     return slope.detach(), change.detach(), used
 
 
