@@ -28,11 +28,11 @@ Metric = Literal["euclidean", "adam"]
 
 LONGEST_WINDOW = 10**6
 
-MAX_NEGATIVE_CURVATURE = 0.5
+MAX_NEGATIVE_CURVATURE = 0.6
 """The most negative curvature, in units of the damping 1/T, at which a posterior stands for a window of reach T.
 
-Along a curvature s the window responds by (1 - exp(-s T)) / s and the posterior by 1 / (s + 1/T): at s T = -1/2 that
-is 1.5 times too much, at -3/4 already 2.7 times, and at -1 there is no posterior.
+Along a curvature s the window responds by (1 - exp(-s T)) / s and the posterior by 1 / (s + 1/T): at s T = -0.6 that
+is 1.8 times too much, at -0.75 already 2.7 times, and at -1 there is no posterior.
 """
 
 # Fluctuations this much smaller than at n_beta = n keep the loss close to its quadratic form on ordinary
