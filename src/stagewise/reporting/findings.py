@@ -192,8 +192,7 @@ def _responses(results: Results) -> Iterator[str]:
     if low < 1 - _MAX_RESPONSE_ERROR or high > 1 + _MAX_RESPONSE_ERROR:
         yield (
             f"Whatever the noise of the chains, the window responds {score(low)} to {score(high)} times as strongly as "
-            "the posterior along single directions of curvature, and predicted sizes may be off by as much; at "
-            f"{steps([int(known['step'][known['size_high'].argmax()])])} most."
+            "the posterior along single directions of curvature, and predicted sizes may be off by as much."
         )
 
 
