@@ -17,10 +17,10 @@ from stagewise.run.pipeline import run
 
 _DRIVER = """
 import signal, sys
-from tiny import without_files_for_papers
-from stagewise.run.config import load_config
-from stagewise.run.pipeline import run
-if __name__ == "__main__":
+if __name__ == "__main__":  # its workers, which start with this file too, need none of it
+    from tiny import without_files_for_papers
+    from stagewise.run.config import load_config
+    from stagewise.run.pipeline import run
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     without_files_for_papers()
     run(load_config(sys.argv[1]), lambda what, done, total: print(what, done, flush=True))
@@ -61,6 +61,14 @@ def nobody_left(group: int, seconds: float = 20) -> bool:
     return False
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What a run holds that nobody killed."""
+    config = load_config(write_run(tmp_path_factory.mktemp("whole"), workers=1))
+    run(config)
+    return contents(config.out)
+
+
 @pytest.mark.parametrize(
     ("workers", "kills"),
     [
@@ -68,9 +76,7 @@ def nobody_left(group: int, seconds: float = 20) -> bool:
         (1, [("gradient product 2", signal.SIGINT), ("retraining windows 1", signal.SIGKILL)]),
     ],
 )
-def test_a_killed_run_goes_on_from_its_own_configuration_to_the_same_bits(tmp_path, workers, kills):
-    kept = write_run(tmp_path / "whole", workers=1)
-    run(load_config(kept))
+def test_a_killed_run_goes_on_from_its_own_configuration_to_the_same_bits(tmp_path, whole, workers, kills):
     config, folder = write_run(tmp_path / "killed", workers=workers), tmp_path / "killed" / "run"
     driver = tmp_path / "driver.py"
     driver.write_text(_DRIVER)
@@ -88,7 +94,7 @@ def test_a_killed_run_goes_on_from_its_own_configuration_to_the_same_bits(tmp_pa
         assert {path: when for path, when in complete(folder).items() if path in done} == done
         done = complete(folder)
         config = folder / "config.yaml"  # is there from the first moment on
-    assert contents(folder) == contents(tmp_path / "whole" / "run")
+    assert contents(folder) == whole
     assert len(done) == 3 + 3 * 3 + 1  # cells; two baselines and retraining of each; whether retraining repeats the run
     assert not list((folder / "cells").glob(".*"))
     assert (folder / "report.html").exists()
