@@ -167,7 +167,7 @@ def carried_labels(
     return (carried["train"] if train is None else train), dict(carried["queries"]) | given
 
 
-def _reason_to_omit(tree: xr.DataTree, trusted_only: bool, known: tuple[str, str] | None) -> str:
+def _reason_to_omit(tree: xr.DataTree, trusted_only: bool, known: tuple[str, str] | None = None) -> str:
     """Why a checkpoint cannot be used; empty if it can. ``known`` are its verdict and advice, if it was diagnosed."""
     verdict, advice = known or _judged(tree)
     drawn = "train" in tree.children and (tree["chains"]["status"] == "ok").any()
