@@ -31,7 +31,7 @@ demo: $(VENV)/.installed
 	$(BIN)/stagewise demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .

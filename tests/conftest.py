@@ -1,5 +1,9 @@
-"""One thread per test process and all it starts: workers share the cores, and small tensors gain nothing from more."""
+"""What all tests share.
 
+One thread per test process and all it starts: workers share the cores, and small tensors gain nothing from more.
+"""
+
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
@@ -7,3 +11,33 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 import torch
 
 torch.set_num_threads(1)
+
+# Files that take longest, so that they begin first and no process of `make test` is left with a long one at the end.
+LONGEST = (
+    "studies/test_transitions.py",
+    "end_to_end/test_resume.py",
+    "property/test_agreement.py",
+    "studies/test_study.py",
+    "end_to_end/test_own_model.py",
+    "studies/test_localisation.py",
+    "studies/test_leaving_out.py",
+    "studies/test_windows.py",
+    "end_to_end/",
+    "run/test_engine.py",
+    "run/test_changed_tasks.py",
+    "studies/",
+    "retraining/test_baselines.py",
+    "run/",
+    "reporting/",
+)
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        return next((k for k, part in enumerate(LONGEST) if part in item.nodeid), len(LONGEST))
+
+    items.sort(key=place)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # libraries and tests stay: nothing is gained by looking through them for garbage again and again

@@ -1,4 +1,4 @@
-"""Reports of these runs have empty files for papers beside them; what is in those is tested where reports are."""
+"""Reports of these runs are drawn in a hurry, without files for papers; how they look is tested where reports are."""
 
 import pytest
 import tiny

@@ -1,30 +1,23 @@
 """A run that is killed at any stage goes on where it was, ends with the same bits, and leaves no process behind."""
 
 import hashlib
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from driver import drive
 from tiny import write_run
 
 from stagewise.run.config import load_config
 from stagewise.run.pipeline import run
 
-_DRIVER = """
-import signal, sys
-from tiny import without_files_for_papers
-from stagewise.run.config import load_config
-from stagewise.run.pipeline import run
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
-    without_files_for_papers()
-    run(load_config(sys.argv[1]), lambda what, done, total: print(what, done, flush=True))
-"""
+# A new process for every run, but all from one that has imported everything: that takes most of the time.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["stagewise.run.pipeline"])
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -39,15 +32,20 @@ def complete(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in [*cells, *(folder / "kept").glob("[!.]*")]}
 
 
-def start(driver: Path, config: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, driver, config],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"},
-    )
+def start(config: Path):
+    """A process that carries out a configuration, and where it tells how far it is."""
+    told, teller = processes.Pipe(duplex=False)
+    process = processes.Process(target=drive, args=(config, teller))
+    process.start()
+    teller.close()  # the process has its own, and the end of that is the end of what it tells
+    return process, told
+
+
+def messages(told):
+    """All that is told, until the process ends."""
+    with told, suppress(EOFError):
+        while True:
+            yield told.recv()
 
 
 def nobody_left(group: int, seconds: float = 20) -> bool:
@@ -61,6 +59,14 @@ def nobody_left(group: int, seconds: float = 20) -> bool:
     return False
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What a run holds that nobody killed."""
+    config = load_config(write_run(tmp_path_factory.mktemp("whole"), workers=1))
+    run(config)
+    return contents(config.out)
+
+
 @pytest.mark.parametrize(
     ("workers", "kills"),
     [
@@ -68,27 +74,22 @@ def nobody_left(group: int, seconds: float = 20) -> bool:
         (1, [("gradient product 2", signal.SIGINT), ("retraining windows 1", signal.SIGKILL)]),
     ],
 )
-def test_a_killed_run_goes_on_from_its_own_configuration_to_the_same_bits(tmp_path, workers, kills):
-    kept = write_run(tmp_path / "whole", workers=1)
-    run(load_config(kept))
+def test_a_killed_run_goes_on_from_its_own_configuration_to_the_same_bits(tmp_path, whole, workers, kills):
     config, folder = write_run(tmp_path / "killed", workers=workers), tmp_path / "killed" / "run"
-    driver = tmp_path / "driver.py"
-    driver.write_text(_DRIVER)
     done = {}
     for moment, how in [*kills, ("never", None)]:
-        process = start(driver, config)
-        for line in process.stdout:
-            if line.strip() == moment:
+        process, told = start(config)
+        for message in messages(told):
+            if message == moment:
                 os.kill(process.pid, how)
-        process.stdout.close()
-        ended = process.wait()
-        assert (ended == 0) == (how is None)
+        process.join()
+        assert (process.exitcode == 0) == (how is None)
         with suppress(ProcessLookupError):
             assert nobody_left(process.pid)
         assert {path: when for path, when in complete(folder).items() if path in done} == done
         done = complete(folder)
         config = folder / "config.yaml"  # is there from the first moment on
-    assert contents(folder) == contents(tmp_path / "whole" / "run")
+    assert contents(folder) == whole
     assert len(done) == 3 + 3 * 3 + 1  # cells; two baselines and retraining of each; whether retraining repeats the run
     assert not list((folder / "cells").glob(".*"))
     assert (folder / "report.html").exists()

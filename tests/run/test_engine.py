@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional
+from built_anew import losses, make_task, task_of_another_process
 
 from stagewise.checkpoint import Checkpoint, CheckpointError, Optimizer
 from stagewise.checkpoints.directory import write_checkpoint
@@ -20,39 +19,12 @@ from stagewise.run import engine
 from stagewise.run.engine import ChainSettings, sample
 from stagewise.sampling.chains import Chains, sample_block
 from stagewise.sampling.posterior import LocalPosterior
-from stagewise.task import Task
 from stagewise.traces.diagnostics import diagnose_run
 from stagewise.traces.store import RunMismatchError, TraceStore
 
 POSTERIOR = LocalPosterior(window=5, n_beta=200.0)
 SHORT = Chains(chains=2, draws=8, burn_in=5, thinning=2, batching="loop")
 SGD = Optimizer("sgd", 0.05, batch_size=0)
-
-
-def losses(model, batch):
-    return functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
-
-
-def shifted(offset, model, batch):
-    return losses(model, batch) + offset
-
-
-def make_task(offset=0.0, split_seed=0, model_seed=0, **more):
-    generator = torch.Generator().manual_seed(0)
-    inputs, targets = torch.randn(24, 4, generator=generator).double(), torch.arange(24) % 3
-    rows = torch.randperm(24, generator=(split_seed and torch.Generator().manual_seed(split_seed)) or generator)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(model_seed)
-        model = nn.Linear(4, 3).double().eval()
-    train, query = rows[:18], rows[18:]
-    labels = {"train_groups": targets[train], "query_groups": {"q": targets[query]}}
-    return Task(
-        model,
-        partial(shifted, offset),
-        train=(inputs[train], targets[train]),
-        queries={"q": (inputs[query], targets[query])},
-        **(labels | more),
-    )
 
 
 def unseeded_task():
@@ -252,11 +224,6 @@ def test_an_unseeded_split_is_refused_before_any_cell_is_computed(tmp_path, work
     with pytest.raises(ValueError, match=r"task\(\) is not deterministic.*query 'q' and training data differ.*seed"):
         sampled(tmp_path, unseeded_task(), make_task=unseeded_task, workers=workers)
     assert not list(tmp_path.glob("cells/*"))
-
-
-def task_of_another_process(seed_here):
-    """The same each time it is built in this process, and another one in a worker."""
-    return make_task(split_seed=1 if torch.multiprocessing.parent_process() is None else 2 + seed_here)
 
 
 def test_a_worker_whose_task_is_another_one_computes_nothing(tmp_path):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -14,7 +15,7 @@ import xarray as xr
 
 from stagewise.groups import Labels
 from stagewise.influence.pairs import Columns, Indices, Part, columns
-from stagewise.traces.diagnostics import diagnose
+from stagewise.traces.diagnostics import diagnose, diagnose_run
 from stagewise.traces.store import TraceStore
 
 # Verdicts under which a covariance of the draws says nothing about the posterior.
@@ -28,7 +29,8 @@ class NoTrustedCheckpointError(ValueError):
 class Traces(Protocol):
     """Loss traces of a run: a store, or anything that loads one step's tree.
 
-    It may carry ``labels``: ``{"train": labels or None, "queries": {name: labels or None}}``.
+    It may carry ``labels``: ``{"train": labels or None, "queries": {name: labels or None}}``; and ``verdicts``, where
+    the chains have been diagnosed before: ``{step: (verdict, advice)}``.
     """
 
     @property
@@ -84,6 +86,43 @@ def as_traces(traces: Traces | str | Path) -> Traces:
     return TraceStore.read_only(traces) if isinstance(traces, str | Path) else traces
 
 
+@dataclass(frozen=True)
+class ReadOnce(TraceStore):
+    """A store to look at several times while nothing is written: its steps are read once, as far as there is room.
+
+    Attributes:
+        room: bytes of memory for traces; what does not fit is read again.
+    """
+
+    room: int = 2**28
+    _read: dict[int, xr.DataTree] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, store: TraceStore) -> ReadOnce:
+        """The same store."""
+        return cls(store.root, store.identity, writable=False)
+
+    def load(self, step: int) -> xr.DataTree:
+        """As the store's."""
+        if step in self._read:
+            return self._read[step]
+        tree = super().load(step)
+        if tree.nbytes + sum(other.nbytes for other in self._read.values()) <= self.room:
+            self._read[step] = tree
+        return tree
+
+    @cached_property
+    def diagnostics(self) -> xr.Dataset:
+        """Of all steps, see :func:`stagewise.traces.diagnostics.diagnose_run`."""
+        return diagnose_run(self)
+
+    @cached_property
+    def verdicts(self) -> dict[int, tuple[str, str]]:
+        """Verdict and advice of every step."""
+        columns = (self.diagnostics[name].values.tolist() for name in ("step", "verdict", "advice"))
+        return {step: (verdict, advice) for step, verdict, advice in zip(*columns, strict=True)}
+
+
 def over_checkpoints(
     traces: Traces, steps: Sequence[int], trusted_only: bool, estimate: Callable[[int, xr.DataTree], xr.Dataset]
 ) -> xr.Dataset:
@@ -97,9 +136,10 @@ def over_checkpoints(
     results: list[xr.Dataset] = []
     omitted: dict[str, str] = {}
     facts: dict[Any, Any] = {}
+    verdicts: Mapping[int, tuple[str, str]] = getattr(traces, "verdicts", {})
     for step in steps:
         tree = traces.load(step)
-        if reason := _reason_to_omit(tree, trusted_only):
+        if reason := _reason_to_omit(tree, trusted_only, verdicts.get(step)):
             omitted[str(step)] = reason
             continue
         results.append(estimate(step, tree).expand_dims(step=[step]))
@@ -127,12 +167,16 @@ def carried_labels(
     return (carried["train"] if train is None else train), dict(carried["queries"]) | given
 
 
-def _reason_to_omit(tree: xr.DataTree, trusted_only: bool) -> str:
-    """Why a checkpoint cannot be used; empty if it can."""
-    diagnosis = diagnose(tree)
-    verdict, advice = (str(np.asarray(diagnosis[name]).item()) for name in ("verdict", "advice"))
+def _reason_to_omit(tree: xr.DataTree, trusted_only: bool, known: tuple[str, str] | None = None) -> str:
+    """Why a checkpoint cannot be used; empty if it can. ``known`` are its verdict and advice, if it was diagnosed."""
+    verdict, advice = known or _judged(tree)
     drawn = "train" in tree.children and (tree["chains"]["status"] == "ok").any()
     return "" if drawn and not (trusted_only and verdict in _UNTRUSTED) else f"{verdict}: {advice}"
+
+
+def _judged(tree: xr.DataTree) -> tuple[str, str]:
+    diagnosis = diagnose(tree)
+    return str(diagnosis["verdict"].item()), str(diagnosis["advice"].item())
 
 
 def ok_chains(tree: xr.DataTree) -> Indices:

@@ -208,6 +208,7 @@ class _SampleBySample:
         self.steps = steps
         self.load = store.load
         self.labels = store.labels | {"train": None}
+        self.verdicts: Mapping[int, tuple[str, str]] = getattr(store, "verdicts", {})
 
 
 def _images(samples: Samples, index: Sequence[int]) -> np.ndarray[Any, Any] | None:

@@ -13,6 +13,7 @@ import xarray as xr
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.dynamics.events import events
 from stagewise.influence.bif import NoTrustedCheckpointError, bif
+from stagewise.influence.trusted import ReadOnce
 from stagewise.reporting.contents import write_report
 from stagewise.results import Results
 from stagewise.run import analysis, yaml12
@@ -48,15 +49,17 @@ def run(config: RunConfig, progress: Progress = silent) -> Results:
         save_config(config, config.out / "config.yaml")  # a killed run goes on from it
         (config.out / "provenance.json").write_text(json.dumps(provenance(), indent=1), encoding="utf-8")
         compute(work, task, config.workers or default_workers(task), progress)
-        influence = _influence(work.store)
-        _analyse(work, task, config, influence, left_out, progress)
-        return _report(work.store, influence)
+        traces = ReadOnce.of(work.store)
+        influence = _influence(traces)
+        _analyse(work, task, config, traces, influence, left_out, progress)
+        return _report(traces, influence)
 
 
 def _analyse(
     work: Work,
     task: Task,
     config: RunConfig,
+    traces: TraceStore,
     influence: xr.Dataset | None,
     left_out: dict[str, str],
     progress: Progress,
@@ -73,7 +76,7 @@ def _analyse(
         failed["retraining"] = str(error)
     notes = [f"Without {name}: {reason}" for name, reason in (left_out | failed).items()]
     datasets["losses"].attrs |= {"task": repr(task), "notes": json.dumps(notes)}
-    chosen = [] if influence is None else analysis.exemplars(task, work.store, influence, config.exemplars)
+    chosen = [] if influence is None else analysis.exemplars(task, traces, influence, config.exemplars)
     save_results(config.out, datasets, chosen)
 
 
@@ -84,21 +87,21 @@ def report(folder: str | Path) -> Results:
         RunFolderError: it is no run folder.
         FileNotFoundError: the run has not got as far as results.
     """
-    store = TraceStore.read_only(folder)
-    load_results(store.root)  # says how to get them, before anything is computed
-    return _report(store, _influence(store))
+    traces = ReadOnce.of(TraceStore.read_only(folder))
+    load_results(traces.root)  # says how to get them, before anything is computed
+    return _report(traces, _influence(traces))
 
 
-def _report(store: TraceStore, influence: xr.Dataset | None) -> Results:
-    folder = store.root
+def _report(traces: ReadOnce, influence: xr.Dataset | None) -> Results:
+    folder = traces.root
     datasets, found = load_results(folder)
     settings = yaml12.load((folder / "config.yaml").read_text(encoding="utf-8"))
     results = Results(
         title=settings["title"],
         losses=datasets["losses"],
-        diagnostics=diagnose_run(store),
+        diagnostics=traces.diagnostics,
         influence=influence,
-        correlation=None if influence is None else bif(store, kind="correlation"),
+        correlation=None if influence is None else bif(traces, kind="correlation"),
         events=[] if influence is None else events(influence),
         baselines={
             name.removeprefix("baseline "): dataset
@@ -156,9 +159,9 @@ def _repeats(folder: Path) -> str:
     return "" if replay is None else str(replay.attrs["verdict"])
 
 
-def _influence(store: TraceStore) -> xr.Dataset | None:
+def _influence(traces: ReadOnce) -> xr.Dataset | None:
     """Group influence at every checkpoint that can be answered; None if there is none."""
     try:
-        return bif(store)
+        return bif(traces)
     except NoTrustedCheckpointError:
         return None

@@ -1,20 +1,17 @@
-"""Progress of long work: a callable ``progress(what, done, total)``, silent or bars in a terminal."""
+"""Progress of long work: a callable ``progress(what, done, total)``, silent or bars in a terminal.
+
+Rich is imported where bars are shown: processes that sample show none.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as RichProgress
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
 
 Progress = Callable[[str, int, int], None]
 
@@ -26,15 +23,17 @@ def silent(what: str, done: int, total: int) -> None:
 @contextmanager
 def progress_bars(console: Console) -> Iterator[Progress]:
     """One bar per kind of work, with elapsed and remaining time."""
+    from rich import progress as rich
+
     columns = (
-        TextColumn("{task.description:<34}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        rich.TextColumn("{task.description:<34}"),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TimeElapsedColumn(),
+        rich.TextColumn("left"),
+        rich.TimeRemainingColumn(),
     )
-    with RichProgress(*columns, console=console) as bars:
+    with rich.Progress(*columns, console=console) as bars:
         known: dict[str, TaskID] = {}
 
         def update(what: str, done: int, total: int) -> None:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from stagewise.dynamics.events import events
 from stagewise.influence.bif import NoTrustedCheckpointError, bif
 from stagewise.influence.pairs import Part
-from stagewise.influence.trusted import TracesInMemory
+from stagewise.influence.trusted import ReadOnce, TracesInMemory
 from stagewise.reporting import style, words
 from stagewise.reporting.page import Plate, Section
 from stagewise.sampling.chains import Chains, sample_block
@@ -43,14 +43,15 @@ def localisation(lab: Lab) -> Experiment:
     modes, strengths = lab.predicted_strengths(lab.aligned, lab.times)
     kernel = -gradient_kernel(modes, strengths)
     floor = -curvature_floor(modes, strengths, lab.items.targets.shape[1]) / (2 * LOOSE_GAMMA)
-    tight = _sampled(lab, lab.instant_traces, INSTANT_GAMMA)
-    loose = _sampled(lab, lab.loose_traces, LOOSE_GAMMA)
+    loose_traces = ReadOnce.of(lab.loose_traces)
+    tight = _sampled(lab, ReadOnce.of(lab.instant_traces), INSTANT_GAMMA)
+    loose = _sampled(lab, loose_traces, LOOSE_GAMMA)
 
     def agreement(part: Floats) -> float:
         return correlation(part[:, off], kernel[:, off])
 
     sweep = _sweep(lab)
-    turning = {part: _turning(lab, lab.loose_traces, part) for part in PARTS}
+    turning = {part: _turning(lab, loose_traces, part) for part in PARTS}
     what = "sampled BIF vs gradient kernel, gamma ="
     checks = [
         Check.at_least(f"{what} {INSTANT_GAMMA:g}: r", agreement(tight.full), 0.985),

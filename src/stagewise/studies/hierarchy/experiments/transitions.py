@@ -17,6 +17,7 @@ from stagewise.dynamics.spectrum import top_eigenvalue_share
 from stagewise.dynamics.stages import Transition, extrema, rise
 from stagewise.influence.bif import bif
 from stagewise.influence.llc import llc
+from stagewise.influence.trusted import ReadOnce
 from stagewise.reporting import style, words
 from stagewise.reporting.page import Plate, Section
 from stagewise.reporting.tables import Table
@@ -39,7 +40,8 @@ def transitions(lab: Lab) -> Experiment:
     branches = branch_curves(lab)
     onsets = [rise(branches.sel(level=k), kind) for k, kind in enumerate(KINDS.values())]
     # The odd part under reflection: the even part is helpful everywhere and would flip curves back at the end.
-    instant, window = (bif(traces, part="odd") for traces in (lab.instant_traces, lab.window_traces))
+    window_traces = ReadOnce.of(lab.window_traces)
+    instant, window = (bif(traces, part="odd") for traces in (lab.instant_traces, window_traces))
     at_instants = turns_of_kinds(kind_curves(lab, instant), EVERY_TIME, _kernel_means(lab))
     in_windows = turns_of_kinds(kind_curves(lab, window), lab.times, kind_means(lab, lab.matrix(lab.measured_windows)))
     peaks = [turns.peak for turns in in_windows]
@@ -53,7 +55,7 @@ def transitions(lab: Lab) -> Experiment:
         ).attrs
         for fraction in FRACTIONS
     }
-    spectrum, learning = top_eigenvalue_share(window), llc(lab.window_traces, part="even")
+    spectrum, learning = top_eigenvalue_share(window), llc(window_traces, part="even")
     table = _table(at_instants, in_windows, onsets, branches)
     figure = _draw(branches, onsets, curves(kind_curves(lab, window)), spectrum, learning)
     section = Section(
