@@ -14,21 +14,19 @@ torch.set_num_threads(1)
 
 # Files that take longest, so that they begin first and no process of `make test` is left with a long one at the end.
 LONGEST = (
-    "studies/test_transitions.py",
     "end_to_end/test_resume.py",
+    "studies/test_transitions.py",
     "property/test_agreement.py",
-    "studies/test_study.py",
-    "end_to_end/test_own_model.py",
+    "run/test_engine.py",
     "studies/test_localisation.py",
     "studies/test_leaving_out.py",
-    "studies/test_windows.py",
-    "end_to_end/",
-    "run/test_engine.py",
     "run/test_changed_tasks.py",
+    "end_to_end/",
     "studies/",
     "retraining/test_baselines.py",
     "run/",
     "reporting/",
+    "retraining/",
 )
 
 
