@@ -14,7 +14,7 @@ from stagewise.sampling.posterior import DEFAULT_N_BETA_PER_SAMPLE
 from stagewise.task import Task
 from stagewise.traces.diagnostics import diagnose
 
-SAMPLING = Chains(chains=8, draws=64, batching="stacked")
+SAMPLING = Chains(chains=8, draws=40, batching="stacked")
 
 
 def network(activation, n=40, hidden=12, seed=0, scale=1.0):
@@ -223,7 +223,7 @@ def test_a_query_that_nothing_holds_is_answered_once_its_parameters_stay():
     asked = x[:4].clone()
     asked[:, 0] = 1
     task = Task(model, loss, train=(x, y), queries={"val": (asked, y[:4])})
-    wide = LocalPosterior(gamma=0.01, n_beta=100.0)
+    wide = LocalPosterior(gamma=0.02, n_beta=100.0)
     problem = task, Checkpoint(5, task.state())
     _, verdict, advice = looked_at(problem, wide)
     assert verdict == "unconstrained"

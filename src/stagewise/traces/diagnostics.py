@@ -11,7 +11,6 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import arviz_stats
 import numpy as np
 import xarray as xr
 
@@ -20,7 +19,6 @@ from stagewise.traces.store import TraceStore
 from stagewise.traces.verdicts import MIN_CHAINS, MIN_DRAWS, judge
 
 _DIMS = ["chain", "draw"]
-_az: Any = arviz_stats  # calls itself typed, but is not
 
 
 def diagnose(tree: xr.DataTree) -> xr.Dataset:
@@ -205,11 +203,12 @@ def _convergence(series: xr.DataArray) -> dict[str, float]:
     moving = series[(series.max(_DIMS) > series.min(_DIMS)).values]
     if "train" not in moving["series"]:
         return {}
+    az = _arviz()
     with np.errstate(divide="ignore", invalid="ignore"):  # chains frozen at different values: R-hat is infinite
         mcse = _mcse(moving).sel(series="train").item()
         numbers = {
-            "rhat": _az.rhat(moving, sample_dims=_DIMS).max(skipna=False).item(),
-            "ess_bulk": _az.ess(moving, sample_dims=_DIMS, method="bulk").min(skipna=False).item(),
+            "rhat": az.rhat(moving, sample_dims=_DIMS).max(skipna=False).item(),
+            "ess_bulk": az.ess(moving, sample_dims=_DIMS, method="bulk").min(skipna=False).item(),
             "mcse_mean": mcse,
             "loss_rise_stderr": mcse,
             "drift": _drift(moving),
@@ -226,5 +225,12 @@ def _drift(series: xr.DataArray) -> float:
     return float(z[np.argmax(np.abs(z))])
 
 
+def _arviz() -> Any:
+    """Imported where chains are judged: processes that only sample start two seconds earlier without it."""
+    import arviz_stats
+
+    return arviz_stats  # calls itself typed, but is not
+
+
 def _mcse(series: xr.DataArray) -> xr.DataArray:
-    return cast(xr.DataArray, _az.mcse(series, sample_dims=_DIMS, method="mean"))
+    return cast(xr.DataArray, _arviz().mcse(series, sample_dims=_DIMS, method="mean"))
