@@ -224,7 +224,7 @@ def test_a_query_that_nothing_holds_is_answered_once_its_parameters_stay():
     asked[:, 0] = 1
     task = Task(model, loss, train=(x, y), queries={"val": (asked, y[:4])})
     wide = LocalPosterior(gamma=0.01, n_beta=100.0)
-    problem, few = (task, Checkpoint(5, task.state())), replace(SAMPLING, chains=4, draws=24)
+    problem, few = (task, Checkpoint(5, task.state())), replace(SAMPLING, chains=4)
     _, verdict, advice = looked_at(problem, wide, few)
     assert verdict == "unconstrained"
     assert "parameters=" in advice

@@ -35,12 +35,13 @@ def pilot(
     With a window n_beta is free: gamma follows it, and what is measured stays the same. The places
     ``(16, parameters)`` are found by the training samples ``rows``.
     """
-    for _ in range(_ROUNDS):
-        positions = _reached(density, curvature, rows, batching, noise)
-        factor = _colder(density, positions, batching) if free else 1.0
+    positions = _reached(density, curvature, rows, batching, noise)
+    for _ in range(_ROUNDS if free else 0):
+        factor = _colder(density, positions, batching)
         if factor == 1:
             break
         density = replace(density, n_beta=factor * density.n_beta, gamma=factor * density.gamma)
+        positions = _reached(density, curvature, rows, batching, noise)
     return density, positions
 
 
