@@ -127,7 +127,7 @@ def test_estimate_refuses_a_step_without_checkpoint_as_the_run_does(configured):
 def test_checkpoints_that_a_window_can_answer_are_counted_before_any_sampling():
     saddle = springs.task(lambda model, batch: -springs.losses(model, batch))
     (note,) = answered(saddle, springs.trajectory(), LocalPosterior(window=8), [0, 10, 20])
-    counts = {int(window): int(count) for window, count in re.findall(r"of (\d+): (\d+)", note)}
+    counts = {int(window): int(count) for window, count in re.findall(r"(\d+) steps: (\d+)", note)}
     longest = [
         largest_window(extreme_curvature(LocalPosterior(window=8).at(saddle, c)).smallest, c.optimizer, c.coming_rates)
         for c in map(springs.trajectory().load, [0, 10, 20])

@@ -123,8 +123,8 @@ def answered(task: Task, trajectory: Trajectory, posterior: LocalPosterior, step
         return []
     longest = [_longest(posterior, task, trajectory.load(step)) for step in spread(steps, _CURVATURES)]
     windows = sorted({max(1, posterior.window * times // 4) for times in (1, 2, 4, 8)})
-    counts = ", ".join(f"of {window}: {sum(most >= window for most in longest)}" for window in windows)
-    return [f"of {len(longest)} checkpoints looked at, so many can answer a window {counts} steps"]
+    counts = ", ".join(f"{window} steps: {sum(most >= window for most in longest)}" for window in windows)
+    return [f"checkpoints that can be answered, of {len(longest)} looked at, by the length of the window: {counts}"]
 
 
 def _longest(posterior: LocalPosterior, task: Task, checkpoint: Checkpoint) -> int:
