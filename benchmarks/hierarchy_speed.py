@@ -21,8 +21,9 @@ from timing import seconds
 from torch import nn
 
 from stagewise.checkpoint import Checkpoint
-from stagewise.sampling.chains import Chains, sample_block, tune
+from stagewise.sampling.chains import Chains, sample_block
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior
+from stagewise.sampling.tuning import tune
 from stagewise.studies.hierarchy.lab import Lab
 from stagewise.task import Task
 

@@ -23,9 +23,10 @@ from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.evaluate import differentiable, gradient
 from stagewise.influence.bif import bif
 from stagewise.influence.trusted import TracesInMemory
-from stagewise.sampling.chains import SAMPLERS, Chains, sample_block, tune
+from stagewise.sampling.chains import Chains, sample_block
 from stagewise.sampling.gradient import batch_loss, potential_gradient
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior
+from stagewise.sampling.tuning import SAMPLERS, tune
 from stagewise.studies.digits.training import record, task
 from stagewise.traces.diagnostics import diagnose
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from stagewise.checkpoint import Checkpoint
 from stagewise.sampling import SGLD, Chains, LocalPosterior, RMSpropSGLD, sample_block
-from stagewise.sampling.chains import tune
+from stagewise.sampling.tuning import tune
 from stagewise.task import Task
 from stagewise.traces.cells import check_cell
 

@@ -10,9 +10,9 @@ from gaussian import Gaussian, walk
 from stagewise.influence.covariance import covariance_replicates, mean_and_stderr
 from stagewise.sampling import SGLD, Chains, LocalPosterior, Underdamped
 from stagewise.sampling.base import Gradient
-from stagewise.sampling.chains import tune
 from stagewise.sampling.gradient import reshuffled
 from stagewise.sampling.heat import MAX_HEAT, epoch_correlation, gradient_noise
+from stagewise.sampling.tuning import tune
 
 REPETITIONS, CHAINS = 60, 16
 ROWS = slice(0, 6)

@@ -206,7 +206,7 @@ def test_sizes_are_off_by_as_much_as_the_exact_response_of_sgd_says():
     window, rate = 40, SGD.learning_rate
     local = LocalPosterior(window=window).at(task(), checkpoint(SGD))
     most = MAX_NEGATIVE_CURVATURE * local.damping
-    low, high = size_range(local, -most, 6.0, ())
+    low, high = size_range(local.damping, -most, 6.0, window, SGD)
     s = np.linspace(-most, 6.0, 20_001)
     s = s[s != 0]
     exact = (1 - (1 - rate * s) ** window) / s * (s + local.damping)
@@ -219,5 +219,5 @@ def test_momentum_overshoots_by_more_than_plain_sgd_ever_does():
     ranges = []
     for optimizer in (SGD, MOMENTUM):
         local = LocalPosterior(window=20).at(task(), checkpoint(optimizer))
-        ranges.append(size_range(local, 0.0, 4 * local.damping, ()))
+        ranges.append(size_range(local.damping, 0.0, 4 * local.damping, 20, optimizer))
     assert ranges[0][1] < 1.35 < ranges[1][1]

@@ -16,10 +16,11 @@ from stagewise.run.config import RunConfig
 from stagewise.run.engine import default_workers
 from stagewise.run.preflight import preflight
 from stagewise.run.task_file import load_task
-from stagewise.sampling.chains import Chains, Tuning, tune
+from stagewise.sampling.chains import Chains
 from stagewise.sampling.curvature import extreme_curvature
 from stagewise.sampling.gradient import potential_gradient
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior, largest_window
+from stagewise.sampling.tuning import Tuning, tune
 from stagewise.sampling.watch import Watch
 from stagewise.task import Task
 from stagewise.usable import chosen_steps
@@ -129,8 +130,8 @@ def answered(task: Task, trajectory: Trajectory, posterior: LocalPosterior, step
 
 def _longest(posterior: LocalPosterior, task: Task, checkpoint: Checkpoint) -> int:
     density = posterior.at(task, checkpoint)
-    assert density.optimizer is not None, "a window needs one"
-    return largest_window(extreme_curvature(density).smallest, density.optimizer, checkpoint.coming_rates)
+    smallest, optimizer = extreme_curvature(density).smallest, density.optimizer
+    return largest_window(smallest, optimizer, checkpoint.coming_rates) if optimizer else 0
 
 
 def _probe(density: LocalDensity, sampling: Chains) -> tuple[float, int]:

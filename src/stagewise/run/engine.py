@@ -24,8 +24,9 @@ from stagewise.groups import Labels
 from stagewise.identity import Probe, identity, probe
 from stagewise.run.before import check_reusable, check_same_task, look
 from stagewise.run.progress import Progress, silent
-from stagewise.sampling.chains import Chains, SamplerName, sample_block, unusable_block
+from stagewise.sampling.chains import Chains, sample_block, unusable_block
 from stagewise.sampling.posterior import LocalPosterior
+from stagewise.sampling.tuning import SamplerName
 from stagewise.task import Task
 from stagewise.traces.store import Cell, TraceStore
 from stagewise.usable import chosen_steps

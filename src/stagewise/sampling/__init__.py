@@ -1,8 +1,8 @@
 """The local posterior around a checkpoint, and chains that draw from it.
 
 ``posterior`` says what is sampled, ``curvature``, ``pilot`` and ``heat`` what a sampler must know before it starts,
-``gradient`` what drives the chains, one file per sampler how they move, ``watch`` what they see, and ``chains`` tunes
-and runs a block.
+``tuning`` what is chosen from that, ``gradient`` what drives the chains, one file per sampler how they move, ``watch``
+what they see, and ``chains`` runs a block.
 
 Numerics are pure here: functions of tensors with a leading chain axis and an explicit generator. Nothing
 logs, saves, seeds globally or changes the caller's model, and no influence is computed.

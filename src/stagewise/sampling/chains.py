@@ -2,43 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Literal, cast
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
 import xarray as xr
-from torch import Generator, Tensor
 
 from stagewise.checkpoint import Checkpoint
-from stagewise.evaluate import CURVATURE_SAMPLES, Batching, spread_rows
-from stagewise.sampling.base import Sampler
-from stagewise.sampling.curvature import Curvature, extreme_curvature
 from stagewise.sampling.gradient import full_gradient, potential_gradient
-from stagewise.sampling.heat import epoch_correlation, gradient_noise, quiet
-from stagewise.sampling.pilot import pilot
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior, largest_window, size_range
-from stagewise.sampling.rmsprop_sgld import RMSpropSGLD
-from stagewise.sampling.sgld import SGLD
-from stagewise.sampling.underdamped import Underdamped
+from stagewise.sampling.tuning import SAMPLERS, SamplerName, Tuning, generator, tune
 from stagewise.sampling.watch import Seen, Watch
-from stagewise.stacking import BatchingChoice, decided
+from stagewise.stacking import BatchingChoice
 from stagewise.task import Task
-
-SamplerName = Literal["underdamped", "sgld", "rmsprop_sgld"]
-SAMPLERS: dict[SamplerName, type[Sampler]] = {
-    "underdamped": Underdamped,
-    "sgld": SGLD,
-    "rmsprop_sgld": RMSpropSGLD,
-}
 
 # The localisation alone keeps gamma u^2 at 1 in every direction; a chain at a multiple of that has diverged.
 _DIVERGED = 10.0
-# The pilot goes by the exact gradient of as many samples as this many minibatches hold.
-_PILOT_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -108,100 +89,6 @@ class Chains:
             raise ValueError(f"burn_in must not be negative, got {self.burn_in}")
 
 
-@dataclass(frozen=True)
-class Tuning:
-    """A sampler with its burn-in and thinning for one checkpoint, and what they follow from.
-
-    Attributes:
-        density: the posterior, with ``n_beta`` as it was chosen.
-        n_beta_raised: how many times the usual that is; None where it was given.
-        sampler: with its step size.
-        burn_in: steps before the first draw.
-        thinning: steps per draw.
-        batch_size: samples per gradient; None is the training set.
-        batching: stack the chains or loop over them.
-        heat: share of the variance that comes from minibatches, at most.
-        stable_step: the step size that the curvature and the minibatches ask for.
-        relaxation: steps in which the slowest direction forgets where it was.
-        curvature: the extremes of the whitened Hessian.
-        localised: whether the posterior exists, and is not far from what the window does.
-    """
-
-    density: LocalDensity
-    n_beta_raised: float | None
-    sampler: Sampler
-    burn_in: int
-    thinning: int
-    batch_size: int | None
-    batching: Batching
-    heat: float
-    stable_step: float
-    relaxation: float
-    curvature: Curvature
-    localised: bool
-
-
-def tune(density: LocalDensity, sampling: Chains) -> Tuning:
-    """Choose n_beta, step size, burn-in and thinning at a checkpoint, unless they are given.
-
-    The step follows from the curvature, and from the noise of minibatches where there are any; n_beta from what the
-    chains of a pilot see.
-    """
-    curvature, n = extreme_curvature(density), len(density.task.train)
-    localised = curvature.localised(density)
-    size = sampling.batch_size if sampling.batch_size and sampling.batch_size < n else None
-    batching = decided(density, sampling.batching, sampling.chains, size)
-    usual = density.n_beta
-    free = density.posterior.n_beta is None and density.posterior.window is not None
-    sampler, noise, correlation = _sampler(density, curvature, sampling), 0.0, epoch_correlation(n, size or n)
-    if (free or size) and (localised or not density.posterior.require_localised):
-        rows = spread_rows(_PILOT_BATCHES * size if size else CURVATURE_SAMPLES, n)
-        random = _generator(sampling.seed, 0, "pilot", density.anchor.device)
-        density, positions = pilot(density, curvature, rows, batching, random, free)
-        sampler = _sampler(density, curvature, sampling)
-        if size:
-            noise = _noise(density, sampling, batching, size, positions)
-    slow, fast = curvature.precision_range(density)
-    quieter = quiet(sampler, noise, fast, correlation)
-    if size and sampling.step_size is None and _costs_more(sampling, size, n, sampler, quieter):
-        size, noise, quieter = None, 0.0, sampler
-    stable = quieter.step_size
-    sampler = quieter if sampling.step_size is None else replace(cast(Any, quieter), step_size=sampling.step_size)
-    relaxation = sampler.relaxation(slow)
-    return Tuning(
-        density,
-        density.n_beta / usual if free else None,
-        sampler,
-        burn_in=math.ceil(5 * relaxation) if sampling.burn_in is None else sampling.burn_in,
-        thinning=sampling.thinning or max(1, math.ceil(relaxation / 2)),
-        batch_size=size,
-        batching=batching,
-        heat=sampler.heating(noise, fast, correlation),
-        stable_step=stable,
-        relaxation=relaxation,
-        curvature=curvature,
-        localised=localised,
-    )
-
-
-def _sampler(density: LocalDensity, curvature: Curvature, sampling: Chains) -> Sampler:
-    """The sampler as the curvature asks for it."""
-    return SAMPLERS[sampling.sampler].tuned(*curvature.precision_range(density), **sampling.options)
-
-
-def _noise(density: LocalDensity, sampling: Chains, batching: Batching, size: int, positions: Tensor) -> float:
-    """Largest variance of minibatch gradients, over directions, where the chains will be."""
-    random = _generator(sampling.seed, 0, "pilot batch", density.anchor.device)
-    gradient = potential_gradient(density, len(positions), size, sampling.control_variate, batching, random)
-    return gradient_noise(gradient, positions, len(density.task.train), size)
-
-
-def _costs_more(sampling: Chains, size: int, n: int, sampler: Sampler, quieter: Sampler) -> bool:
-    """Whether minibatches, with the shorter steps they need, cost more than the whole training set."""
-    per_step = size * (1 + sampling.control_variate / sampling.chains)
-    return per_step * sampler.step_size > n * quieter.step_size
-
-
 def sample_block(
     task: Task,
     checkpoint: Checkpoint,
@@ -264,7 +151,7 @@ def _run(
 ) -> tuple[dict[str, Seen], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Burn in, then draw: traces by data set and variable, the status and the ``soft_spread`` of every chain."""
     density, batching, sampler = tuning.density, tuning.batching, tuning.sampler
-    noise, minibatches = (_generator(sampling.seed, block, use, density.anchor.device) for use in ("noise", "batch"))
+    noise, minibatches = (generator(sampling.seed, block, use, density.anchor.device) for use in ("noise", "batch"))
     gradient = potential_gradient(
         density, sampling.chains, tuning.batch_size, sampling.control_variate, batching, minibatches
     )
@@ -334,7 +221,7 @@ def _facts(tuning: Tuning, sampling: Chains, checkpoint: Checkpoint) -> dict[str
     largest = low = high = None
     if optimizer and window:
         largest = largest_window(curvature.smallest, optimizer, coming)
-        low, high = size_range(density, curvature.smallest, curvature.largest, coming)
+        low, high = size_range(density.damping, curvature.smallest, curvature.largest, window, optimizer, coming)
     return {
         "step": checkpoint.step,
         "n_beta": density.n_beta,
@@ -361,10 +248,3 @@ def _facts(tuning: Tuning, sampling: Chains, checkpoint: Checkpoint) -> dict[str
         "size_low": low,
         "size_high": high,
     }
-
-
-def _generator(seed: int, block: int, use: str, device: torch.device) -> Generator:
-    """Independent streams for every (seed, block, use): hashed, so that neighbours share nothing."""
-    digest = hashlib.sha256(f"{seed}/{block}/{use}".encode()).digest()
-    on = device if use == "noise" else torch.device("cpu")
-    return Generator(on).manual_seed(int.from_bytes(digest[:8], "big") % 2**63)

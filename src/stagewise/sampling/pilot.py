@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import cast
 
 from torch import Generator, Tensor
 
@@ -75,8 +76,8 @@ def _even_share(density: LocalDensity, positions: Tensor, batching: Batching) ->
         return 0.0
     shares = []
     for seen in watch.traces().values():
-        assert seen.loss_reflected is not None
-        there, mirrored = (losses[finite] - seen.loss_anchor for losses in (seen.loss, seen.loss_reflected))
+        reflected = cast(Tensor, seen.loss_reflected)
+        there, mirrored = (losses[finite] - seen.loss_anchor for losses in (seen.loss, reflected))
         even, odd = ((there + sign * mirrored).var(0).sum().item() for sign in (1, -1))
         shares.append(even / (even + odd) if even + odd > 0 else 0.0)
     return max(shares)

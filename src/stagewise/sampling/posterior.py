@@ -254,21 +254,20 @@ def window_response(
     return moved
 
 
-def size_range(density: LocalDensity, smallest: float, largest: float, coming: Sequence[float]) -> tuple[float, float]:
+def size_range(
+    damping: float, smallest: float, largest: float, window: int, optimizer: Optimizer, coming: Sequence[float] = ()
+) -> tuple[float, float]:
     """Least and largest response of the window in units of the posterior's, over directions of the curvatures between.
 
     Predicted effects are off in size by such factors, whatever the noise of the chains: (0.9, 1.3) is usual for plain
     SGD; momentum overshoots along stiff directions, and (0.7, 1.0) is what negative curvature does.
     """
-    optimizer, window = density.optimizer, density.posterior.window
-    assert optimizer is not None, "only a window of a recorded optimiser has a response"
-    assert window is not None, "only a window of a recorded optimiser has a response"
     curvatures = np.unique(np.concatenate([np.linspace(smallest, 0, 50), np.geomspace(1e-3, 1, 150) * max(largest, 0)]))
     reach = window_reach(window, optimizer, coming)
     # Clipping shortens the window of the posterior as it does the updates.
-    clipped = 1 / (density.damping * reach)
+    clipped = 1 / (damping * reach)
     response = clipped * window_response(clipped * curvatures, window, optimizer, coming)
-    ratio = response * (curvatures + density.damping)
+    ratio = response * (curvatures + damping)
     return float(ratio.min()), float(ratio.max())
 
 
