@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from stagewise.retraining.scores import predicted_effect as predicted_effect
     from stagewise.retraining.unrolling import unroll as unroll
     from stagewise.retraining.unrolling import unrolled_influence as unrolled_influence
+    from stagewise.retraining.window_influence import window_influence as window_influence
     from stagewise.run.engine import sample as sample
     from stagewise.run.pipeline import report as report
     from stagewise.sampling.chains import Chains as Chains
@@ -83,6 +84,7 @@ _ROOMS = {
     "stagewise.retraining.schedule": ("BatchOrder", "Schedule"),
     "stagewise.retraining.scores": ("agreement", "measured_influence", "predicted_effect"),
     "stagewise.retraining.unrolling": ("unroll", "unrolled_influence"),
+    "stagewise.retraining.window_influence": ("window_influence",),
     "stagewise.run.engine": ("sample",),
     "stagewise.run.pipeline": ("report",),
     "stagewise.sampling.chains": ("Chains",),

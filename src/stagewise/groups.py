@@ -35,11 +35,14 @@ class Groups:
         labels: one name per group.
         datasets: the data set of each group: ``TRAIN``, or the name of a query set.
         indices: the samples of each group, ascending, as indices into its data set.
+        tokens: where groups are of tokens, how many a sample has: token t of sample i has the index i * tokens + t.
+            0 for groups of samples.
     """
 
     labels: tuple[str, ...]
     datasets: tuple[str, ...]
     indices: tuple[Tensor, ...]
+    tokens: int = 0
 
     def __post_init__(self) -> None:
         label, count = Counter(self.labels).most_common(1)[0]
@@ -59,8 +62,19 @@ class Groups:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Number of samples in each group."""
+        """Number of samples, or of tokens, in each group."""
         return tuple(len(index) for index in self.indices)
+
+    def chosen(self, rows: slice) -> Groups:
+        """Some of the groups."""
+        return Groups(self.labels[rows], self.datasets[rows], self.indices[rows], self.tokens)
+
+    def places(self, n: int) -> Tensor:
+        """The group of each of ``n`` samples ``(n,)``, or of its tokens ``(n, tokens)``; ``len(self)`` for none."""
+        places = torch.full((n * (self.tokens or 1),), len(self))
+        for number, index in enumerate(self.indices):
+            places[index] = number
+        return places.view(n, self.tokens) if self.tokens else places
 
     def mean(self, losses: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Weighted mean over each group of the sample losses.
@@ -81,13 +95,16 @@ class Groups:
         return torch.stack(means, -1)
 
 
-def train_groups(task: Task, labels: Labels | None = None, singles: int = _LARGEST_LEAVE_ONE_OUT) -> Groups:
+def train_groups(
+    task: Task, labels: Labels | None = None, singles: int = _LARGEST_LEAVE_ONE_OUT, *, tokens: bool = False
+) -> Groups:
     """Groups of candidates: by ``labels``, else by ``task.train_groups``, else every candidate alone.
 
     Args:
         task: whose training set.
         labels: of every training sample.
         singles: up to this many candidates are groups of their own where there are no labels.
+        tokens: whether labels may be those of every token ``(samples, tokens)``.
 
     Returns:
         Groups named by label, or by the sample's index; the indices are those of the training set.
@@ -106,8 +123,24 @@ def train_groups(task: Task, labels: Labels | None = None, singles: int = _LARGE
         chosen = range(n)
     if (count := len(chosen)) != n:
         raise ValueError(f"groups: expected one label for each of {n} training samples, got {count}")
+    if tokens and np.ndim(chosen[0]) == 1:
+        return _token_groups(task, chosen)
     groups = Groups.of_labels(words(chosen)[candidates.numpy()], TRAIN)
     return Groups(groups.labels, groups.datasets, tuple(candidates[index] for index in groups.indices))
+
+
+def _token_groups(task: Task, labels: Labels) -> Groups:
+    """Groups of the candidates' tokens, from one label for every token ``(samples, tokens)``."""
+    tokens = len(labels[0])
+    if uneven := [k for k, row in enumerate(labels) if len(row) != tokens]:
+        raise ValueError(
+            f"groups: expected labels (samples, tokens), got {tokens} for sample 0 and {len(labels[uneven[0]])} for "
+            f"sample {uneven[0]}; give tokens that are padding a label of their own"
+        )
+    candidates = task.candidates
+    groups = Groups.of_labels([label for k in candidates.tolist() for label in labels[k]], TRAIN)
+    places = (candidates[:, None] * tokens + torch.arange(tokens)).flatten()
+    return Groups(groups.labels, groups.datasets, tuple(places[index] for index in groups.indices), tokens)
 
 
 def query_groups(task: Task) -> Groups:

@@ -55,8 +55,8 @@ def window_ablation(
         window: number of updates. Only if the window is shorter than a stage of training can a single
             checkpoint predict its effect.
         weight: of the changed group's samples; 0 leaves them out, 0.8 is nearly a derivative.
-        groups: label of every training sample; default ``task.train_groups``, or every candidate alone if there are
-            at most 64.
+        groups: label of every training sample, or of every token ``(samples, tokens)``; default ``task.train_groups``,
+            or every candidate alone if there are at most 64.
         steps: the checkpoints to start from; default all.
         repeats: number of independent batch orders to average over; one where the batch is the whole set.
         seed: of the batch orders.
@@ -93,7 +93,7 @@ def window_ablation(
         raise ValueError(
             f"need window >= 1, repeats >= 1 and max_replays >= 2, got {window}, {repeats} and {max_replays}"
         )
-    run, trained = as_trajectory(trajectory), train_groups(task, groups)
+    run, trained = as_trajectory(trajectory), train_groups(task, groups, tokens=True)
     total, seen = len(chosen_steps(run, steps)), iter(range(1, len(run.steps) + 1))
 
     def measured(step: int) -> Array:
@@ -103,11 +103,11 @@ def window_ablation(
             check_moves(start)
             if order is not None:
                 check_order(start, order)
-            schedules = [Schedule.window(index, step, window, weight) for index in trained.indices]
+            schedules = [Schedule.window(index, step, window, weight, trained.tokens) for index in trained.indices]
             way, end = start.decided(batching, min(max_replays, len(schedules) + 1)), [step + window]
             effects = [
                 paired_losses(start, schedules, batches, end, max_replays=max_replays, batching=way)[0][0].numpy()
-                for batches in _orders(start, order, repeats, seed)
+                for batches in replay_orders(start, order, repeats, seed)
             ]
         finally:
             if progress is not None:
@@ -124,7 +124,7 @@ def window_ablation(
     return effect_dataset(mean, error, found.steps, trained, query_groups(task), weight, attrs)
 
 
-def _orders(start: Start, first: Order | None, count: int, seed: int) -> list[Order]:
+def replay_orders(start: Start, first: Order | None, count: int, seed: int) -> list[Order]:
     """``count`` independent batch orders, or the only one there is if the batch is the whole training set."""
     n = len(start.task.train)
     batch_size = start.rule.optimizer.batch_size if first is None else len(first(start.step))

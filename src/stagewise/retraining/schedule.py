@@ -29,12 +29,14 @@ class Change:
         stop: first step that is not changed any more.
         samples: indices of training samples.
         weight: their weight beta; 0 removes them.
+        tokens: how many a sample has, where ``samples`` are tokens: token t of sample i is i * tokens + t. 0: samples.
     """
 
     start: int
     stop: int
     samples: Tensor
     weight: float
+    tokens: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.stop:
@@ -69,9 +71,11 @@ class Schedule:
     changes: tuple[Change, ...] = ()
 
     @classmethod
-    def window(cls, samples: Tensor | Sequence[int], start: int, length: int, weight: float) -> Schedule:
-        """``samples`` have ``weight`` during the ``length`` updates from ``start`` on, else 1."""
-        return cls((Change(start, start + length, torch.as_tensor(samples, dtype=torch.long), weight),))
+    def window(
+        cls, samples: Tensor | Sequence[int], start: int, length: int, weight: float, tokens: int = 0
+    ) -> Schedule:
+        """``samples`` have ``weight`` during the ``length`` updates from ``start`` on, else 1; see :class:`Change`."""
+        return cls((Change(start, start + length, torch.as_tensor(samples, dtype=torch.long), weight, tokens),))
 
     @classmethod
     def whole_run(cls, samples: Tensor | Sequence[int], weight: float) -> Schedule:
@@ -79,18 +83,29 @@ class Schedule:
         return cls.window(samples, WHOLE_RUN.start, len(WHOLE_RUN), weight)
 
     def weights(self, step: int, n: int) -> Tensor:
-        """Weights of the ``n`` training samples in the update made at ``step``: ``(n,)``, float64.
+        """Weights of the ``n`` training samples in the update made at ``step``, float64.
+
+        Returns:
+            ``(n,)``, or ``(n, tokens)`` where some change is of tokens.
 
         Raises:
-            ValueError: a change names a sample that does not exist.
+            ValueError: a change names a sample that does not exist, or changes count tokens differently.
         """
-        weights = torch.ones(n, dtype=torch.float64)
+        per_sample = {change.tokens for change in self.changes if change.tokens}
+        if len(per_sample) > 1:
+            raise ValueError(f"changes count {sorted(per_sample)} tokens in a sample; expected one number")
+        tokens = max(per_sample, default=0)
+        weights = torch.ones((n, tokens) if tokens else (n,), dtype=torch.float64)
         for change in self.changes:
-            outside = change.samples[(change.samples < 0) | (change.samples >= n)]
+            there = n * (change.tokens or 1)
+            outside = change.samples[(change.samples < 0) | (change.samples >= there)]
             if len(outside):
-                raise ValueError(f"a change names sample {outside[0].item()}, but there are {n} training samples")
+                what = "token" if change.tokens else "sample"
+                raise ValueError(
+                    f"a change names {what} {outside[0].item()}, but there are {there} of the training set"
+                )
             if change.start <= step < change.stop:
-                weights[change.samples] = change.weight
+                (weights.view(-1) if change.tokens else weights)[change.samples] = change.weight
         return weights
 
 

@@ -51,6 +51,12 @@ class Start:
         """The checkpoint's weights ``(parameters,)``."""
         return self.point.vector.flatten(self.point.state)
 
+    @property
+    def takes_all(self) -> bool:
+        """Whether every update takes the whole training set."""
+        size = self.rule.optimizer.batch_size
+        return size is not None and (size == 0 or size >= len(self.task.train))
+
     def state(self, replays: int = 1) -> TrainingState:
         """``replays`` times the checkpoint's weights and optimiser memory.
 

@@ -100,9 +100,15 @@ def constant_spans(steps: range, schedules: Sequence[Schedule]) -> Iterator[rang
 
 
 def sample_weights_of(schedules: Sequence[Schedule], step: int, n: int, like: Tensor) -> Tensor:
-    """The weights of all training samples at a step, ``(schedules, n)``, of the device and type of ``like``."""
-    weights = torch.stack([schedule.weights(step, n) for schedule in schedules])
-    return weights.to(like.dtype).to(like.device)
+    """The weights of all training samples at a step, of the device and type of ``like``.
+
+    Returns:
+        ``(schedules, n)``, or ``(schedules, n, tokens)`` where some schedule changes tokens.
+    """
+    weights = [schedule.weights(step, n) for schedule in schedules]
+    widest = max(weights, key=lambda each: each.ndim)
+    alike = [each if each.ndim == widest.ndim else each[:, None].expand_as(widest) for each in weights]
+    return torch.stack(alike).to(like.dtype).to(like.device)
 
 
 def gradients(point: Point, params: Tensor, batch: Batch, beta: Tensor, batching: Batching) -> tuple[Tensor, Tensor]:
@@ -112,7 +118,7 @@ def gradients(point: Point, params: Tensor, batch: Batch, beta: Tensor, batching
         point: the task.
         params: of the replays ``(replays, parameters)``.
         batch: the samples of the update.
-        beta: their weights ``(replays, batch)``.
+        beta: their weights ``(replays, batch)``, or those of their tokens ``(replays, batch, tokens)``.
         batching: all replays at once, or one by one.
 
     Returns:
@@ -126,9 +132,31 @@ def gradients(point: Point, params: Tensor, batch: Batch, beta: Tensor, batching
 
 
 def objective(point: Point, params: Mapping[str, Tensor], batch: Batch, beta: Tensor) -> Tensor:
-    """What an update follows: the batch's mean loss, in which sample i counts beta_i times."""
-    losses, weights = point.task.sample_losses({**point.state, **params}, batch)
-    return (beta * weights * losses).sum() / weights.sum().clamp(min=1e-30)
+    """What an update follows: the batch's mean loss, in which a sample, or a token, counts beta times.
+
+    Raises:
+        ValueError: weights are of tokens and losses of samples, or there are fewer weights than tokens.
+    """
+    losses = point.task.weighted_losses({**point.state, **params}, batch)
+    shares = point.task.shares(losses)
+    weighted = weights_of(losses.values, beta) * shares * losses.values
+    return weighted.sum() / shares.sum().clamp(min=1e-30)
+
+
+def weights_of(values: Tensor, beta: Tensor) -> Tensor:
+    """Weights of samples ``(batch,)`` or tokens ``(batch, tokens)`` as they multiply the losses of a batch.
+
+    A batch that was padded less than the longest one has the first of the tokens.
+
+    Raises:
+        ValueError: weights are of tokens and losses of samples, or there are fewer weights than tokens.
+    """
+    if beta.ndim == 1:
+        return beta if values.ndim == 1 else beta[:, None]
+    if values.ndim == 1 or values.shape[1] > beta.shape[1]:
+        got = "one loss per sample" if values.ndim == 1 else f"{values.shape[1]} tokens"
+        raise ValueError(f"groups are of {beta.shape[1]} tokens in a sample, but the loss returned {got}")
+    return beta[:, : values.shape[1]]
 
 
 def joined(point: Point, slopes: Sequence[Tensor | None], lead: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ from stagewise.labelled import influence_dataset
 from stagewise.retraining.losses import Progress, query_weights
 from stagewise.retraining.schedule import LearningRate, Order, Schedule
 from stagewise.retraining.start import Start, check_moves, check_order, check_steps, start_at
-from stagewise.retraining.training import constant_spans, joined, sample_weights_of, slopes_of
+from stagewise.retraining.training import constant_spans, joined, sample_weights_of, slopes_of, weights_of
 from stagewise.retraining.updates import Rule, TrainingState, update
 from stagewise.task import Task
 from stagewise.twice import second_derivatives
@@ -96,7 +96,7 @@ def unroll(
     parts = []
     for first in range(0, len(schedules), max_replays):
         stack = schedules[first : first + max_replays]
-        parts.append(_derivatives_along(origin, stack, order, chosen, learning_rate))
+        parts.append(derivatives_along(origin, stack, order, chosen, learning_rate))
         if progress is not None:
             progress(first + len(stack), len(schedules))
     coords = {"step": chosen, "replay": range(len(schedules)), "query": list(query_groups(task).labels)}
@@ -129,8 +129,8 @@ def unrolled_influence(
         order: the samples of every update.
         steps: when to look, ascending from ``start.step`` on.
         during: the updates whose weights are varied, e.g. ``range(100, 150)``; default the whole run.
-        groups: label of every training sample; default ``task.train_groups``, or every candidate alone if there are
-            at most 64.
+        groups: label of every training sample, or of every token ``(samples, tokens)``; default ``task.train_groups``,
+            or every candidate alone if there are at most 64.
         learning_rate: of the update made at ``step``; default: the run's own where known
             (``Checkpoint.coming_rates``), else the checkpoint's, held.
         max_replays: most groups carried along one replay; bounds the memory.
@@ -157,10 +157,10 @@ def unrolled_influence(
         >>> sw.unrolled_influence(task, start, sw.BatchOrder(4), [10], during=range(5, 10)).value.shape
         (1, 2, 1)
     """
-    chosen, trained = check_steps(start, steps), train_groups(task, groups)
+    chosen, trained = check_steps(start, steps), train_groups(task, groups, tokens=True)
     varied = check_during(during, [start.step, *chosen])
     # Weight 2 is the direction in which a weight grows from 1 at unit rate.
-    schedules = [Schedule.window(index, varied.start, len(varied), 2.0) for index in trained.indices]
+    schedules = [Schedule.window(index, varied.start, len(varied), 2.0, trained.tokens) for index in trained.indices]
     derivatives = unroll(
         task, start, schedules, order, chosen, learning_rate=learning_rate, max_replays=max_replays, progress=progress
     )
@@ -169,7 +169,7 @@ def unrolled_influence(
     return influence_dataset(derivatives.values / sizes, None, chosen, trained, query_groups(task), attrs)
 
 
-def _derivatives_along(
+def derivatives_along(
     start: Start, schedules: Sequence[Schedule], order: Order, steps: Sequence[int], learning_rate: LearningRate | None
 ) -> Tensor:
     """One replay with all its tangents: ``(step, schedule, query)``, float64, on the CPU."""
@@ -202,12 +202,14 @@ def _gradients(
     """
     with plain_attention(), differentiable(params) as leaf:
         pieces = point.vector.unflatten(leaf)
-        losses, weights = point.task.sample_losses({**point.state, **pieces}, batch)
-        share = weights / weights.sum().clamp(min=1e-30)
-        found = slopes_of((share * losses).sum(), pieces, create_graph=True)
+        losses = point.task.weighted_losses({**point.state, **pieces}, batch)
+        values, shares = losses.values, point.task.shares(losses)
+        shares = shares / shares.sum().clamp(min=1e-30)
+        found = slopes_of((shares * values).sum(), pieces, create_graph=True)
         slope, used = joined(point, found, (), leaf)
+        along = torch.stack([weights_of(values, row) * shares for row in directions]).to(values)
         with second_derivatives("unrolling", "tracin and retraining do without"):
-            change = pull([slope, losses], [leaf], [tangents, (directions * share).to(losses)])[0]
+            change = pull([slope, values], [leaf], [tangents, along])[0]
     return slope.detach(), change.detach(), used
 
 

@@ -1,0 +1,152 @@
+"""One update of a replay, backwards: how what comes after it depends on what came before, and on every weight.
+
+With lam the derivative of a query's loss by the state (weights w, moments m and v) after the update, the chain rule
+gives that by the state before it and by the weight beta_k of every sample or token k of its batch. For Adam, with
+s = sqrt(v'/(1 - b2^t)):
+
+    lam_m += - eta / ((1 - b1^t) (s + eps)) lam_w
+    lam_v += eta m'/(1 - b1^t) / (2 s (1 - b2^t) (s + eps)^2) lam_w
+    lam_g  = (1 - b1) lam_m + 2 (1 - b2) g lam_v
+    d q / d beta_k = a_k <grad l_k(w), lam_g> / sum_i a_i
+    lam_w <- (1 - eta decay) lam_w + H lam_g,   lam_m <- b1 lam_m,   lam_v <- b2 lam_v
+
+The first half is autograd's, of :func:`stagewise.retraining.updates.update` itself, so that clipping, decay and
+parameter groups are as they are there; the second half is one product of second order for both of its lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stagewise.attention import plain_attention
+from stagewise.data import Batch
+from stagewise.evaluate import Batching, differentiable, pull
+from stagewise.retraining.rewind import rewind
+from stagewise.retraining.schedule import LearningRate, Order
+from stagewise.retraining.start import Start
+from stagewise.retraining.training import gradients, joined, slopes_of
+from stagewise.retraining.updates import TrainingState, keeps_first_moment, keeps_second_moment, update
+from stagewise.twice import second_derivatives
+
+
+class Adjoint(NamedTuple):
+    """Derivatives of several numbers by the state of a replay, ``(number, parameters)`` each.
+
+    Attributes:
+        params: by the weights.
+        first_moment: by SGD's momentum buffer or Adam's raw first moment.
+        second_moment: by Adam's raw second moment.
+    """
+
+    params: Tensor
+    first_moment: Tensor
+    second_moment: Tensor
+
+    @classmethod
+    def of(cls, gradients: Tensor) -> Adjoint:
+        """Of numbers that depend on the weights alone."""
+        zero = torch.zeros_like(gradients)
+        return cls(gradients, zero, zero)
+
+
+# Numbers held for each parameter and each adjoint: three parts before and after the update, and what autograd keeps.
+_HELD = 12
+
+
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """Updates from a checkpoint on, made as the run made them, forwards and backwards.
+
+    Attributes:
+        start: the task and the update rule.
+        order: the samples of every update.
+        span: the updates, from that of the checkpoint on.
+        memory: bytes that states and adjoints may take.
+        batching: whether several adjoints share a product.
+        learning_rate: of the update made at a step; default: the run's own where known, else the checkpoint's, held.
+    """
+
+    start: Start
+    order: Order
+    span: range
+    memory: float
+    batching: Batching
+    learning_rate: LearningRate | None = None
+
+    @property
+    def at_once(self) -> int:
+        """How many adjoints half of the memory holds, one at least."""
+        return max(1, int(self.memory / 2 / (_HELD * self._bytes)))
+
+    def states(self) -> Iterator[tuple[int, TrainingState]]:
+        """The state after the last update, then every step with the state before its update, the last first."""
+        optimizer = self.start.rule.optimizer
+        kept = 1 + keeps_first_moment(optimizer) + keeps_second_moment(optimizer)
+        room = int(self.memory / 2 / (kept * self._bytes))
+        return rewind(self._advance, self.start.state(), range(self.span.start, self.span.stop + 1), room)
+
+    def batch(self, step: int) -> Batch:
+        """The samples of an update."""
+        return self.start.task.train.batch(self.order(step), self.start.task.device)
+
+    @property
+    def _bytes(self) -> int:
+        params = self.start.params
+        return params.numel() * params.element_size()
+
+    def _advance(self, step: int, state: TrainingState) -> TrainingState:
+        ones = state.params.new_ones(1, len(self.order(step)))
+        slope, used = gradients(self.start.point, state.params, self.batch(step), ones, "loop")
+        return update(self.start.rule, state, slope, step, self.learning_rate, used)
+
+
+def step_back(replay: Replay, state: TrainingState, step: int, later: Adjoint) -> tuple[Adjoint, Tensor]:
+    """The adjoint before an update, from that after it.
+
+    Args:
+        replay: whose update.
+        state: before the update.
+        step: number of updates made before this one.
+        later: the adjoint after it.
+
+    Returns:
+        The adjoint before it, and the derivatives by the weight of every sample or token in this update
+        ``(number, batch)`` or ``(number, batch, tokens)``, as the loss returns them.
+
+    Raises:
+        ValueError: an operation has no second derivative.
+    """
+    point, batch = replay.start.point, replay.batch(step)
+    with plain_attention(), differentiable(state.params[0]) as leaf:
+        pieces = point.vector.unflatten(leaf)
+        losses = point.task.weighted_losses({**point.state, **pieces}, batch)
+        shares = point.task.shares(losses)
+        beta = torch.ones_like(losses.values, requires_grad=True)
+        objective = (beta * shares * losses.values).sum() / shares.sum().clamp(min=1e-30)
+        slope, used = joined(point, slopes_of(objective, pieces, create_graph=True), (), leaf)
+        earlier, along = _update_back(replay, state, slope.detach()[None], used, step, later)
+        rows = torch.split(along, len(along) if replay.batching == "stacked" else 1)
+        with second_derivatives("exact influence", "sampled and damped influence do without"):
+            found = [pull([slope], [leaf, beta], [row]) for row in rows]
+    bent, by_weight = (torch.cat(parts).detach() for parts in zip(*found, strict=True))
+    return earlier._replace(params=earlier.params + bent), by_weight
+
+
+def _update_back(
+    replay: Replay, state: TrainingState, slope: Tensor, used: Tensor, step: int, later: Adjoint
+) -> tuple[Adjoint, Tensor]:
+    """The adjoint before an update at a fixed gradient, and that of the gradient ``(number, parameters)``."""
+    with torch.inference_mode(False), torch.enable_grad():
+        primals = (state.params, state.first_moment, state.second_moment, slope)
+        params, first, second, gradient = (primal.detach().clone().requires_grad_() for primal in primals)
+        before = TrainingState(params, first, second, state.counts)
+        after = update(replay.start.rule, before, gradient, step, replay.learning_rate, used[None])
+        outputs = [after.params, after.first_moment, after.second_moment]
+        back = pull(outputs, [params, first, second, gradient], [side[:, None] for side in later])
+    *earlier, along = (part[:, 0].detach() for part in back)
+    return Adjoint(*earlier), along

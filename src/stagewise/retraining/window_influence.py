@@ -1,0 +1,225 @@
+"""Exact influence of what is trained on during a window: the derivative of the replayed window.
+
+``window_ablation`` measures what a finite change of weight does; this is its limit for small changes, for every group,
+sample or token at once. Curvature is not frozen and nothing is fitted, so that no checkpoint is refused: where
+training is a sequence of updates, it has a derivative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from stagewise.checkpoints.trajectory import Trajectory, as_trajectory
+from stagewise.evaluate import chunks, group_gradients
+from stagewise.groups import TRAIN, Groups, Labels, query_groups, train_groups
+from stagewise.labelled import Array, influence_dataset
+from stagewise.retraining.ablation import replay_orders
+from stagewise.retraining.adjoint import Adjoint, Replay, step_back
+from stagewise.retraining.schedule import Order, Schedule
+from stagewise.retraining.start import check_moves, check_order, start_at
+from stagewise.retraining.training import weights_of
+from stagewise.retraining.unrolling import derivatives_along
+from stagewise.stacking import BatchingChoice
+from stagewise.task import Params, Task
+from stagewise.usable import at_usable, chosen_steps
+
+Per = Literal["group", "sample", "token"]
+Mode = Literal["auto", "reverse", "forward"]
+
+_FRESH = 4  # batch orders, where the run's own are not known: enough for a standard error
+
+
+def window_influence(
+    task: Task,
+    trajectory: Trajectory | str | Path,
+    *,
+    window: int,
+    per: Per = "group",
+    groups: Labels | None = None,
+    steps: Sequence[int] | None = None,
+    repeats: int | None = None,
+    seed: int = 0,
+    order: Order | None = None,
+    mode: Mode = "auto",
+    memory: float = 4e9,
+    batching: BatchingChoice = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> xr.Dataset:
+    """Exact influence on every query group of what is trained on during a window from every checkpoint.
+
+    The run is continued from each checkpoint for ``window`` updates, as :func:`window_ablation` continues it, and the
+    replay is differentiated update by update, with its own optimiser, rates, clipping and batches:
+
+        value[i, j] = d (mean loss of query group j after the window) / d (weight of group i in it) / (size of i)
+
+    It is what ``window_ablation`` measures per unit of an infinitely small change, so that ``predicted_effect`` of this
+    and that pair up by name. A sample's influence on itself is in it. Reverse mode makes one product of second order
+    for every query group and update, whatever the number of train groups; forward mode one for every train group.
+
+    Args:
+        task: the model, its losses and data.
+        trajectory: the run's checkpoints, with optimiser and optimiser state, or their folder.
+        window: number of updates.
+        per: influence of each train group, each candidate, or each token of the candidates.
+        groups: label of every training sample, or of every token ``(samples, tokens)``; default ``task.train_groups``,
+            or every candidate alone if there are at most 64. With ``per="group"`` only.
+        steps: the checkpoints to start from; default all.
+        repeats: number of independent batch orders to average over; default one where the batches are known (``order``,
+            or the whole set), else four.
+        seed: of the batch orders.
+        order: the recorded run's own batch order, used as the first. By default all orders are fresh.
+        mode: ``"reverse"``, ``"forward"`` (groups only), ``"auto"``: forward where there are fewer train groups than
+            query groups.
+        memory: bytes that replayed states and adjoints may take, beside the model, its data and one gradient. With less
+            memory more updates are made again, and queries wait for one another.
+        batching: whether query groups share a product: ``"stacked"``, ``"loop"``: one by one, ``"auto"``: stacked if
+            the model allows it.
+        progress: called with (checkpoints done, checkpoints in all) after every checkpoint.
+
+    Returns:
+        ``value`` and ``stderr`` ``(step, train, query)``, nats per unit weight of one sample (token). Negative is
+        helpful. The standard error is that over batch orders: 0 where there is one that is known, NaN where there is
+        one that was drawn. Coordinates ``train_size`` and ``query_size``; attributes ``mode`` and
+        ``omitted``, the checkpoints that could not be used, with reasons (JSON).
+
+    Raises:
+        ValueError: no checkpoint can be used, with the reasons: as :func:`window_ablation`, or an operation has no
+            second derivative; a step is not recorded, there are no groups, or ``per`` and ``groups`` or ``mode``
+            exclude one another.
+
+    Example:
+        >>> import torch, stagewise as sw
+        >>> x, y = torch.eye(4), torch.tensor([0.0, 0.0, 1.0, 1.0])
+        >>> task = sw.Task(
+        ...     torch.nn.Linear(4, 1),
+        ...     lambda model, batch: (model(batch[0])[:, 0] - batch[1]) ** 2,
+        ...     train=(x, y), queries={"same": (x, y)}, train_groups=list("aabb"),
+        ... )
+        >>> start = sw.Checkpoint(0, task.state(), sw.Optimizer("sgd", 0.1, batch_size=0))
+        >>> exact = sw.window_influence(task, sw.Trajectory.from_checkpoints([start]), window=3)
+        >>> exact.value.dims, exact.value.shape
+        (('step', 'train', 'query'), (1, 2, 1))
+    """
+    if window < 1 or (repeats is not None and repeats < 1) or memory <= 0:
+        raise ValueError(f"need window >= 1, repeats >= 1 and memory > 0, got {window}, {repeats} and {memory}")
+    run, queried = as_trajectory(trajectory), query_groups(task)
+    trained = _trained(task, run, per, groups)
+    forward = _is_forward(mode, per, len(trained), len(queried))
+    total, seen = len(chosen_steps(run, steps)), iter(range(1, len(run.steps) + 1))
+
+    def exact(step: int) -> tuple[Array, bool]:
+        """Influences ``(repeat, train, query)`` at a checkpoint, and whether its batches are known."""
+        try:
+            start = start_at(task, run.load(step), curvature=True)
+            check_moves(start)
+            if order is not None:
+                check_order(start, order)
+            known = order is not None or start.takes_all
+            way, span = start.decided(batching, len(queried)), range(step, step + window)
+            orders = replay_orders(start, order, repeats or (1 if known else _FRESH), seed)
+            replays = [Replay(start, batches, span, memory, way) for batches in orders]
+            sums = [_forwards(r, trained) if forward else _backwards(r, trained, queried) for r in replays]
+        finally:
+            if progress is not None:
+                progress(next(seen), total)
+        return np.stack(sums) / np.array(trained.sizes)[:, None], known
+
+    found = at_usable(run, steps, exact)
+    mean = np.stack([influences.mean(0) for influences, _ in found.results])
+    error = np.stack([_stderr(influences, known) for influences, known in found.results])
+    attrs = {
+        "estimator": "exact influence of a window",
+        "window": window,
+        "repeats": min(len(influences) for influences, _ in found.results),
+        "mode": "forward" if forward else "reverse",
+        **found.attrs,
+    }
+    return influence_dataset(mean, error, found.steps, trained, queried, attrs)
+
+
+def _trained(task: Task, run: Trajectory, per: Per, groups: Labels | None) -> Groups:
+    """Whose weight is varied.
+
+    Raises:
+        ValueError: there are no groups, ``groups`` where every sample or token is asked for, or losses without tokens.
+    """
+    if per == "group":
+        return train_groups(task, groups, tokens=True)
+    if groups is not None:
+        raise ValueError(f"groups= are for per='group'; with per={per!r} every {per} has an influence of its own")
+    if per == "sample":
+        candidates = task.candidates
+        return Groups(tuple(map(str, candidates.tolist())), (TRAIN,) * len(candidates), tuple(candidates[:, None]))
+    counted = _counted_tokens(task, task.fitted(run.load(run.steps[0])).params)
+    tokens, places = counted.shape[1], counted.flatten().nonzero()
+    labels = tuple(f"{place // tokens}/{place % tokens}" for place in places[:, 0].tolist())
+    return Groups(labels, (TRAIN,) * len(labels), tuple(places), tokens)
+
+
+def _counted_tokens(task: Task, params: Params) -> Tensor:
+    """Which tokens of the candidates count in the objective ``(samples, tokens)``: it depends on the data alone.
+
+    Raises:
+        ValueError: the loss returns one number per sample.
+    """
+    rows: list[Tensor] = []
+    for batch in chunks(task, task.train):
+        with torch.no_grad():
+            shares = task.shares(task.weighted_losses(params, batch)).cpu()
+        if shares.ndim == 1:
+            raise ValueError("per='token' needs a loss that returns (batch, tokens); this one returns (batch,)")
+        rows += (shares > 0).unbind()
+    counted = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    candidate = torch.zeros(len(counted), 1, dtype=torch.bool)
+    candidate[task.candidates] = True
+    return counted & candidate
+
+
+def _is_forward(mode: Mode, per: Per, trained: int, queried: int) -> bool:
+    """Whether one derivative per train group is carried forwards, and not one per query group backwards."""
+    if mode == "forward" and per != "group":
+        raise ValueError(f"mode='forward' carries one derivative per train group; use mode='reverse' for per={per!r}")
+    return mode == "forward" or (mode == "auto" and per == "group" and trained < queried)
+
+
+def _forwards(replay: Replay, trained: Groups) -> Array:
+    """Derivatives ``(train, query)`` by the weight of each group during the replay, carried along it."""
+    start, span, size = replay.start, replay.span, replay.at_once
+    schedules = [Schedule.window(index, span.start, len(span), 2.0, trained.tokens) for index in trained.indices]
+    stacks = (schedules[first : first + size] for first in range(0, len(schedules), size))
+    parts = [derivatives_along(start, stack, replay.order, [span.stop], replay.learning_rate)[0] for stack in stacks]
+    return torch.cat(parts).numpy()
+
+
+def _backwards(replay: Replay, trained: Groups, queried: Groups) -> Array:
+    """Derivatives ``(train, query)`` by the weight of each group during the replay, from its end back."""
+    size, places = replay.at_once, trained.places(len(replay.start.task.train))
+    stacks = (queried.chosen(slice(first, first + size)) for first in range(0, len(queried), size))
+    return torch.cat([_sums(replay, places, len(trained), stack) for stack in stacks]).numpy().T
+
+
+def _sums(replay: Replay, places: Tensor, rows: int, queried: Groups) -> Tensor:
+    """Derivatives of some query groups by the weight of each group: ``(query, train)``, float64, on the CPU."""
+    sums, states = torch.zeros(len(queried), rows + 1, dtype=torch.float64), replay.states()
+    end = next(states)[1].params[0]
+    adjoint = Adjoint.of(group_gradients(replay.start.point, end, queried))
+    for step, state in states:
+        adjoint, by_weight = step_back(replay, state, step, adjoint)
+        where = weights_of(by_weight[0], places[replay.order(step)])
+        sums.index_add_(1, where.expand_as(by_weight[0]).flatten(), by_weight.cpu().double().flatten(1))
+    return sums[:, :rows]
+
+
+def _stderr(influences: Array, known: bool) -> Array:
+    """Over batch orders ``(repeat, train, query)``: 0 if there is one and it is known, NaN if it was drawn."""
+    if len(influences) > 1:
+        error: Array = influences.std(0, ddof=1) / len(influences) ** 0.5
+        return error
+    return np.full(influences.shape[1:], 0.0 if known else np.nan)
