@@ -25,7 +25,7 @@ from stagewise.influence.gradients import gradient_product
 from stagewise.influence.trusted import TracesInMemory
 from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.leave_out import leave_out
-from stagewise.retraining.unrolling import unrolled_influence
+from stagewise.retraining.window_influence import window_influence
 from stagewise.sampling.chains import Chains, sample_block
 from stagewise.sampling.posterior import LocalPosterior
 
@@ -57,7 +57,9 @@ def asked(p: Problem) -> Answers:
         "tracin": lambda: tracin(p.task, p.run).value.values[-1],
         "leave_out": lambda: left_out().effect.values[0],
         "unchanged": lambda: left_out().loss.values[0],
-        "unrolled_influence": lambda: unrolled_influence(p.task, p.start, order, [last]).value.values[0],
+        "window_influence": lambda: window_influence(
+            p.task, p.run, window=p.window, steps=[first], order=order, mode=("reverse", "forward")[p.choice.seed % 2]
+        ).value.values[0],
     }
 
 
@@ -74,7 +76,7 @@ def known(p: Problem) -> Answers:
         "unchanged": lambda: (
             b.after(p.window, [], 1.0) if p.network.dtype == torch.bfloat16 else b.query_losses(p.later_model.double())
         ),
-        "unrolled_influence": lambda: b.unrolled(p.window),
+        "window_influence": lambda: b.unrolled(p.window),
     }
     return {name: lambda name=name: found[name]().detach().numpy() for name in found}
 
@@ -82,14 +84,14 @@ def known(p: Problem) -> Answers:
 def questions(p: Problem) -> list[str]:
     """A third of the tasks is asked each of the longer questions; every network meets all of them."""
     some = ["gradient_product", "window_ablation"]
-    some += (["damped_influence"], ["leave_out", "unchanged"], ["unrolled_influence"])[p.choice.seed % 3]
+    some += (["damped_influence"], ["leave_out", "unchanged"], ["window_influence"])[p.choice.seed % 3]
     # The norm of a typical minibatch's gradient is estimated, where clipping asks for it.
     return some if p.choice.batch_size and p.rule.clip else [*some, "tracin"]
 
 
 def refusal(p: Problem, question: str) -> str | None:
     """What a refusal would have to say; None if there must be a number."""
-    if question in ("damped_influence", "unrolled_influence") and not p.network.curved:
+    if question in ("damped_influence", "window_influence") and not p.network.curved:
         return NO_CURVATURE
     if question == "tracin" and p.start.optimizer.name != "sgd":
         return "describe updates along the gradient"
@@ -112,7 +114,7 @@ def outcome(p: Problem, question: str, ask: Callable[[], np.ndarray], know: Call
     want = know()
     exact = p.network.dtype == torch.float64
     share, rounding = (1e-6, 1e-10) if exact else (2e-3, 2e-6)
-    if question == "unrolled_influence":
+    if question == "window_influence":
         # Finite differences; and Adam divides by small gradients, which magnifies the rounding of float32.
         share, rounding = (1e-3, 1e-8) if exact else (5e-3, rounding)
     if got.shape != want.shape or not np.abs(got - want).max() <= share * np.abs(want).max() + rounding:
@@ -139,7 +141,7 @@ def test_every_answer_is_that_of_plain_training_and_autograd(number):
 def test_most_answers_are_numbers_and_nothing_that_was_meant_to_be_drawn_is_left_out():
     counts = Counter((question, said) for number in NUMBERS for question, said in outcomes(number).items())
     assert counts["gradient_product", "number"] == counts["window_ablation", "number"] == len(NUMBERS)
-    for question in ("damped_influence", "unrolled_influence", "leave_out", "unchanged"):
+    for question in ("damped_influence", "window_influence", "leave_out", "unchanged"):
         assert counts[question, "number"] > 0.25 * len(NUMBERS), question
     assert counts["tracin", "number"] > 0.3 * len(NUMBERS)
     assert counts["model", "untouched"] == len(NUMBERS)

@@ -21,6 +21,7 @@ from stagewise.retraining.schedule import BatchOrder, Schedule
 from stagewise.retraining.start import start_at
 from stagewise.retraining.training import train, train_and_record
 from stagewise.retraining.unrolling import unroll, unrolled_influence
+from stagewise.retraining.window_influence import window_influence
 from stagewise.stacking import decided
 from stagewise.task import Task
 
@@ -52,6 +53,9 @@ CALLS = {
     "window_ablation": lambda task, start, order: window_ablation(task, alone(start), window=4, order=order).effect,
     "leave_out": lambda task, start, order: leave_out(task, start, order, [4], weight=0.8).effect,
     "unrolled_influence": lambda task, start, order: unrolled_influence(task, start, order, [4]).value,
+    "window_influence": lambda task, start, order: (
+        window_influence(task, alone(start), window=4, order=order, mode="reverse").value
+    ),
     "tracin": lambda task, start, _: tracin(task, alone(start, replace(start, step=4))).value[1:],
     "source": lambda task, start, _: source(task, alone(start, replace(start, step=4))).value[1:],
 }

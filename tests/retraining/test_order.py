@@ -13,6 +13,7 @@ from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.leave_out import leave_out, retrain
 from stagewise.retraining.schedule import BatchOrder, Schedule
 from stagewise.retraining.unrolling import unroll, unrolled_influence
+from stagewise.retraining.window_influence import window_influence
 
 N = 60
 CALLS = {
@@ -23,6 +24,9 @@ CALLS = {
     "leave_out": lambda task, start, order: leave_out(task, start, order, [1]),
     "unroll": lambda task, start, order: unroll(task, start, [Schedule()], order, [1]),
     "unrolled_influence": lambda task, start, order: unrolled_influence(task, start, order, [1]),
+    "window_influence": lambda task, start, order: window_influence(
+        task, Trajectory.from_checkpoints([start]), window=1, order=order
+    ),
 }
 
 
