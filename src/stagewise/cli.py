@@ -108,7 +108,9 @@ def doctor(folder: RunFolder) -> None:
 
     with _readable_errors():
         verdicts = checkup(folder)
-        table = Table("step", "verdict", "R-hat", "ESS", "loss rise", "even share", "chains ok", box=None)
+        table = Table(
+            "step", "verdict", "R-hat", "ESS", "loss rise", "even share", "chains ok", "exact: r / slope", box=None
+        )
         for row in verdicts.rows:
             table.add_row(*row)
         console.print(table)

@@ -17,8 +17,11 @@ from stagewise.dynamics.events import Event
 from stagewise.groups import same_label
 from stagewise.retraining.scores import LEVEL, agreement, coverage, predicted_effect
 
-STAND_IN = "damped influence"
-"""The baseline that answers where chains cannot."""
+EXACT = "exact influence"
+"""The derivative of the replayed window: the best answer wherever there is one."""
+
+DAMPED = "damped influence"
+"""The baseline that answers where neither replay nor chains do."""
 
 _DIMS = {"step", "train", "query"}
 
@@ -103,9 +106,20 @@ class Results:
                 )
 
     @cached_property
-    def answered(self) -> xr.Dataset | None:
-        """The influence, or None where not a single checkpoint has one."""
+    def exact(self) -> xr.Dataset | None:
+        """The exact influence, or None where not a single checkpoint has one."""
+        exact = self.baselines.get(EXACT)
+        return exact if exact is not None and exact.sizes["step"] else None
+
+    @cached_property
+    def sampled(self) -> xr.Dataset | None:
+        """The influence that was sampled, or None where not a single checkpoint has one."""
         return self.influence if self.influence is not None and self.influence.sizes["step"] else None
+
+    @cached_property
+    def answered(self) -> xr.Dataset | None:
+        """The best influence there is, exact or else sampled: what is drawn, put to the test and spoken of."""
+        return self.sampled if self.exact is None else self.exact
 
     @cached_property
     def omitted(self) -> dict[int, str]:
@@ -129,28 +143,29 @@ class Results:
 
     @cached_property
     def stand_in(self) -> xr.Dataset | None:
-        """Damped influence at the checkpoints whose chains cannot be trusted, or None where there is none.
+        """Damped influence at the checkpoints that nothing better answers, or None where there is none.
 
         Its Gauss-Newton curvature is never negative, so that it exists where no posterior does.
         """
-        damped = self.baselines.get(STAND_IN)
-        if damped is None:
+        damped = self.baselines.get(DAMPED)
+        if damped is None or self.exact is not None:
             return None
         steps = [step for step in damped["step"].values.tolist() if step in self.omitted]
         return damped.sel(step=steps) if steps else None
 
     @cached_property
     def coverage(self) -> xr.DataArray | None:
-        """How often the stated 95 % intervals hold what was measured (step); None where nothing was."""
-        if self.predicted is None or self.measured is None or self.answered is None:
+        """How often the 95 % intervals of the chains hold what was measured (step); None where nothing was."""
+        predicted = None if self.measured is None or self.sampled is None else _predict(self.sampled, self.measured)
+        if predicted is None or self.measured is None or self.sampled is None:
             return None
-        reach = critical(1 - LEVEL, degrees(self.answered))
-        return coverage(self.predicted, self.measured.sel(step=self.predicted["step"]), reach)
+        reach = critical(1 - LEVEL, degrees(self.sampled))
+        return coverage(predicted, self.measured.sel(step=predicted["step"]), reach)
 
     @cached_property
     def estimators(self) -> dict[str, xr.Dataset]:
         """All estimates of influence by name, the report's own first."""
-        own = {} if self.answered is None else {estimator(self.answered): self.answered}
+        own = {estimator(data): data for data in (self.exact, self.sampled) if data is not None}
         return own | {name: data for name, data in self.baselines.items() if data.sizes["step"]}
 
     @cached_property
@@ -170,6 +185,24 @@ class Results:
                 measured = self.measured["effect"].sel(step=predicted["step"])
                 scores[name] = agreement(predicted["effect"], measured)
         return scores
+
+    @cached_property
+    def size_checks(self) -> dict[str, xr.Dataset]:
+        """Agreement of every other estimator with the exact influence, which takes no retraining."""
+        if self.exact is None:
+            return {}
+        others = {name: data for name, data in self.estimators.items() if data is not self.exact}
+        checks = {name: size_check(data, self.exact) for name, data in others.items()}
+        return {name: check for name, check in checks.items() if check.sizes["step"]}
+
+
+def size_check(influence: xr.Dataset, exact: xr.Dataset) -> xr.Dataset:
+    """Agreement of an estimate with the exact influence, group by group, at the checkpoints they share."""
+    shared = np.intersect1d(influence["step"].values, exact["step"].values)
+    if not len(shared):
+        return xr.Dataset(coords={"step": shared})
+    estimated, true = (predicted_effect(data.sel(step=shared), 0.0)["effect"] for data in (influence, exact))
+    return agreement(estimated, true)
 
 
 def estimator(influence: xr.Dataset) -> str:

@@ -26,7 +26,7 @@ LESS_MEMORY = r"sampling\.chains"
 
 @pytest.fixture
 def config(tmp_path):
-    return write_run(tmp_path, retraining=None, baselines=[])
+    return write_run(tmp_path, retraining=None, estimators=["bif"])
 
 
 def told(*arguments):
@@ -140,7 +140,7 @@ def test_a_configuration_that_cannot_be_read_is_told(tmp_path, command):
 
 
 def test_a_moved_run_continues_where_it_is_with_the_cells_it_has(tmp_path):
-    config = write_run(tmp_path / "a", task="tiny.py:task", retraining=None, baselines=[], exemplars=0)
+    config = write_run(tmp_path / "a", task="tiny.py:task", retraining=None, estimators=["bif"], exemplars=0)
     shutil.copy(tiny.__file__, config.with_name("tiny.py"))
     pipeline.run(load_config(config, ["steps=[20]"]))
     (tmp_path / "a").rename(tmp_path / "b")

@@ -11,7 +11,7 @@ from stagewise.traces.store import RunLockedError, RunMismatchError, TraceStore
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    config = write_run(tmp_path_factory.mktemp("run"), retraining=None, baselines=[])
+    config = write_run(tmp_path_factory.mktemp("run"), retraining=None, estimators=["bif"])
     run(load_config(config))
     return config
 
@@ -45,7 +45,7 @@ def test_checkpoint_of_another_model_is_refused(finished):
 
 
 def test_changed_weights_under_an_old_run_are_refused(finished, tmp_path):
-    config = write_run(tmp_path, retraining=None, baselines=[])
+    config = write_run(tmp_path, retraining=None, estimators=["bif"])
     run(load_config(config))
     checkpoints = sorted((tmp_path / "checkpoints").iterdir())
     checkpoints[0].write_bytes(checkpoints[0].read_bytes()[:-4] + b"\0\0\0\0")
@@ -61,7 +61,7 @@ def test_second_process_on_a_run_folder_is_refused(finished):
 
 
 def test_later_blocks_may_be_added_to_a_finished_run(tmp_path):
-    config = write_run(tmp_path, retraining=None, baselines=[])
+    config = write_run(tmp_path, retraining=None, estimators=["bif"])
     run(load_config(config))
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "cells").iterdir()}
     run(load_config(config, ["sampling.blocks=2"]))

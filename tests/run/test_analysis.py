@@ -1,5 +1,7 @@
 """The numbers that a run stores, each against arithmetic on springs."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import springs
@@ -9,6 +11,7 @@ import xarray as xr
 from stagewise.influence.damped import damped_influence
 from stagewise.influence.gradients import gradient_product
 from stagewise.retraining.schedule import BatchOrder
+from stagewise.retraining.window_influence import window_influence
 from stagewise.run import analysis
 from stagewise.run.config import make_config
 from stagewise.run.engine import sample
@@ -77,9 +80,11 @@ def test_baselines_are_the_estimators_they_are_called_by_at_every_step():
     task, run, posterior, steps = springs.task(), springs.trajectory(), LocalPosterior(window=WINDOW), Steps()
     found, left_out = baselines(task, run, config(), [0, 20], steps)
     assert not left_out
-    assert list(found) == ["gradient product", "damped influence"]
+    assert list(found) == ["exact influence", "damped influence", "gradient product"]
     for name, estimator in (("gradient product", gradient_product), ("damped influence", damped_influence)):
         xr.testing.assert_allclose(found[name], estimator(task, run, posterior, steps=[0, 20]))
+    exact = window_influence(task, run, window=WINDOW, steps=[0, 20])  # four fresh orders
+    xr.testing.assert_allclose(found["exact influence"], exact)
     # -(rate W / n) (w - x_i) . (w - x_j) at w = 0, mean over the pairs of two groups
     near, group = springs.NEAR[0], springs.TRAIN[::2].mean(0)
     value = found["gradient product"]["value"].sel(step=0, train="a", query="near:first")
@@ -87,8 +92,30 @@ def test_baselines_are_the_estimators_they_are_called_by_at_every_step():
     assert steps.seen == [(name, done, 2) for name in found for done in (1, 2)]
 
 
+def test_exact_influence_replays_the_orders_that_are_retrained_and_that_of_samples_too():
+    task, run = springs.task(), springs.trajectory()
+    own = config(estimators=["exact"], retraining={"recorded_order_seed": 3}, posterior={"window": WINDOW})
+    options = {"window": WINDOW, "steps": [10], "order": BatchOrder(6, 2, 3)}
+    found, _ = baselines(task, run, own, [10])
+    xr.testing.assert_allclose(found["exact influence"], window_influence(task, run, **options))
+    assert not found["exact influence"].stderr.any()
+    two = config(estimators=["exact"], retraining={"recorded_order_seed": 3, "repeats": 2})
+    found, _ = baselines(task, run, two, [10])
+    xr.testing.assert_allclose(found["exact influence"], window_influence(task, run, **options, repeats=2))
+    samples = analysis.exact_samples(task, run, own, {10: "digest"}, Forgetful(), silent, [10], ["far"])
+    expected = window_influence(task, run, **options, per="sample").sel(query=["far"])
+    xr.testing.assert_allclose(samples, expected)
+
+
+def test_exact_influence_without_a_window_is_left_out_with_the_setting_to_change():
+    loose = config(estimators=["exact"], posterior={"gamma": 1.0})
+    found, left_out = baselines(springs.task(), springs.trajectory(), loose, [10])
+    assert not found
+    assert "set posterior.window" in left_out["exact influence"]
+
+
 def test_only_the_baselines_that_are_asked_for_are_computed():
-    found, _ = baselines(springs.task(), springs.trajectory(), config(baselines=["damped influence"]), [10], silent)
+    found, _ = baselines(springs.task(), springs.trajectory(), config(estimators=["damped"]), [10], silent)
     assert list(found) == ["damped influence"]
 
 
@@ -156,7 +183,7 @@ def test_how_well_the_run_is_repeated_stands_beside_what_was_measured():
 def test_a_baseline_that_cannot_be_computed_anywhere_is_left_out_with_its_reason():
     checkpoint = springs.trajectory().load(0)
     broken = type(springs.trajectory()).from_checkpoints([type(checkpoint)(0, checkpoint.params)])
-    found, left_out = baselines(springs.task(), broken, config(baselines=["gradient product"]), [0])
+    found, left_out = baselines(springs.task(), broken, config(estimators=["gradient"]), [0])
     assert not found
     assert "no record of its optimiser" in left_out["gradient product"]
 
@@ -186,11 +213,15 @@ def influence(**curves):
     )
 
 
+def of_chains(store):
+    return partial(analysis.sampled_samples, store)
+
+
 FLAT = influence(near_first=[1, 2, 3], near_second=[5, 5, 5], far=[0, 4, 8])
 
 
 def test_exemplars_are_the_most_helpful_and_the_most_harmful_samples_in_order(sampled):
-    found = analysis.exemplars(springs.task(), sampled, FLAT, 2, steps=1, queries=2)
+    found = analysis.exemplars(springs.task(), of_chains(sampled), FLAT, 2, steps=1, queries=2)
     by_query = {exemplar.query: exemplar for exemplar in found}
     # At w = 0 samples on the query's side help it: those with the largest x for near, with the smallest for far.
     assert list(by_query["near:first"].samples) == [0, 4, 1, 5]
@@ -203,7 +234,7 @@ def test_exemplars_are_the_most_helpful_and_the_most_harmful_samples_in_order(sa
 
 
 def test_values_of_exemplars_are_those_of_single_samples_at_their_step_with_their_errors(sampled):
-    found = analysis.exemplars(springs.task(), sampled, FLAT, 1, steps=2, queries=1)
+    found = analysis.exemplars(springs.task(), of_chains(sampled), FLAT, 1, steps=2, queries=1)
     assert [(exemplar.query, exemplar.step) for exemplar in found] == [("far", 0), ("far", 20)]
     for exemplar in found:
         # Exact: -(1/n) (w - x_i) . (w - x_j) / (1 + 1/(rate W)).
@@ -215,28 +246,30 @@ def test_values_of_exemplars_are_those_of_single_samples_at_their_step_with_thei
 
 
 def test_exemplars_are_of_the_queries_that_change_most_at_steps_from_first_to_last(sampled):
-    found = analysis.exemplars(springs.task(), sampled, FLAT, 1, steps=2, queries=2)
+    found = analysis.exemplars(springs.task(), of_chains(sampled), FLAT, 1, steps=2, queries=2)
     assert [(e.query, e.step) for e in found] == [("far", 0), ("far", 20), ("near:first", 0), ("near:first", 20)]
 
 
-def test_samples_are_ranked_by_how_certain_they_are_and_not_by_size(monkeypatch, sampled):
+def test_samples_are_ranked_by_how_certain_they_are_and_by_size_where_all_are_certain():
     value, stderr = np.array([-5.0, -4.0, 3.0, 6.0, 0.0, 1.0]), np.array([50.0, 1.0, 0.1, 60.0, 0.0, 1.0])
     dims = ("step", "train", "query")
     made = xr.Dataset(
         {"value": (dims, value[None, :, None]), "stderr": (dims, stderr[None, :, None])},
-        {"step": [0], "query": ["far"]},
+        {"step": [0], "train": list("012345"), "query": ["far"]},
     )
-    monkeypatch.setattr(analysis, "bif", lambda _: made)
-    (exemplar,) = analysis.exemplars(springs.task(), sampled, FLAT, 2, steps=1, queries=1)
+    (exemplar,) = analysis.exemplars(springs.task(), lambda *_: made, FLAT, 2, steps=1, queries=1)
     assert list(exemplar.samples) == [1, 0, 2, 5]
+    sure = made.assign(stderr=0 * made["stderr"])
+    (exemplar,) = analysis.exemplars(springs.task(), lambda *_: sure, FLAT, 2, steps=1, queries=1)
+    assert list(exemplar.samples) == [0, 1, 3, 2]
 
 
 def test_samples_without_labels_get_none_and_no_exemplars_are_made_if_none_are_asked_for(sampled):
     bare = springs.task(train_groups=None)
-    (exemplar,) = analysis.exemplars(bare, sampled, FLAT, 1, steps=1, queries=1)
+    (exemplar,) = analysis.exemplars(bare, of_chains(sampled), FLAT, 1, steps=1, queries=1)
     assert list(exemplar.labels) == ["", ""]
-    assert analysis.exemplars(bare, sampled, FLAT, 0) == []
-    assert analysis.exemplars(bare, sampled, FLAT.isel(query=0), 3) == []
+    assert analysis.exemplars(bare, of_chains(sampled), FLAT, 0) == []
+    assert analysis.exemplars(bare, of_chains(sampled), FLAT.isel(query=0), 3) == []
 
 
 @pytest.mark.parametrize(

@@ -77,8 +77,10 @@ def _scatter(ax: Axes, predicted: xr.Dataset, measured: xr.Dataset, scale: float
 
 
 @style.styled
-def agreement_over_training(scores: Mapping[str, xr.Dataset], trusted: xr.DataArray | None = None) -> Figure:
-    """Correlation with retraining, and slope measured / predicted, per checkpoint for every estimator.
+def agreement_over_training(
+    scores: Mapping[str, xr.Dataset], trusted: xr.DataArray | None = None, against: str = "measured"
+) -> Figure:
+    """Correlation with what estimators are held ``against``, and its slope on them, per checkpoint.
 
     The band of the first estimator is the 95% bootstrap interval over groups.
     """
@@ -87,7 +89,7 @@ def agreement_over_training(scores: Mapping[str, xr.Dataset], trusted: xr.DataAr
     axes = figure.subplots(1, 2)
     steps = np.unique(np.concatenate([data["step"].values for data in scores.values()]))
     own, tint = next(iter(scores)), dict(zip(scores, _estimator_colours(len(scores)), strict=True))
-    titles = {"correlation": "correlation", "slope": "slope measured / predicted"}
+    titles = {"correlation": "correlation", "slope": f"slope {against} / predicted"}
     for ax, name in zip(axes, titles, strict=True):
         style.step_axis(ax, steps if trusted is None else np.union1d(steps, trusted["step"].values))
         style.shade_untrusted(ax, trusted)

@@ -14,7 +14,8 @@ from stagewise.reporting.findings import clearest_flips, findings
 from stagewise.reporting.page import Page, Plate, Section, write_page
 from stagewise.reporting.tables import Table
 from stagewise.reporting.words import count, label_text, number, quoted
-from stagewise.results import STAND_IN, Exemplar, Results, others
+from stagewise.results import DAMPED, Exemplar, Results, others
+from stagewise.retraining.scores import measured_influence
 
 _SHOWN_FLIPS = 15
 
@@ -25,6 +26,7 @@ def sections(results: Results) -> list[Section]:
         Section("The training run", [_losses(results)]),
         Section("Influence over training", [*_influence(results)]),
         Section("Held against retraining", [*_comparison(results)]),
+        Section("Held against the replayed window", [*_size_checks(results)]),
         Section("Samples that mattered most", [*_exemplars(results.exemplars)]),
         Section("Can the chains be trusted?", [*_chains(results)]),
     ]
@@ -39,9 +41,11 @@ def _losses(results: Results) -> Plate:
     lines = "grey" if queries > figures.MAX_QUERIES else "in colour"
     caption = (
         "Mean loss on the training set (black; dots are the checkpoints) and on "
-        f"{count(queries, 'query', 'queries')} ({lines}).{_shading(results)}"
+        f"{count(queries, 'query', 'queries')} ({lines})."
     )
-    return Plate("losses", caption, figures.loss_curves(results.losses, results.trusted))
+    if results.exact is not None:
+        return Plate("losses", caption, figures.loss_curves(results.losses))
+    return Plate("losses", caption + _shading(results), figures.loss_curves(results.losses, results.trusted))
 
 
 def _influence(results: Results) -> Iterator[Plate | Table]:
@@ -51,12 +55,17 @@ def _influence(results: Results) -> Iterator[Plate | Table]:
         if stand_in is None:
             yield Plate("influence", "There are no influence curves, because no checkpoint could be answered.")
             return
-        caption = f"No checkpoint could be sampled: {STAND_IN} in place of what the chains would say. "
+        caption = f"No checkpoint could be sampled: {DAMPED} in place of what the chains would say. "
         yield Plate("influence", caption + _curves_caption(stand_in), figures.influence_curves(stand_in))
         return
-    drawn = figures.influence_curves(influence, events, results.trusted, stand_in)
-    squares = "" if stand_in is None else f" Open squares: {STAND_IN}, at checkpoints that chains cannot answer."
-    yield Plate("influence", _curves_caption(influence) + squares + _shading(results), drawn)
+    if results.exact is None:
+        drawn = figures.influence_curves(influence, events, results.trusted, stand_in)
+        squares = "" if stand_in is None else f" Open squares: {DAMPED}, at checkpoints that chains cannot answer."
+        yield Plate("influence", _curves_caption(influence) + squares + _shading(results), drawn)
+    else:
+        beside, what = _beside(results)
+        drawn = figures.influence_curves(influence, events, None, beside)
+        yield Plate("influence", _curves_caption(influence) + what, drawn)
     steps = figures.eventful_steps(influence, events)
     yield Plate("heatmaps", _matrices_caption(influence, steps), figures.influence_heatmaps(influence, steps))
     if results.correlation is not None and set(steps) <= set(results.correlation["step"].values.tolist()):
@@ -71,6 +80,15 @@ def _influence(results: Results) -> Iterator[Plate | Table]:
         yield tables.events_table(events, f"All {count(len(events), 'event')}")
     else:
         yield Plate("events", "There is no table of events: no curve has a sign that noise could not have made.")
+
+
+def _beside(results: Results) -> tuple[xr.Dataset | None, str]:
+    """What stands beside the exact influence: what was measured, else what was sampled; and how to call it."""
+    if results.measured is not None and results.measured.attrs["weight"] != 1:
+        return measured_influence(results.measured), " Open squares: measured by retraining the window."
+    if results.sampled is not None:
+        return results.sampled, " Open squares: sampled, at the checkpoints whose chains can be trusted."
+    return None, ""
 
 
 def _curves_caption(influence: xr.Dataset) -> str:
@@ -167,9 +185,22 @@ def _chains(results: Results) -> Iterator[Plate | Table]:
     yield tables.diagnostics_table(diagnostics)
 
 
+def _size_checks(results: Results) -> Iterator[Plate | Table]:
+    if not results.size_checks:
+        reason = "There is no exact influence beside another estimate, so sizes were not checked without retraining."
+        yield Plate("sizes", reason)
+        return
+    caption = (
+        "Every other estimator against the exact influence at every checkpoint, without any retraining: correlation "
+        "over pairs of groups, and slope of exact on estimated effects (1 = the right size)."
+    )
+    yield Plate("sizes", caption, check_figures.agreement_over_training(results.size_checks, results.trusted, "exact"))
+    yield tables.agreement_table(results.size_checks, "Agreement with exact influence at every checkpoint")
+
+
 def write_report(results: Results, folder: Path | str) -> Path:
     """Write the report of a run into the folder; see :func:`stagewise.reporting.page.write_page`."""
-    window = None if results.influence is None else results.influence.attrs.get("window")
+    window = None if results.answered is None else results.answered.attrs.get("window")
     page = Page(
         results.title,
         f"during the {window} training steps after a checkpoint" if window else "around a checkpoint",

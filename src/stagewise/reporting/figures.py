@@ -58,12 +58,12 @@ def influence_curves(
     influence: xr.Dataset,
     events: Sequence[Event] = (),
     trusted: xr.DataArray | None = None,
-    stand_in: xr.Dataset | None = None,
+    beside: xr.Dataset | None = None,
 ) -> Figure:
     """Influence over training: one panel per query, in each the train groups that reach furthest.
 
     Lines are estimates, bands pointwise 95% intervals; diamonds mark sign flips and triangles peaks, with the
-    interval in which they lie. Open squares are ``stand_in``, another estimator at the checkpoints without influence.
+    interval in which they lie. Open squares are ``beside``: another estimate, at some of the checkpoints or at others.
     """
     shown = strongest_queries(influence)
     rows, columns = grid(len(shown), 3 if len(shown) > 4 else 2)
@@ -74,11 +74,11 @@ def influence_curves(
     scale, unit = style.unit(np.where(others(influence), influence["value"].transpose(..., "train", "query"), 0))
     for ax, query in zip(axes.ravel(), shown, strict=False):
         answered = influence["step"].values
-        if stand_in is not None:
-            answered = np.union1d(answered, stand_in["step"].values)
+        if beside is not None:
+            answered = np.union1d(answered, beside["step"].values)
         style.step_axis(ax, _with_neighbours(answered, trusted))
         style.shade_untrusted(ax, trusted)
-        _influence_panel(ax, banded, query, events, scale, height - 0.55, stand_in)
+        _influence_panel(ax, banded, query, events, scale, height - 0.55, beside)
         ax.tick_params(labelbottom=True)
     style.empty_axes_off(axes, len(shown))
     style.name_axes(figure, style.STEPS, f"influence ({unit} per unit weight; negative = helpful)")
@@ -120,7 +120,7 @@ def _influence_panel(
     events: Sequence[Event],
     scale: float,
     height: float,
-    stand_in: xr.Dataset | None,
+    beside: xr.Dataset | None,
 ) -> None:
     labels = banded["train"].values.tolist()
     colour = style.colours(labels)
@@ -135,8 +135,8 @@ def _influence_panel(
         ax.fill_between(steps, curve["lower"], curve["upper"], color=colour[label], alpha=0.15, linewidth=0)
         ax.plot(steps, curve["value"], color=colour[label], marker="o", markersize=2, linewidth=1.4)
         ends.append((steps[-1], curve["value"].item(-1), words.label_text(label, 14), colour[label]))
-        if stand_in is not None:
-            other = stand_in["value"].sel(train=label, query=query) / scale
+        if beside is not None:
+            other = beside["value"].sel(train=label, query=query) / scale
             ax.plot(other["step"], other, "s", color=colour[label], markerfacecolor="white", markersize=3)
     for event in events:
         if event.query == query and event.train in kept:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -19,9 +20,10 @@ from stagewise.reporting.words import (
     step_number,
     steps,
 )
-from stagewise.results import STAND_IN, Results, headline, others
+from stagewise.results import DAMPED, Results, headline, others
 
 LEVEL = 0.95
+SAMPLED = "BIF"
 _CASES = 3
 _MIN_PAIRS = 3
 _CAUTION = "beyond first order"
@@ -155,7 +157,8 @@ def _agreement(results: Results) -> Iterator[str]:
         f"measured effects and those predicted by {own} correlate with a median of {r}; the median slope measured / "
         f"predicted, 1 if the size in nats is right, is {slope}."
     )
-    yield from _sizes(results, scores)
+    if SAMPLED in results.agreements:
+        yield from _sizes(results, results.agreements[SAMPLED])
     if rest:
         numbers = [f"{_median(results.agreements[name], 'correlation')} ({name})" for name in rest]
         yield f"For comparison, the median correlation of other estimators: {enumeration(numbers)}."
@@ -201,14 +204,37 @@ def _stand_in(results: Results) -> Iterator[str]:
     if results.stand_in is None:
         return
     where = results.stand_in["step"].values.tolist()
-    text = f"There {STAND_IN} answers instead ({steps(where)}; open squares)"
-    scores = results.agreements.get(STAND_IN)
+    text = f"There {DAMPED} answers instead ({steps(where)}; open squares)"
+    scores = results.agreements.get(DAMPED)
     shared = [] if scores is None else [step for step in where if step in scores["step"].values]
     if scores is None or not shared:
         yield f"{text}; it was not held against retraining at these."
         return
     r, slope = (_median_and_range(scores.sel(step=shared), name) for name in ("correlation", "slope"))
     yield f"{text}: with retraining it correlates with a median of {r} there, at a median slope of {slope}."
+
+
+def _exact(results: Results) -> Iterator[str]:
+    """Where the influence is exact, and how the others compare with it."""
+    if results.exact is None:
+        return
+    known = results.losses.sizes["step"]
+    yield (
+        f"{results.exact.sizes['step']} of {count(known, 'checkpoint')} are answered exactly, by the derivative of the "
+        "replayed window: nothing is fitted, and what is left is the difference between a small change of weight and "
+        "the one that is made."
+    )
+    reasons = json.loads(results.exact.attrs.get("omitted", "{}"))
+    if reasons:
+        step, reason = next(iter(reasons.items()))
+        yield f"{count(len(reasons), 'checkpoint')} has no exact influence: at step {step_number(int(step))}, {reason}."
+    for name, scores in results.size_checks.items():
+        if scores[headline(scores, "correlation")].attrs["pairs"] >= _MIN_PAIRS:
+            r, slope = (_median_and_range(scores, what) for what in ("correlation", "slope"))
+            yield (
+                f"Held against it without any retraining, {name} correlates with a median of {r} at "
+                f"{count(scores.sizes['step'], 'checkpoint')}, and is right in size up to a factor of {slope}."
+            )
 
 
 def _repeated(results: Results) -> Iterator[str]:
@@ -235,16 +261,18 @@ def _median_and_range(scores: xr.Dataset, name: str) -> str:
 
 def _trust(results: Results) -> Iterator[str]:
     total = results.trusted.sizes["step"]
+    yield from _exact(results)
     if not total:
-        yield "No checkpoint has been sampled, so there is nothing to trust or to doubt."
+        yield "No checkpoint has been sampled, so there are no chains to trust or to doubt."
         return
-    yield f"{total - len(results.omitted)} of {count(total, 'checkpoint')} can be answered."
+    how = " by sampling" if results.exact is not None else ""
+    yield f"{total - len(results.omitted)} of {count(total, 'checkpoint')} can be answered{how}."
     causes: dict[str, dict[int, str]] = {}
     for step, reason in results.omitted.items():
         verdict, _, advice = reason.partition(": ")
         causes.setdefault(verdict, {})[step] = advice
     for verdict, remedies in causes.items():
-        where = f"{count(len(remedies), 'checkpoint')} cannot be answered ({steps([*remedies])})"
+        where = f"{count(len(remedies), 'checkpoint')} cannot be answered{how} ({steps([*remedies])})"
         yield f"{where}: {verdict}; {_remedy(remedies)}."
     yield from _stand_in(results)
     yield from _responses(results)

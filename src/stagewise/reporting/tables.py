@@ -66,8 +66,10 @@ def _happened(event: Event) -> str:
     return f"{event.kind}{edge}"
 
 
-def agreement_table(agreements: Mapping[str, xr.Dataset]) -> Table:
-    """Correlation with retraining and slope measured / predicted, per checkpoint and estimator."""
+def agreement_table(
+    agreements: Mapping[str, xr.Dataset], title: str = "Agreement with retraining at every checkpoint"
+) -> Table:
+    """Correlation and slope with what estimators are held against, per checkpoint and estimator."""
     rows = {int(step): [step_number(step)] for step in sorted({*_steps(agreements.values())})}
     columns = ["Step"]
     for k, (name, scores) in enumerate(agreements.items()):
@@ -76,7 +78,7 @@ def agreement_table(agreements: Mapping[str, xr.Dataset]) -> Table:
         for step, row in rows.items():
             at = scores.sel(step=step) if step in there else None
             row += ["", ""] if at is None else [_score(at, score, k == 0) for score in ("correlation", "slope")]
-    return Table("Agreement with retraining at every checkpoint", columns, list(rows.values()))
+    return Table(title, columns, list(rows.values()))
 
 
 def _steps(datasets: Iterable[xr.Dataset]) -> Iterator[int]:

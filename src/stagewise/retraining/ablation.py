@@ -22,6 +22,9 @@ from stagewise.stacking import BatchingChoice
 from stagewise.task import Task
 from stagewise.usable import at_usable, chosen_steps
 
+FRESH_ORDERS = 4
+"""Batch orders that are drawn where the run's own are not known: enough for a standard error."""
+
 
 def window_ablation(
     task: Task,

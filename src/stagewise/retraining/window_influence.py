@@ -20,7 +20,7 @@ from stagewise.checkpoints.trajectory import Trajectory, as_trajectory
 from stagewise.evaluate import chunks, group_gradients
 from stagewise.groups import TRAIN, Groups, Labels, query_groups, train_groups
 from stagewise.labelled import Array, influence_dataset
-from stagewise.retraining.ablation import replay_orders
+from stagewise.retraining.ablation import FRESH_ORDERS, replay_orders
 from stagewise.retraining.adjoint import Adjoint, Replay, step_back
 from stagewise.retraining.schedule import Order, Schedule
 from stagewise.retraining.start import check_moves, check_order, start_at
@@ -32,8 +32,6 @@ from stagewise.usable import at_usable, chosen_steps
 
 Per = Literal["group", "sample", "token"]
 Mode = Literal["auto", "reverse", "forward"]
-
-_FRESH = 4  # batch orders, where the run's own are not known: enough for a standard error
 
 
 def window_influence(
@@ -123,7 +121,7 @@ def window_influence(
                 check_order(start, order)
             known = order is not None or start.takes_all
             way, span = start.decided(batching, len(queried)), range(step, step + window)
-            orders = replay_orders(start, order, repeats or (1 if known else _FRESH), seed)
+            orders = replay_orders(start, order, repeats or (1 if known else FRESH_ORDERS), seed)
             replays = [Replay(start, batches, span, memory, way) for batches in orders]
             sums = [_forwards(r, trained) if forward else _backwards(r, trained, queried) for r in replays]
         finally:
@@ -135,7 +133,7 @@ def window_influence(
     mean = np.stack([influences.mean(0) for influences, _ in found.results])
     error = np.stack([_stderr(influences, known) for influences, known in found.results])
     attrs = {
-        "estimator": "exact influence of a window",
+        "estimator": "exact influence",
         "window": window,
         "repeats": min(len(influences) for influences, _ in found.results),
         "mode": "forward" if forward else "reverse",

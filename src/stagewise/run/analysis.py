@@ -13,26 +13,54 @@ import xarray as xr
 from torch.utils._pytree import tree_flatten
 
 from stagewise.checkpoints.trajectory import Trajectory
+from stagewise.data import Samples as DataSet
 from stagewise.evaluate import chunks
 from stagewise.groups import query_groups
 from stagewise.influence.bif import bif
 from stagewise.influence.damped import damped_influence
 from stagewise.influence.gradients import gradient_product
-from stagewise.results import Exemplar
-from stagewise.retraining.ablation import window_ablation
+from stagewise.results import DAMPED, EXACT, Exemplar
+from stagewise.retraining.ablation import FRESH_ORDERS, window_ablation
 from stagewise.retraining.replay import replay
 from stagewise.retraining.schedule import BatchOrder, Order
+from stagewise.retraining.window_influence import window_influence
 from stagewise.run.config import RunConfig
 from stagewise.run.kept import Kept
 from stagewise.run.progress import Progress
-from stagewise.task import Params, Samples, Task
+from stagewise.task import Params, Task
 from stagewise.traces.store import TraceStore
 from stagewise.usable import at_usable, none_usable
 
-ESTIMATORS: dict[str, Callable[..., xr.Dataset]] = {
-    "gradient product": gradient_product,
-    "damped influence": damped_influence,
-}
+SAMPLED = "bif"
+"""The estimator that needs chains, as a configuration calls it."""
+
+NAMES = {"exact": EXACT, "damped": DAMPED, "gradient": "gradient product"}
+"""What the estimators without chains are called in a report, by their name in a configuration."""
+
+
+def estimate(name: str, task: Task, trajectory: Trajectory, config: RunConfig) -> Callable[..., xr.Dataset]:
+    """An estimator without chains, as a function of ``steps``.
+
+    Raises:
+        ValueError: the exact influence is asked for, and no window is given.
+    """
+    if name != "exact":
+        return partial(
+            {"damped": damped_influence, "gradient": gradient_product}[name], task, trajectory, config.posterior
+        )
+    if config.posterior.window is None:
+        raise ValueError("it is that of a window of training: set posterior.window instead of gamma")
+    order = recorded_order(task, trajectory, config)
+    asked = repeats(config, order)
+    return partial(
+        window_influence,
+        task,
+        trajectory,
+        window=config.posterior.window,
+        per="sample" if task.train_groups is None else "group",
+        repeats=None if asked == 1 else asked,  # one order that is not the run's own would have no error
+        order=order,
+    )
 
 
 def mean_losses(task: Task, trajectory: Trajectory, steps: Sequence[int]) -> xr.Dataset:
@@ -72,12 +100,16 @@ def baselines(
     """
     results: dict[str, xr.Dataset] = {}
     left_out: dict[str, str] = {}
-    for name in config.baselines:
-        estimate = partial(ESTIMATORS[name], task, trajectory, config.posterior)
+    for name in (name for name in config.estimators if name in NAMES):
+        cause, seen = "", digests
+        if name == "exact":
+            cause = f"{config.posterior.window} {config.retraining!r}"
+            seen = _with_rates(digests, trajectory, config.posterior.window or 0)
         try:
-            results[name] = _step_by_step(name, "", estimate, digests, kept, progress)
+            found = estimate(name, task, trajectory, config)
+            results[NAMES[name]] = _step_by_step(NAMES[name], cause, found, seen, kept, progress)
         except ValueError as error:
-            left_out[name] = str(error)
+            left_out[NAMES[name]] = str(error)
     return results, left_out
 
 
@@ -100,11 +132,11 @@ def measure(
         trajectory,
         window=window,
         weight=settings.weight,
-        repeats=settings.repeats,
+        repeats=repeats(config, order) or FRESH_ORDERS,
         order=order,
     )
     cause = f"{window} {settings!r}"
-    digests = {s: f"{digest} {trajectory.load(s).changing_rates(window)}" for s, digest in digests.items()}
+    digests = _with_rates(digests, trajectory, window)
     measured = _step_by_step("retraining windows", cause, ablation, digests, kept, progress)
 
     def repeat() -> xr.Dataset:
@@ -113,6 +145,17 @@ def measure(
 
     run = " ".join(f"{c.step} {c.digest} {c.learning_rates}" for c in map(trajectory.load, trajectory.steps))
     return {"measured": measured, "replay": kept.get("replay", f"{cause} {list(digests)} {run}", repeat)}
+
+
+def repeats(config: RunConfig, order: Order | None) -> int | None:
+    """Batch orders that are replayed: as many as are asked for, or that of the run; None where it is not known."""
+    asked = config.retraining.repeats if config.retraining else None
+    return asked or (None if order is None else 1)
+
+
+def _with_rates(digests: Mapping[int, str], trajectory: Trajectory, window: int) -> dict[int, str]:
+    """The hashes, with the learning rates that later checkpoints have recorded for a window."""
+    return {step: f"{digest} {trajectory.load(step).changing_rates(window)}" for step, digest in digests.items()}
 
 
 def _step_by_step(
@@ -166,35 +209,68 @@ def recorded_order(task: Task, trajectory: Trajectory, config: RunConfig) -> Ord
     return BatchOrder(len(task.train), size, settings.recorded_order_seed)
 
 
+Samples = Callable[[list[int], list[Any]], xr.Dataset]
+"""Influence of every candidate on some queries at some steps."""
+
+
+def sampled_samples(store: TraceStore, steps: list[int], queries: list[Any]) -> xr.Dataset:
+    """From the chains."""
+    return bif(_SampleBySample(store, steps)).sel(query=queries)
+
+
+def exact_samples(
+    task: Task,
+    trajectory: Trajectory,
+    config: RunConfig,
+    digests: Mapping[int, str],
+    kept: Kept,
+    progress: Progress,
+    steps: list[int],
+    queries: list[Any],
+) -> xr.Dataset:
+    """From the replayed window."""
+    of_groups = estimate("exact", task, trajectory, config)
+
+    def of_samples(steps: Sequence[int]) -> xr.Dataset:
+        return of_groups(per="sample", steps=steps).sel(query=queries)
+
+    cause = f"{config.posterior.window} {config.retraining!r} {queries}"
+    seen = _with_rates({step: digests[step] for step in steps}, trajectory, config.posterior.window or 0)
+    return _step_by_step("exact influence of samples", cause, of_samples, seen, kept, progress)
+
+
 def exemplars(
-    task: Task, store: TraceStore, influence: xr.Dataset, count: int, steps: int = 4, queries: int = 3
+    task: Task, samples: Samples, influence: xr.Dataset, count: int, steps: int = 4, queries: int = 3
 ) -> list[Exemplar]:
     """The most helpful and most harmful training samples of the queries that change most, at a few steps.
 
-    Samples are ranked by value / stderr, so that a large but noisy value does not lead.
+    Samples are ranked by value / stderr, so that a large but noisy value does not lead; by value where none is noisy.
     """
     if count == 0 or "query" not in influence.dims:
         return []
     chosen = spread(influence["step"].values.tolist(), steps)
     change = abs(influence["value"]).max("train").std("step")
     names = influence["query"].values[np.argsort(-change.values)][:queries].tolist()
-    samples = bif(_SampleBySample(store, chosen))
+    of_samples = samples(chosen, names)
+    index = of_samples["train"].values.astype(int)
     labels = task.train_groups if task.train_groups is not None else [""] * len(task.train)
     found = []
     for query in names:
         for step in chosen:
-            cell = samples.sel(step=step, query=query)
+            cell = of_samples.sel(step=step, query=query)
             value, stderr = cell["value"].values, cell["stderr"].values
-            ranked = np.argsort(np.divide(value, stderr, out=np.zeros_like(value), where=stderr > 0))
-            picked = np.concatenate([ranked[:count], ranked[::-1][:count]]).tolist()
+            noisy = np.divide(value, stderr, out=np.zeros_like(value), where=stderr > 0)
+            ranked = np.argsort(noisy if stderr.any() else value)
+            rows = np.concatenate([ranked[:count], ranked[::-1][:count]])
+            picked = index[rows].tolist()
             found.append(
                 Exemplar(
                     str(query),
                     step,
                     picked,
                     [str(labels[i]) for i in picked],
-                    value[picked].tolist(),
-                    stderr[picked].tolist(),
+                    value[rows].tolist(),
+                    stderr[rows].tolist(),
                     _images(task.train, picked),
                 )
             )
@@ -211,7 +287,7 @@ class _SampleBySample:
         self.verdicts: Mapping[int, tuple[str, str]] = getattr(store, "verdicts", {})
 
 
-def _images(samples: Samples, index: Sequence[int]) -> np.ndarray[Any, Any] | None:
+def _images(samples: DataSet, index: Sequence[int]) -> np.ndarray[Any, Any] | None:
     """The samples as pictures, if their first tensor looks like some: (h, w), (1, h, w) or (3, h, w)."""
     leaf = tree_flatten(samples.batch(torch.tensor(list(index))))[0][0]
     if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
@@ -232,7 +308,7 @@ def spread(steps: Sequence[int], count: int) -> list[int]:
 
 @torch.no_grad()
 def _sample_losses(
-    task: Task, state: Params, data: Samples, query: str | None = None
+    task: Task, state: Params, data: DataSet, query: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and weight of every sample, on the CPU."""
     parts = [task.sample_losses(state, batch, query) for batch in chunks(task, data)]

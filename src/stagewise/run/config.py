@@ -19,7 +19,7 @@ from stagewise.sampling.chains import Chains
 from stagewise.sampling.posterior import LocalPosterior
 from stagewise.traces.files import write_text
 
-Baseline = Literal["gradient product", "damped influence"]
+Estimator = Literal["exact", "bif", "damped", "gradient"]
 
 
 class ConfigError(ValueError):
@@ -35,7 +35,9 @@ class Retraining(_Settings):
 
     weight: float = Field(0.8, ge=0, description="weight of the group during the window; 1 is no change")
     window: int | None = Field(None, gt=0, description="number of updates; default the posterior's window")
-    repeats: int = Field(4, gt=0, description="batch orders to average over; one is enough for full batches")
+    repeats: int | None = Field(
+        None, gt=0, description="batch orders to average over; default one where the run's own are known, else four"
+    )
     recorded_order_seed: int | None = Field(None, description="seed of the run's own BatchOrder, if it had one")
 
 
@@ -56,8 +58,10 @@ class RunConfig(_Settings):
     steps: tuple[int, ...] | None = Field(None, description="checkpoints to study; default all")
     posterior: LocalPosterior = Field(description="what is sampled: window (or gamma), n_beta, metric, ...")
     sampling: Chains = Field(default_factory=Chains, description="how: sampler, chains, draws, ...")
-    baselines: tuple[Baseline, ...] = Field(
-        get_args(Baseline), description=f"estimators shown beside it, some of {', '.join(get_args(Baseline))}"
+    estimators: tuple[Estimator, ...] = Field(
+        get_args(Estimator),
+        min_length=1,
+        description=f"estimators of influence, some of {', '.join(get_args(Estimator))}",
     )
     retraining: Retraining | None = Field(None, description="measure window effects; needs recorded optimisers")
     exemplars: int = Field(6, ge=0, description="most helpful and harmful samples shown per query and step")

@@ -10,7 +10,10 @@ import torch
 
 from stagewise.checkpoint import Checkpoint
 from stagewise.checkpoints.trajectory import Trajectory
-from stagewise.run.analysis import spread
+from stagewise.retraining.ablation import FRESH_ORDERS
+from stagewise.retraining.start import start_at
+from stagewise.run.analysis import NAMES, SAMPLED, recorded_order, repeats, spread
+from stagewise.run.analysis import estimate as estimate_of
 from stagewise.run.before import look
 from stagewise.run.config import RunConfig
 from stagewise.run.engine import default_workers
@@ -55,14 +58,18 @@ class Cost:
 
     def text(self) -> str:
         """For a person."""
-        minutes = self.seconds / 60
-        duration = f"{minutes:.1f} minutes" if minutes >= 1 else f"{self.seconds:.0f} seconds"
         return (
             f"{self.cells} cells (checkpoint x chain block), {self.steps:,} sampler steps in all\n"
-            f"time    about {duration} of sampling on {self.workers} worker(s), plus analysis and retraining\n"
+            f"time    about {_duration(self.seconds)} of sampling on {self.workers} worker(s), "
+            "plus analysis and retraining\n"
             f"memory  about {self.memory / 2**20:,.0f} MiB for each worker, beside the libraries\n"
             f"disk    about {self.disk / 2**20:,.0f} MiB of traces" + "".join(f"\n{note}" for note in self.notes)
         )
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{minutes:.1f} minutes" if minutes >= 1 else f"{seconds:.0f} seconds"
 
 
 def estimate(config: RunConfig) -> Cost:
@@ -76,8 +83,12 @@ def estimate(config: RunConfig) -> Cost:
     usable, unusable = look(task, trajectory, config.posterior, steps)
     missing = preflight(task, trajectory, config, list(usable))
     workers = config.workers or default_workers(task)
-    cost = sampling_cost(task, trajectory, config.posterior, config.sampling, list(usable), workers)
-    notes = [repr(task), *answered(task, trajectory, config.posterior, list(usable))]
+    cost, notes = Cost(0, 0.0, 0.0, 0.0, workers, 0), [repr(task)]
+    if SAMPLED in config.estimators:
+        cost = sampling_cost(task, trajectory, config.posterior, config.sampling, list(usable), workers)
+        notes += answered(task, trajectory, config.posterior, list(usable))
+    if "exact" in config.estimators and NAMES["exact"] not in missing:
+        notes.append(exact_cost(task, trajectory, config, list(usable)))
     notes += [f"step {step} cannot be used: {reason}" for step, reason in unusable.items()]
     notes += [f"without {name}: {reason}" for name, reason in missing.items()]
     return replace(cost, notes=tuple(notes))
@@ -113,6 +124,23 @@ def sampling_cost(
         workers,
         round(per_cell_steps * cells),
     )
+
+
+def exact_cost(task: Task, trajectory: Trajectory, config: RunConfig, steps: Sequence[int]) -> str:
+    """Time of the exact influence at all checkpoints, from a window of one and one of three updates, as a note."""
+    compute, step = estimate_of("exact", task, trajectory, config), steps[-1]
+
+    def seconds(window: int) -> float:
+        start = time.perf_counter()
+        compute(window=window, steps=[step], repeats=1)
+        return time.perf_counter() - start
+
+    seconds(1)  # the first time some things are made that are kept
+    one, three = seconds(1), seconds(3)
+    window, order = config.posterior.window or 1, recorded_order(task, trajectory, config)
+    orders = 1 if start_at(task, trajectory.load(step)).takes_all else repeats(config, order) or FRESH_ORDERS
+    total = len(steps) * (one + orders * (window - 1) * max(three - one, 0.0) / 2)
+    return f"exact influence: about {_duration(total)} for {len(steps)} checkpoints, on one process"
 
 
 def answered(task: Task, trajectory: Trajectory, posterior: LocalPosterior, steps: Sequence[int]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from stagewise.dynamics.events import events
 from stagewise.influence.bif import NoTrustedCheckpointError, bif
 from stagewise.influence.trusted import ReadOnce
 from stagewise.reporting.contents import write_report
-from stagewise.results import Results
+from stagewise.results import EXACT, Results, headline, size_check
 from stagewise.run import analysis, yaml12
 from stagewise.run.before import look
 from stagewise.run.config import RunConfig, save_config
@@ -29,6 +29,8 @@ from stagewise.task import Task
 from stagewise.traces.diagnostics import diagnose_run
 from stagewise.traces.store import TraceStore
 from stagewise.usable import chosen_steps
+
+_NOT_SAMPLED = xr.Dataset({name: ("step", np.array([], dtype=str)) for name in ("verdict", "advice")}, {"step": []})
 
 
 def run(config: RunConfig, progress: Progress = silent) -> Results:
@@ -48,7 +50,8 @@ def run(config: RunConfig, progress: Progress = silent) -> Results:
     with work.store.lock():
         save_config(config, config.out / "config.yaml")  # a killed run goes on from it
         (config.out / "provenance.json").write_text(json.dumps(provenance(), indent=1), encoding="utf-8")
-        compute(work, task, config.workers or default_workers(task), progress)
+        if analysis.SAMPLED in config.estimators:
+            compute(work, task, config.workers or default_workers(task), progress)
         traces = ReadOnce.of(work.store)
         influence = _influence(traces)
         _analyse(work, task, config, traces, influence, left_out, progress)
@@ -67,7 +70,8 @@ def _analyse(
     """All that the report shows beside the traces, into the run folder."""
     trajectory, kept = work.trajectory, Kept(work.store, task)
     datasets = {"losses": analysis.mean_losses(task, trajectory, sorted({*work.usable, *work.unusable}))}
-    wanted = config.model_copy(update={"baselines": tuple(n for n in config.baselines if n not in left_out)})
+    possible = tuple(name for name in config.estimators if analysis.NAMES.get(name) not in left_out)
+    wanted = config.model_copy(update={"estimators": possible})
     found, failed = analysis.baselines(task, trajectory, wanted, work.usable, kept, progress)
     datasets |= {f"baseline {name}": result for name, result in found.items()}
     try:
@@ -76,7 +80,12 @@ def _analyse(
         failed["retraining"] = str(error)
     notes = [f"Without {name}: {reason}" for name, reason in (left_out | failed).items()]
     datasets["losses"].attrs |= {"task": repr(task), "notes": json.dumps(notes)}
-    chosen = [] if influence is None else analysis.exemplars(task, traces, influence, config.exemplars)
+    exact = found.get(EXACT)
+    samples = partial(analysis.sampled_samples, traces)
+    if exact is not None:
+        samples = partial(analysis.exact_samples, task, trajectory, config, work.usable, kept, progress)
+    headline = influence if exact is None else exact
+    chosen = [] if headline is None else analysis.exemplars(task, samples, headline, config.exemplars)
     save_results(config.out, datasets, chosen)
 
 
@@ -99,10 +108,9 @@ def _report(traces: ReadOnce, influence: xr.Dataset | None) -> Results:
     results = Results(
         title=settings["title"],
         losses=datasets["losses"],
-        diagnostics=traces.diagnostics,
+        diagnostics=traces.diagnostics if traces.steps else _NOT_SAMPLED,
         influence=influence,
         correlation=None if influence is None else bif(traces, kind="correlation"),
-        events=[] if influence is None else events(influence),
         baselines={
             name.removeprefix("baseline "): dataset
             for name, dataset in datasets.items()
@@ -115,6 +123,8 @@ def _report(traces: ReadOnce, influence: xr.Dataset | None) -> Results:
         config=settings,
         provenance=json.loads((folder / "provenance.json").read_text(encoding="utf-8")),
     )
+    if results.answered is not None:
+        results = replace(results, events=events(results.answered))
     write_report(results, folder)
     return results
 
@@ -135,7 +145,7 @@ def checkup(folder: str | Path) -> Checkup:
         RunFolderError: it is no run folder.
         ValueError: nothing has been sampled yet.
     """
-    verdicts = diagnose_run(TraceStore.read_only(folder))
+    verdicts, sizes = diagnose_run(TraceStore.read_only(folder)), _sizes(Path(folder))
     rows, advice = [], []
     for step in verdicts["step"].values:
         one = verdicts.sel(step=step)
@@ -144,10 +154,26 @@ def checkup(folder: str | Path) -> Checkup:
             for name in ("rhat", "ess_bulk", "loss_rise", "even_share")
         ]
         chains = f"{int(one['chains_ok'])}/{int(one['chains_ok']) + int(one['chains_failed'])}"
-        rows.append((str(step), str(one["verdict"].item()), *numbers, chains))
+        rows.append((str(step), str(one["verdict"].item()), *numbers, chains, sizes.get(int(step), "-")))
         if text := str(one["advice"].item()):
             advice.append(f"step {step}: {text}")
     return Checkup(rows, advice, _repeats(Path(folder)))
+
+
+def _sizes(folder: Path) -> dict[int, str]:
+    """Correlation and slope of exact on sampled influence, by step; empty where one of them was not computed."""
+    try:
+        exact = load_results(folder)[0].get(f"baseline {EXACT}")
+    except FileNotFoundError:
+        return {}
+    sampled = _influence(ReadOnce.of(TraceStore.read_only(folder)))
+    if exact is None or sampled is None:
+        return {}
+    scores = size_check(sampled, exact)
+    pairs = zip(*(scores[headline(scores, name)].values for name in ("correlation", "slope")), strict=True)
+    return {
+        step: f"{r:.2f} / {slope:.2f}" for step, (r, slope) in zip(scores["step"].values.tolist(), pairs, strict=True)
+    }
 
 
 def _repeats(folder: Path) -> str:
@@ -160,8 +186,8 @@ def _repeats(folder: Path) -> str:
 
 
 def _influence(traces: ReadOnce) -> xr.Dataset | None:
-    """Group influence at every checkpoint that can be answered; None if there is none."""
+    """Group influence at every checkpoint that can be sampled; None if there is none."""
     try:
-        return bif(traces)
+        return bif(traces) if traces.steps else None
     except NoTrustedCheckpointError:
         return None

@@ -10,7 +10,7 @@ from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.groups import query_groups, train_groups
 from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.start import check_order, start_at
-from stagewise.run.analysis import ESTIMATORS, recorded_order, retraining_window
+from stagewise.run.analysis import NAMES, estimate, recorded_order, retraining_window
 from stagewise.run.config import RunConfig
 from stagewise.task import Task
 
@@ -18,7 +18,7 @@ _FEW = 8
 
 
 def preflight(task: Task, trajectory: Trajectory, config: RunConfig, steps: Sequence[int]) -> dict[str, str]:
-    """Try groups, names, batch order, retraining and baselines.
+    """Try groups, names, batch order, retraining and the estimators without chains.
 
     Args:
         task: the task.
@@ -27,7 +27,7 @@ def preflight(task: Task, trajectory: Trajectory, config: RunConfig, steps: Sequ
         steps: the checkpoints at which there is a posterior.
 
     Returns:
-        The baselines that cannot be computed for this model or loss, with the reasons: the run goes on without them.
+        The estimators that cannot be computed for this model or loss, with the reasons: the run goes on without them.
 
     Raises:
         ValueError: what was asked for cannot be done, with the setting to change.
@@ -45,11 +45,12 @@ def preflight(task: Task, trajectory: Trajectory, config: RunConfig, steps: Sequ
         except ValueError as error:
             raise ValueError(f"retraining is not possible here: {error}. Without it: -s retraining=null") from error
     missing: dict[str, str] = {}
-    for name in config.baselines:
+    brief = config.model_copy(update={"retraining": None})  # the run's batches are not those of a few samples
+    for name in (name for name in config.estimators if name in NAMES):
         try:
-            ESTIMATORS[name](small, trajectory, config.posterior, steps=[steps[-1]])
+            estimate(name, small, trajectory, brief)(steps=[steps[-1]], **({"repeats": 1} if name == "exact" else {}))
         except ValueError as error:
-            missing[name] = str(error)
+            missing[NAMES[name]] = str(error)
     return missing
 
 
