@@ -17,10 +17,12 @@ from stagewise.groups import Labels, query_groups, train_groups
 from stagewise.labelled import Array, effect_dataset
 from stagewise.retraining.losses import paired_losses
 from stagewise.retraining.schedule import BatchOrder, Order, Schedule
-from stagewise.retraining.start import Start, check_moves, check_order, start_at
+from stagewise.retraining.start import Start, check_moves, check_order, own_order, start_at
 from stagewise.stacking import BatchingChoice
 from stagewise.task import Task
 from stagewise.usable import at_usable, chosen_steps
+
+_KINDS = ("given", "whole training set", "recorded", "fresh")  # of batches
 
 
 def window_ablation(
@@ -60,7 +62,9 @@ def window_ablation(
         steps: the checkpoints to start from; default all.
         repeats: number of independent batch orders to average over; one where the batch is the whole set.
         seed: of the batch orders.
-        order: the recorded run's own batch order, used as the first. By default all orders are fresh.
+        order: the recorded run's own batch order, used as the first. By default that of the batches which later
+            checkpoints have recorded (``Checkpoint.coming_batches``), where they cover the window; else all orders are
+            fresh.
         max_replays: most replays trained at once.
         batching: how the replays are evaluated: ``"stacked"`` in one ``vmap``, ``"loop"``: one by one, ``"auto"``:
             stacked if the model allows it.
@@ -69,7 +73,8 @@ def window_ablation(
     Returns:
         ``effect`` (step, train, query) in nats, positive = the group was helpful if ``weight`` < 1;
         ``effect_stderr``, the standard error over batch orders, where there are several; coordinates
-        ``train_size`` and ``query_size``, the numbers of samples in the groups. Attribute ``omitted``: the checkpoints
+        ``train_size`` and ``query_size``, the numbers of samples in the groups. Attribute ``batches``: "recorded"
+        (the run's own), "recorded and fresh", "fresh", "given" or "whole training set"; ``omitted``: the checkpoints
         that could not be used, with reasons (JSON): a learning rate of 0, no optimizer or moments, another model, a
         batch size that the order does not have.
 
@@ -95,6 +100,7 @@ def window_ablation(
         )
     run, trained = as_trajectory(trajectory), train_groups(task, groups)
     total, seen = len(chosen_steps(run, steps)), iter(range(1, len(run.steps) + 1))
+    kinds: list[str] = []
 
     def measured(step: int) -> Array:
         """Effects ``(repeat, train, query)`` at a checkpoint."""
@@ -105,10 +111,12 @@ def window_ablation(
                 check_order(start, order)
             schedules = [Schedule.window(index, step, window, weight) for index in trained.indices]
             way, end = start.decided(batching, min(max_replays, len(schedules) + 1)), [step + window]
+            orders, kind = _orders(start, order, window, repeats, seed)
             effects = [
                 paired_losses(start, schedules, batches, end, max_replays=max_replays, batching=way)[0][0].numpy()
-                for batches in _orders(start, order, repeats, seed)
+                for batches in orders
             ]
+            kinds.append(kind)
         finally:
             if progress is not None:
                 progress(next(seen), total)
@@ -120,22 +128,38 @@ def window_ablation(
     if used > 1:
         error = np.stack([effects.std(0, ddof=1) / len(effects) ** 0.5 for effects in found.results])
     mean = np.stack([effects.mean(0) for effects in found.results])
-    attrs = {"estimator": "window ablation", "window": window, "repeats": used, **found.attrs}
+    attrs = {"estimator": "window ablation", "window": window, "repeats": used, "batches": all_kinds(kinds)}
+    attrs |= found.attrs
     return effect_dataset(mean, error, found.steps, trained, query_groups(task), weight, attrs)
 
 
-def _orders(start: Start, first: Order | None, count: int, seed: int) -> list[Order]:
-    """``count`` independent batch orders, or the only one there is if the batch is the whole training set."""
-    n = len(start.task.train)
-    batch_size = start.rule.optimizer.batch_size if first is None else len(first(start.step))
-    if batch_size is None:
+def all_kinds(kinds: Sequence[str]) -> str:
+    """Which batches were used, of several windows together."""
+    return " and ".join(kind for kind in _KINDS if any(kind in used.split(" and ") for used in kinds))
+
+
+def _orders(start: Start, given: Order | None, window: int, count: int, seed: int) -> tuple[list[Order], str]:
+    """``count`` independent batch orders, or the only one there is if the batch is the whole training set.
+
+    With them in words which they are: the run's own as they were given or recorded, or fresh ones.
+    """
+    n, size = len(start.task.train), start.rule.optimizer.batch_size
+    own = own_order(start, window) if given is None else None
+    if given is not None:
+        size = len(given(start.step))
+    elif own is not None:  # the last batch of an epoch may be smaller than those of its other updates
+        size = max(size or 0, *(len(batch) for batch in own.batches))
+    if size is None:
         raise ValueError(
             f"the checkpoint at step {start.step} does not say how many samples its updates used; pass "
             "order=BatchOrder(n, batch_size), or record the optimizer with its batch_size (0 = all samples)"
         )
-    if batch_size == 0 or batch_size >= n:
-        return [first or BatchOrder(n)]
+    first, kind = given or own, "given" if given else "recorded"
+    if size == 0 or size >= n:
+        return ([BatchOrder(n)], "whole training set") if first is None else ([first], kind)
     # Seeds are hashed so that a fresh order is not by accident the one the run was recorded with.
     seeds = np.random.SeedSequence(seed).generate_state(count)
-    fresh: list[Order] = [BatchOrder(n, batch_size, int(state)) for state in seeds]
-    return fresh if first is None else [first, *fresh[1:]]
+    fresh: list[Order] = [BatchOrder(n, size, int(state)) for state in seeds]
+    if first is None:
+        return fresh, "fresh"
+    return [first, *fresh[1:]], kind if given or count == 1 else f"{kind} and fresh"

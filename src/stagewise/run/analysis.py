@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
+from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from stagewise.checkpoint import Checkpoint, tensors_digest
+from stagewise.checkpoints.batches import packed
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.evaluate import chunks
 from stagewise.groups import query_groups
@@ -19,7 +22,7 @@ from stagewise.influence.bif import bif
 from stagewise.influence.damped import damped_influence
 from stagewise.influence.gradients import gradient_product
 from stagewise.results import Exemplar
-from stagewise.retraining.ablation import window_ablation
+from stagewise.retraining.ablation import all_kinds, window_ablation
 from stagewise.retraining.replay import replay
 from stagewise.retraining.schedule import BatchOrder, Order
 from stagewise.run.config import RunConfig
@@ -104,15 +107,35 @@ def measure(
         order=order,
     )
     cause = f"{window} {settings!r}"
-    digests = {s: f"{digest} {trajectory.load(s).changing_rates(window)}" for s, digest in digests.items()}
+    digests = {s: f"{digest} {_window_facts(trajectory.load(s), window)}" for s, digest in digests.items()}
     measured = _step_by_step("retraining windows", cause, ablation, digests, kept, progress)
 
     def repeat() -> xr.Dataset:
         bar = partial(progress, "repeating the run")
         return replay(task, trajectory, order, list(digests), progress=bar)
 
-    run = " ".join(f"{c.step} {c.digest} {c.learning_rates}" for c in map(trajectory.load, trajectory.steps))
+    run = " ".join(_facts(checkpoint) for checkpoint in map(trajectory.load, trajectory.steps))
     return {"measured": measured, "replay": kept.get("replay", f"{cause} {list(digests)} {run}", repeat)}
+
+
+def _window_facts(checkpoint: Checkpoint, window: int) -> str:
+    """What windows from a checkpoint depend on besides its digest."""
+    return f"{checkpoint.changing_rates(window)}{_batches_digest(checkpoint.coming_batches[:window])}"
+
+
+def _facts(checkpoint: Checkpoint) -> str:
+    """What a replay that ends at a checkpoint depends on."""
+    return f"{checkpoint.step} {checkpoint.digest} {checkpoint.learning_rates}{_batches_digest(checkpoint.batches)}"
+
+
+def _batches_digest(batches: Sequence[Tensor]) -> str:
+    return f" {tensors_digest(packed(batches))}" if batches else ""
+
+
+def _together(attrs: Sequence[dict[str, Any]], _: object) -> dict[str, Any]:
+    """Attributes of several checkpoints' results: those of the first, and which batches any of them used."""
+    kinds = [each["batches"] for each in attrs if "batches" in each]
+    return attrs[0] | ({"batches": all_kinds(kinds)} if kinds else {})
 
 
 def _step_by_step(
@@ -137,7 +160,7 @@ def _step_by_step(
         progress(name, done, len(digests))
     if not rows:
         raise ValueError(none_usable(reasons))
-    result = xr.concat(rows, "step", combine_attrs="override")
+    result = xr.concat(rows, "step", combine_attrs=_together)
     result.attrs["omitted"] = json.dumps({str(step): reason for step, reason in reasons.items()})
     return result
 

@@ -38,10 +38,13 @@ def preflight(task: Task, trajectory: Trajectory, config: RunConfig, steps: Sequ
         train_groups(task)
         order = recorded_order(task, trajectory, config)
         try:
-            start = start_at(task, trajectory.load(steps[-1]))
+            checkpoint = trajectory.load(steps[-1])
+            start = start_at(task, checkpoint)
             if order is not None:
                 check_order(start, order)
-            window_ablation(small, trajectory, window=1, steps=[steps[-1]])
+            # The run's own batches name samples that the small task does not have.
+            alone = Trajectory.from_checkpoints([checkpoint.followed_by(checkpoint.coming_rates)])
+            window_ablation(small, alone, window=1)
         except ValueError as error:
             raise ValueError(f"retraining is not possible here: {error}. Without it: -s retraining=null") from error
     missing: dict[str, str] = {}
