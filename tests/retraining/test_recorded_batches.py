@@ -95,15 +95,15 @@ def test_a_window_has_the_runs_own_batches_as_its_first_order(task, run):
 
 
 def test_the_other_orders_are_the_fresh_ones_of_the_full_batch_size(task, run):
-    settings = {"window": 2, "steps": [12 - 9], "seed": 3}
-    late = Trajectory.from_checkpoints([replace(run.load(0), step=3, coming_batches=run.load(0).coming_batches[3:])])
-    assert sizes(run)[3] == 12  # the first batch of this window is the small one
-    got = window_ablation(task, late, repeats=3, **settings)
+    settings = {"window": 2, "seed": 3}
+    own = RecordedOrder(5, run.load(0).coming_batches[3:5])
+    assert [len(batch) for batch in own.batches] == [12, 16]  # the small batch of an epoch's end comes first
+    start = run.load(5).followed_by((), own.batches)
+    got = window_ablation(task, Trajectory.from_checkpoints([start]), repeats=3, **settings)
     assert got.attrs["batches"] == "recorded and fresh"
     seeds = np.random.SeedSequence(3).generate_state(3)[1:]
-    own = RecordedOrder(3, late.load(3).coming_batches)
     orders = [own, *(BatchOrder(N, SIZE, int(seed)) for seed in seeds)]
-    bare = Trajectory.from_checkpoints([replace(late.load(3), optimizer=of_size(None)(late.load(3)))])
+    bare = Trajectory.from_checkpoints([replace(start, optimizer=of_size(None)(start))])
     effects = [window_ablation(task, bare, order=order, **settings).effect for order in orders]
     np.testing.assert_allclose(got.effect, np.mean(effects, axis=0), rtol=1e-9)
 

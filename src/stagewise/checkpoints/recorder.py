@@ -108,7 +108,7 @@ class Recorder:
         record(0)
         for step, batch in enumerate(batches, start=1):
             ...                       # loss.backward(), optimizer.step(), scheduler.step()
-            record(step)
+            record(step)              # or record(step, indices), with the samples of the update
 
     Between the chosen steps a call costs next to nothing. The recorder only looks (at the optimiser by a hook in
     front of its ``step()``) and never changes the model, the optimiser's settings and memory or the state of a random

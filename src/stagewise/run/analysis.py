@@ -132,12 +132,6 @@ def _batches_digest(batches: Sequence[Tensor]) -> str:
     return f" {tensors_digest(packed(batches))}" if batches else ""
 
 
-def _together(attrs: Sequence[dict[str, Any]], _: object) -> dict[str, Any]:
-    """Attributes of several checkpoints' results: those of the first, and which batches any of them used."""
-    kinds = [each["batches"] for each in attrs if "batches" in each]
-    return attrs[0] | ({"batches": all_kinds(kinds)} if kinds else {})
-
-
 def _step_by_step(
     name: str,
     cause: str,
@@ -160,7 +154,9 @@ def _step_by_step(
         progress(name, done, len(digests))
     if not rows:
         raise ValueError(none_usable(reasons))
-    result = xr.concat(rows, "step", combine_attrs=_together)
+    result = xr.concat(rows, "step", combine_attrs="override")
+    if kinds := [row.attrs["batches"] for row in rows if "batches" in row.attrs]:
+        result.attrs["batches"] = all_kinds(kinds)
     result.attrs["omitted"] = json.dumps({str(step): reason for step, reason in reasons.items()})
     return result
 

@@ -36,7 +36,9 @@ class Retraining(_Settings):
     weight: float = Field(0.8, ge=0, description="weight of the group during the window; 1 is no change")
     window: int | None = Field(None, gt=0, description="number of updates; default the posterior's window")
     repeats: int = Field(4, gt=0, description="batch orders to average over; one is enough for full batches")
-    recorded_order_seed: int | None = Field(None, description="seed of the run's own BatchOrder, if it had one")
+    recorded_order_seed: int | None = Field(
+        None, description="seed of the run's own BatchOrder; recorded batches need none"
+    )
 
 
 class RunConfig(_Settings):
