@@ -21,7 +21,7 @@ def main() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        recorder(step)  # <- stagewise
+        recorder(step, chosen)  # <- stagewise
     print(f"step {STEPS}: loss {loss.item():.3f}")
 
 

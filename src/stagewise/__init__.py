@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from stagewise.retraining.leave_out import retrain as retrain
     from stagewise.retraining.replay import replay as replay
     from stagewise.retraining.schedule import BatchOrder as BatchOrder
+    from stagewise.retraining.schedule import RecordedOrder as RecordedOrder
     from stagewise.retraining.schedule import Schedule as Schedule
     from stagewise.retraining.scores import agreement as agreement
     from stagewise.retraining.scores import measured_influence as measured_influence
@@ -81,7 +82,7 @@ _ROOMS = {
     "stagewise.retraining.lds": ("lds",),
     "stagewise.retraining.leave_out": ("leave_out", "retrain"),
     "stagewise.retraining.replay": ("replay",),
-    "stagewise.retraining.schedule": ("BatchOrder", "Schedule"),
+    "stagewise.retraining.schedule": ("BatchOrder", "RecordedOrder", "Schedule"),
     "stagewise.retraining.scores": ("agreement", "measured_influence", "predicted_effect"),
     "stagewise.retraining.unrolling": ("unroll", "unrolled_influence"),
     "stagewise.retraining.window_influence": ("window_influence",),

@@ -118,6 +118,10 @@ class Checkpoint:
             they were recorded.
         coming_rates: of the updates that follow, as far as the run's later checkpoints know them; a trajectory fills
             them in. Where there are none, the optimiser's rate is held.
+        batches: indices of the training samples ``(samples,)``, int64, of the updates that led here from the checkpoint
+            recorded before, the last one made last; sizes may differ. Empty where they were not recorded.
+        coming_batches: of the updates that follow, as far as the run's later checkpoints know them; a trajectory fills
+            them in.
 
     Example:
         >>> import torch, stagewise as sw
@@ -136,15 +140,19 @@ class Checkpoint:
     train_mode: tuple[str, ...] = ()
     learning_rates: tuple[float, ...] = ()
     coming_rates: tuple[float, ...] = ()
+    batches: tuple[Tensor, ...] = ()
+    coming_batches: tuple[Tensor, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("params", "first_moment", "second_moment"):
             object.__setattr__(self, name, {key: lifted(tensor) for key, tensor in getattr(self, name).items()})
+        object.__setattr__(self, "batches", in_one_piece(self.batches))
 
-    def followed_by(self, rates: Sequence[float]) -> Checkpoint:
-        """The same, with the learning rates of the updates that follow."""
+    def followed_by(self, rates: Sequence[float], batches: Sequence[Tensor] = ()) -> Checkpoint:
+        """The same, with the learning rates and the samples of the updates that follow."""
         known = copy.copy(self)
         object.__setattr__(known, "coming_rates", tuple(rates))
+        object.__setattr__(known, "coming_batches", tuple(batches))
         return known
 
     def changing_rates(self, window: int) -> tuple[float, ...]:
@@ -154,7 +162,7 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """Content hash of everything that can change a number computed at this checkpoint, but for ``coming_rates``."""
+        """Content hash of all that can change a number computed at this checkpoint, but for what comes after it."""
         named = {f"params/{name}": t for name, t in self.params.items()}
         named |= {f"first/{name}": t for name, t in self.first_moment.items()}
         named |= {f"second/{name}": t for name, t in self.second_moment.items()}
@@ -185,6 +193,14 @@ def lifted(tensor: Tensor) -> Tensor:
     """A copy that nobody else can change, in float32 where it was of lower precision."""
     low = tensor.is_floating_point() and tensor.dtype.itemsize < 4
     return tensor.detach().to(torch.float32 if low else tensor.dtype, copy=True)
+
+
+def in_one_piece(batches: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Copies of indices as int64 on the CPU, in one piece of memory: there may be as many as updates."""
+    if not batches:
+        return ()
+    whole = torch.cat([batch.detach().to("cpu", torch.int64) for batch in batches])
+    return torch.split(whole, [len(batch) for batch in batches])
 
 
 def tensors_digest(tensors: Mapping[str, Tensor], facts: str = "") -> str:

@@ -123,7 +123,8 @@ def test_a_recorded_run_is_the_unrecorded_run(tmp_path):
 
 def test_only_the_steps_asked_for_are_kept_with_the_batch_size_given(tmp_path):
     recorder = huggingface.RecorderCallback(tmp_path / "run", steps=[1, 3, 99], batch_size=5)
-    train(tmp_path, tiny_gpt2(), [recorder])
+    with pytest.warns(UserWarning, match="used 8 samples, but batch_size is 5"):
+        train(tmp_path, tiny_gpt2(), [recorder])
     run = Trajectory.from_directory(tmp_path / "run")
     assert run.steps == (1, 3)
     assert run.load(3).optimizer.batch_size == 5

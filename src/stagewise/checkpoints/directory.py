@@ -1,8 +1,10 @@
 """A folder of checkpoints: the one layout that is written, and the layouts that are read.
 
 Written: ``step_00000042.safetensors``, one file per checkpoint, which appears complete or not at all. Its
-tensors are named ``params/<name>``, ``first_moment/<name>``, ``second_moment/<name>`` and ``learning_rates``; its
-header holds the format, the step, the optimiser, the update counts and the layers in train mode.
+tensors are named ``params/<name>``, ``first_moment/<name>``, ``second_moment/<name>``, ``learning_rates``, and
+``batches/samples`` with ``batches/sizes`` (the samples of all updates since the checkpoint before in a row, and how
+many each update used); its header holds the format, the step, the optimiser, the update counts and the layers in train
+mode.
 
 Read as well:
 
@@ -24,7 +26,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,9 +37,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stagewise.checkpoint import Checkpoint, CheckpointError, Optimizer, ParameterGroup
+from stagewise.checkpoints.batches import is_packed, packed, unpacked
 from stagewise.checkpoints.weights import read_weights, reason_of
 
 FORMAT = "stagewise-checkpoint-1"
+
+_RATES = "learning_rates"
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _INSIDE_SUBFOLDER = ("model.safetensors", "pytorch_model.bin")
@@ -127,12 +132,15 @@ def read_checkpoint(path: str | Path, step: int) -> Checkpoint:
 
 def read_learning_rates(path: Path) -> tuple[float, ...]:
     """``learning_rates`` of one file found by :func:`scan`, without its weights; none where it has none."""
+    return tuple(rate for rates in _read_some(path, _RATES.__eq__).values() for rate in rates.tolist())
+
+
+def read_batches(path: Path) -> tuple[Tensor, ...]:
+    """``batches`` of one file found by :func:`scan`, without its weights; none where it has none."""
     try:
-        with safe_open(path, "pt") as file:
-            known = "learning_rates" in set(file.keys())
-            return tuple(file.get_tensor("learning_rates").tolist()) if known else ()
-    except (OSError, SafetensorError):
-        return ()  # of another kind, or damaged: reading the checkpoint says so
+        return unpacked(_read_some(path, is_packed))
+    except ValueError:
+        return ()  # damaged: reading the checkpoint says so
 
 
 def scan(path: str | Path) -> dict[int, Path]:
@@ -214,6 +222,14 @@ def _step_of(entry: Path) -> int:
     )
 
 
+def _read_some(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return {}  # of another kind, or damaged: reading the checkpoint says so
+
+
 def _to_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     parts = {
         "params": checkpoint.params,
@@ -227,8 +243,8 @@ def _to_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
         for name, tensor in tensors.items()
     }
     if checkpoint.learning_rates:  # as many as updates: too many for the header
-        named["learning_rates"] = torch.tensor(checkpoint.learning_rates, dtype=torch.float64)
-    return named
+        named[_RATES] = torch.tensor(checkpoint.learning_rates, dtype=torch.float64)
+    return named | packed(checkpoint.batches)
 
 
 def _from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> Checkpoint:
@@ -241,9 +257,9 @@ def _from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], pa
     try:
         for key, tensor in tensors.items():
             part, _, name = key.partition("/")
-            if key == "learning_rates":
+            if key == _RATES:
                 rates = tensor.tolist()
-            else:
+            elif not is_packed(key):
                 parts[part][name] = tensor
         fields = json.loads(metadata["optimizer"])
         return Checkpoint(
@@ -256,6 +272,7 @@ def _from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], pa
             update_counts=json.loads(metadata.get("update_counts", "{}")),
             train_mode=tuple(json.loads(metadata.get("train_mode", "[]"))),
             learning_rates=tuple(rates),
+            batches=unpacked(tensors),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} claims the format {FORMAT} but does not follow it: {error!r}") from error

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from stagewise.checkpoints.directory import make_folder
+from stagewise.checkpoints.loader import DrawnBatches, watched
 from stagewise.checkpoints.recorder import Recorder, check_steps
 from stagewise.checkpoints.weights import reason_of
 
@@ -29,6 +33,11 @@ class RecorderCallback(TrainerCallback):
     that of the last update. The norm to which the Trainer clips gradients (1 by default) is recorded with it. Once
     training has begun nothing raises: what cannot be recorded is a warning.
 
+    The training samples of every update are recorded by themselves: their places in ``train_dataset``, accumulation and
+    resumption counted. They are not known, and all else is recorded as before, where there are several processes, the
+    data set is an ``IterableDataset``, a loader of one's own has no batch sampler or is not in order, or something else
+    goes through the training loader while an epoch is under way.
+
     Only the first process writes, and it must hold the whole model: data-parallel training works, sharded
     training (FSDP, DeepSpeed ZeRO-3) does not.
 
@@ -48,6 +57,8 @@ class RecorderCallback(TrainerCallback):
         self._steps = check_steps(steps)
         self._batch_size = batch_size
         self._record: Recorder | None = None
+        self._drawn: DrawnBatches | None = None
+        self._micro_batches = 0  # done since the last update
 
     def on_train_begin(
         self,
@@ -70,14 +81,52 @@ class RecorderCallback(TrainerCallback):
             warnings.warn(f"nothing will be recorded: {reason_of(error)}", stacklevel=2)
             return
         self._record(state.global_step)
+        self._micro_batches, self._drawn = 0, None
+        if args.world_size == 1:
+            with suppress(Exception):  # a loader of another make: then batches are not known
+                self._drawn = watched(kwargs["train_dataloader"])
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,  # noqa: ARG002
+        **kwargs: Any,  # noqa: ARG002
+    ) -> None:
+        """A pass over the data begins."""
+        if self._drawn is not None:
+            self._drawn.begin()
+
+    def on_substep_end(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,  # noqa: ARG002
+        **kwargs: Any,  # noqa: ARG002
+    ) -> None:
+        """A micro-batch is done that no update follows yet."""
+        self._micro_batches += 1
 
     def on_step_end(
         self,
         args: TrainingArguments,  # noqa: ARG002
         state: TrainerState,
         control: TrainerControl,  # noqa: ARG002
-        **kwargs: Any,  # noqa: ARG002
+        **kwargs: Any,
     ) -> None:
         """Record the state after an update."""
-        if self._record is not None:
-            self._record(state.global_step)
+        count, self._micro_batches = self._micro_batches + 1, 0
+        if self._record is None:
+            return
+        batches = None
+        with suppress(Exception):  # a loader without a length
+            batches = self._samples(state, len(kwargs["train_dataloader"]), count)
+        self._record(state.global_step, batches)
+
+    def _samples(self, state: TrainerState, length: int, count: int) -> list[Tensor] | None:
+        """Those of the last ``count`` micro-batches in an epoch of ``length``."""
+        if self._drawn is None or state.epoch is None:
+            return None
+        # The Trainer's own account of the epoch counts what a resumed run has skipped.
+        place = round(state.epoch % 1 * length) or length
+        return self._drawn.take(range(place - count, place))

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from stagewise.checkpoint import Checkpoint
 from stagewise.checkpoints import optimizers
+from stagewise.checkpoints.batches import Batches, sample_indices
 from stagewise.checkpoints.directory import make_folder, write_checkpoint
 from stagewise.checkpoints.models import names_of, state_of, unwrapped
 from stagewise.checkpoints.updates import Updates, numbers, rates_of
@@ -106,7 +108,7 @@ class Recorder:
         record(0)
         for step, batch in enumerate(batches, start=1):
             ...                       # loss.backward(), optimizer.step(), scheduler.step()
-            record(step)
+            record(step)              # or record(step, indices), with the samples of the update
 
     Between the chosen steps a call costs next to nothing. The recorder only looks (at the optimiser by a hook in
     front of its ``step()``) and never changes the model, the optimiser's settings and memory or the state of a random
@@ -122,6 +124,11 @@ class Recorder:
     The learning rate of a checkpoint is the optimiser's at the time of the call: after ``scheduler.step()``, that of
     the next update; where a schedule has come down to 0, that of the last update. ``Checkpoint.learning_rates`` are
     those the updates since the checkpoint before really had, wherever the scheduler is called.
+
+    Which training samples an update used is recorded where the loop says so, ``record(step, indices)``: a tensor, array
+    or list of their places in the training set, or the list of those of its micro-batches. ``Checkpoint.batches`` are
+    those of the updates since the checkpoint before; where some came without, or calls were left out, none of them.
+    Until the next checkpoint they take 8 bytes per sample and update.
 
     Args:
         directory: folder of the checkpoints, made if missing.
@@ -165,12 +172,14 @@ class Recorder:
         clip_norm: float | None = None,
     ) -> None:
         self._steps = check_steps(steps)
+        self._last = max(self._steps)
         self._clip_norm = check_clip_norm(clip_norm)
         self._directory = make_folder(directory)
         self._model = unwrapped(model)
         self._optimizer = optimizers.unwrapped(optimizer)
         self._batch_size = batch_size
         self._updates = Updates(self._optimizer, self._model)
+        self._batches = Batches()
         self._step: int | None = None  # of the last call
         self._made = 0  # updates seen until then
         self._first: int | None = None  # step of the first call
@@ -178,23 +187,30 @@ class Recorder:
         self._warned: set[str] = set()
         self._is_recordable(names_of(self._model))
 
-    def __call__(self, step: int) -> None:
-        """Save if ``step``, the number of updates made so far, is one of the chosen ones."""
+    def __call__(self, step: int, indices: Any = None) -> None:
+        """Save if ``step``, the number of updates made so far, is one of the chosen ones.
+
+        Args:
+            step: number of updates made so far.
+            indices: of the training samples that the last of them used ``(samples,)``, integers; or a sequence of
+                those, one for every micro-batch. None: unknown.
+        """
         try:
             number = operator.index(step)  # a tensor is never `in` a set of integers
         except TypeError:
             self._warn("step", f"expected the number of updates made so far, got {step!r}: nothing was recorded")
             return
         try:
-            self._record(number)
+            self._record(number, indices)
         except Exception as error:  # whatever it is, a run of days must not end because somebody looks at it
             self._warn(type(error).__name__, f"step {number} was not recorded: {reason_of(error)}")
 
-    def _record(self, step: int) -> None:
+    def _record(self, step: int, indices: Any) -> None:
         repeated = step == self._step == self._saved
         self._look_at_counts(step)
         self._step, self._made = step, self._updates.made
         self._first = step if self._first is None else self._first
+        self._keep(step, indices)
         if step not in self._steps:
             return
         if repeated:
@@ -202,7 +218,39 @@ class Recorder:
             return
         write_checkpoint(self._directory, self._checkpoint(step))
         self._updates.restart(self._optimizer)
+        self._batches.forget()
         self._saved = step
+
+    def _keep(self, step: int, indices: Any) -> None:
+        """Remember the samples of the update just made, if a checkpoint is to say them."""
+        if indices is None or self._saved is None or step > self._last:
+            return
+        try:
+            samples = sample_indices(indices)
+        except Exception as error:  # then only the samples are not recorded
+            self._warn("indices", f"the samples of the update to step {step} are taken for unknown: {error}")
+            return
+        if self._batch_size and len(samples) > self._batch_size:  # the last batch of an epoch may be smaller
+            self._warn(
+                "batch size",
+                f"the update to step {step} used {len(samples)} samples, but batch_size is {self._batch_size}: it is "
+                "the number of samples per update, accumulation counted",
+            )
+        self._batches.keep(step, samples)
+
+    def _known_batches(self, step: int) -> tuple[Tensor, ...]:
+        """The samples of the updates since the last checkpoint, empty where some are not known."""
+        if self._saved is None:
+            return ()
+        since = range(self._saved + 1, step + 1)
+        if (unknown := self._batches.gap(since)) is not None:
+            self._warn(
+                "batches",
+                f"the samples of the update to step {unknown} were not given, so that none are recorded from step "
+                f"{self._saved} to step {step}; give them at every call, record(step, indices)",
+            )
+        skipped = self._updates.watching and len(self._updates.rates) != len(since)
+        return () if skipped else self._batches.of(since)
 
     def _look_at_counts(self, step: int) -> None:
         """Warn where steps and updates do not go together."""
@@ -212,6 +260,7 @@ class Recorder:
                 self._warn("count", f"step {step} came after {seen} updates; step is the number of updates made so far")
         elif expected < 0:
             self._updates.restart(self._optimizer)
+            self._batches.forget()
             self._saved = None
             self._warn("back", f"step {step} comes after step {self._step}: files of the same steps are replaced")
         elif seen != expected and self._updates.watching:
@@ -219,13 +268,14 @@ class Recorder:
                 "count",
                 f"from record({self._step}) to record({step}) the optimizer was seen to make {seen} updates, not "
                 f"{expected}: step is the number of updates made so far (not of batches or epochs), and the optimizer "
-                "the one in use. Learning rates are not recorded where the numbers differ",
+                "the one in use. Learning rates and samples are not recorded where the numbers differ",
             )
 
     def _checkpoint(self, step: int) -> Checkpoint:
         """The state after ``step`` updates; weights alone where the optimiser cannot be recorded."""
         kinds = {*acting_in_train_mode(self._model), *self._updates.train_mode}
-        bare = Checkpoint(step, state_of(self._model), train_mode=tuple(sorted(kinds)))
+        batches = self._known_batches(step)
+        bare = Checkpoint(step, state_of(self._model), train_mode=tuple(sorted(kinds)), batches=batches)
         names = names_of(self._model)
         if not self._is_recordable(names):
             return bare

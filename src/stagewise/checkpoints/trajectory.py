@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
+
+from torch import Tensor
 
 from stagewise.checkpoint import Checkpoint, CheckpointError
 
 if TYPE_CHECKING:
     from stagewise.task import Task
 
-_LONGEST = 10_000  # coming learning rates that are looked for: more updates than any window has
+_LONGEST = 10_000  # coming updates that are looked for: more than any window has
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -88,27 +92,50 @@ def as_trajectory(source: Trajectory | str | Path) -> Trajectory:
 
 
 def _recall(by_step: Mapping[int, Checkpoint], step: int) -> Checkpoint:
-    return _followed(by_step[step], sorted(by_step), lambda later: by_step[later].learning_rates)
+    return _followed(
+        by_step[step],
+        sorted(by_step),
+        lambda later: by_step[later].learning_rates,
+        lambda later: by_step[later].batches,
+    )
 
 
 def _read(files: Mapping[int, Path], step: int) -> Checkpoint:
-    from stagewise.checkpoints.directory import read_checkpoint, read_learning_rates
+    from stagewise.checkpoints.directory import read_batches, read_checkpoint, read_learning_rates
 
     if step not in files:
         raise KeyError(f"no checkpoint of step {step}; there are {sorted(files)}")
-    return _followed(read_checkpoint(files[step], step), sorted(files), lambda later: read_learning_rates(files[later]))
+    return _followed(
+        read_checkpoint(files[step], step),
+        sorted(files),
+        lambda later: read_learning_rates(files[later]),
+        lambda later: read_batches(files[later]),
+    )
 
 
-def _followed(checkpoint: Checkpoint, steps: Sequence[int], rates_of: Callable[[int], tuple[float, ...]]) -> Checkpoint:
-    """The checkpoint with the learning rates of the updates that follow, as far as later ones know them."""
-    coming: list[float] = []
-    for here, later in pairwise(step for step in steps if step >= checkpoint.step):
-        rates = rates_of(later)
-        if len(rates) < later - here or len(coming) >= _LONGEST:
-            break
-        coming += rates[here - later :]
+def _followed(
+    checkpoint: Checkpoint,
+    steps: Sequence[int],
+    rates_of: Callable[[int], Sequence[float]],
+    batches_of: Callable[[int], Sequence[Tensor]],
+) -> Checkpoint:
+    """The checkpoint with the learning rates and samples of the updates that follow."""
+    rates, batches = _coming(checkpoint.step, steps, rates_of), _coming(checkpoint.step, steps, batches_of)
     held = checkpoint.optimizer.learning_rate if checkpoint.optimizer else None
-    return checkpoint if all(rate == held for rate in coming) else checkpoint.followed_by(coming)
+    changing = not all(rate == held for rate in rates)
+    if not changing and not batches:
+        return checkpoint
+    return checkpoint.followed_by(rates if changing else checkpoint.coming_rates, batches or checkpoint.coming_batches)
+
+
+def _coming(step: int, steps: Sequence[int], made: Callable[[int], Sequence[T]]) -> list[T]:
+    """One for each update after ``step``, as far as later checkpoints know, ``made(later)``, of those before them."""
+    coming: list[T] = []
+    for here, later in pairwise(later for later in steps if later >= step):
+        if len(coming) >= _LONGEST or len(known := made(later)) < later - here:
+            break
+        coming += known[here - later :]
+    return coming
 
 
 def check_fits(task: Task, checkpoint: Checkpoint, source: str | Path = "") -> None:

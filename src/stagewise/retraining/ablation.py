@@ -16,14 +16,12 @@ from stagewise.checkpoints.trajectory import Trajectory, as_trajectory
 from stagewise.groups import Labels, query_groups, train_groups
 from stagewise.labelled import Array, effect_dataset
 from stagewise.retraining.losses import paired_losses
-from stagewise.retraining.schedule import BatchOrder, Order, Schedule
-from stagewise.retraining.start import Start, check_moves, check_order, start_at
+from stagewise.retraining.orders import all_kinds, window_orders
+from stagewise.retraining.schedule import Order, Schedule
+from stagewise.retraining.start import check_moves, start_at
 from stagewise.stacking import BatchingChoice
 from stagewise.task import Task
 from stagewise.usable import at_usable, chosen_steps
-
-FRESH_ORDERS = 4
-"""Batch orders that are drawn where the run's own are not known: enough for a standard error."""
 
 
 def window_ablation(
@@ -34,7 +32,7 @@ def window_ablation(
     weight: float = 0.8,
     groups: Labels | None = None,
     steps: Sequence[int] | None = None,
-    repeats: int = 1,
+    repeats: int | None = None,
     seed: int = 0,
     order: Order | None = None,
     max_replays: int = 64,
@@ -61,9 +59,12 @@ def window_ablation(
         groups: label of every training sample, or of every token ``(samples, tokens)``; default ``task.train_groups``,
             or every candidate alone if there are at most 64.
         steps: the checkpoints to start from; default all.
-        repeats: number of independent batch orders to average over; one where the batch is the whole set.
-        seed: of the batch orders.
-        order: the recorded run's own batch order, used as the first. By default all orders are fresh.
+        repeats: number of batch orders to average over, one where the batch is the whole set; default the run's own
+            alone where it is known, else four.
+        seed: of the fresh ones.
+        order: the recorded run's own batch order, used as the first. By default that of the batches which later
+            checkpoints have recorded (``Checkpoint.coming_batches``), where they cover the window; else all orders are
+            fresh.
         max_replays: most replays trained at once.
         batching: how the replays are evaluated: ``"stacked"`` in one ``vmap``, ``"loop"``: one by one, ``"auto"``:
             stacked if the model allows it.
@@ -72,7 +73,8 @@ def window_ablation(
     Returns:
         ``effect`` (step, train, query) in nats, positive = the group was helpful if ``weight`` < 1;
         ``effect_stderr``, the standard error over batch orders, where there are several; coordinates
-        ``train_size`` and ``query_size``, the numbers of samples in the groups. Attribute ``omitted``: the checkpoints
+        ``train_size`` and ``query_size``, the numbers of samples in the groups. Attribute ``batches``: "recorded"
+        (the run's own), "recorded and fresh", "fresh", "given" or "whole training set"; ``omitted``: the checkpoints
         that could not be used, with reasons (JSON): a learning rate of 0, no optimizer or moments, another model, a
         batch size that the order does not have.
 
@@ -92,25 +94,26 @@ def window_ablation(
         >>> measured.effect.dims, measured.effect.shape
         (('step', 'train', 'query'), (1, 2, 1))
     """
-    if window < 1 or repeats < 1 or max_replays < 2:
+    if window < 1 or (repeats is not None and repeats < 1) or max_replays < 2:
         raise ValueError(
             f"need window >= 1, repeats >= 1 and max_replays >= 2, got {window}, {repeats} and {max_replays}"
         )
     run, trained = as_trajectory(trajectory), train_groups(task, groups, tokens=True)
     total, seen = len(chosen_steps(run, steps)), iter(range(1, len(run.steps) + 1))
+    kinds: list[str] = []
 
     def measured(step: int) -> Array:
         """Effects ``(repeat, train, query)`` at a checkpoint."""
         try:
             start = start_at(task, run.load(step))
             check_moves(start)
-            if order is not None:
-                check_order(start, order)
+            orders, kind = window_orders(start, order, window, repeats, seed)
+            kinds.append(kind)
             schedules = [Schedule.window(index, step, window, weight, trained.tokens) for index in trained.indices]
             way, end = start.decided(batching, min(max_replays, len(schedules) + 1)), [step + window]
             effects = [
                 paired_losses(start, schedules, batches, end, max_replays=max_replays, batching=way)[0][0].numpy()
-                for batches in replay_orders(start, order, repeats, seed)
+                for batches in orders
             ]
         finally:
             if progress is not None:
@@ -123,22 +126,6 @@ def window_ablation(
     if used > 1:
         error = np.stack([effects.std(0, ddof=1) / len(effects) ** 0.5 for effects in found.results])
     mean = np.stack([effects.mean(0) for effects in found.results])
-    attrs = {"estimator": "window ablation", "window": window, "repeats": used, **found.attrs}
+    attrs = {"estimator": "window ablation", "window": window, "repeats": used, "batches": all_kinds(kinds)}
+    attrs |= found.attrs
     return effect_dataset(mean, error, found.steps, trained, query_groups(task), weight, attrs)
-
-
-def replay_orders(start: Start, first: Order | None, count: int, seed: int) -> list[Order]:
-    """``count`` independent batch orders, or the only one there is if the batch is the whole training set."""
-    n = len(start.task.train)
-    batch_size = start.rule.optimizer.batch_size if first is None else len(first(start.step))
-    if batch_size is None:
-        raise ValueError(
-            f"the checkpoint at step {start.step} does not say how many samples its updates used; pass "
-            "order=BatchOrder(n, batch_size), or record the optimizer with its batch_size (0 = all samples)"
-        )
-    if batch_size == 0 or batch_size >= n:
-        return [first or BatchOrder(n)]
-    # Seeds are hashed so that a fresh order is not by accident the one the run was recorded with.
-    seeds = np.random.SeedSequence(seed).generate_state(count)
-    fresh: list[Order] = [BatchOrder(n, batch_size, int(state)) for state in seeds]
-    return fresh if first is None else [first, *fresh[1:]]

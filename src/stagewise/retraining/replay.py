@@ -21,7 +21,7 @@ from stagewise.evaluate import at, in_any_mode
 from stagewise.groups import query_groups
 from stagewise.retraining.losses import query_losses
 from stagewise.retraining.schedule import BatchOrder, LearningRate, Order, Schedule
-from stagewise.retraining.start import Start, check_order, start_at
+from stagewise.retraining.start import Start, check_order, own_order, start_at
 from stagewise.retraining.training import train
 from stagewise.retraining.updates import Rule
 from stagewise.task import Task
@@ -51,12 +51,13 @@ def replay(
         miss = |w replayed - w recorded| / |w recorded - w at the start|     over the parameters that are updated,
 
     and ``loss_miss`` is the same of query losses: the largest error of a change, over the largest change. The batches
-    are known where each is the whole training set, or an ``order`` is given; elsewhere nothing is replayed.
+    are known where each is the whole training set, where later checkpoints have recorded them
+    (``Checkpoint.coming_batches``), or an ``order`` is given; elsewhere nothing is replayed.
 
     Args:
         task: the model, its losses and data.
         trajectory: the run's checkpoints, with optimiser and optimiser state, or their folder.
-        order: the samples of every update of the run.
+        order: the samples of every update of the run; default those that were recorded.
         steps: the checkpoints to start from; default all that have one after them.
         longest: windows of more updates are not replayed.
         progress: called with (checkpoints done, checkpoints in all) after every checkpoint.
@@ -117,7 +118,7 @@ def _outcome(task: Task, run: Trajectory, order: Order | None, step: int, stop: 
         checkpoint, target = run.load(step), run.load(stop)
         rates, notes = _learning_rates(checkpoint, target)
         start = start_at(task, checkpoint)
-        batches = _batches(start, order)
+        batches = _batches(start, order, stop - step)
         if batches is None:
             return _Outcome("; ".join([LIKE_RUN, *notes]))
         if stop - step > longest:
@@ -138,11 +139,13 @@ def _learning_rates(checkpoint: Checkpoint, target: Checkpoint) -> tuple[Learnin
     return lambda step: recorded[step - target.step], notes
 
 
-def _batches(start: Start, order: Order | None) -> Order | None:
+def _batches(start: Start, order: Order | None, count: int) -> Order | None:
     n, size = len(start.task.train), start.rule.optimizer.batch_size
     if order is not None:
         check_order(start, order)
         return order
+    if (own := own_order(start, count)) is not None:
+        return own
     return BatchOrder(n) if size is not None and (size == 0 or size >= n) else None
 
 

@@ -140,6 +140,42 @@ class BatchOrder:
         return _permutation(self.n, self.seed, epoch)[batch * self.batch_size :][: self.batch_size]
 
 
+@dataclass(frozen=True, eq=False)
+class RecordedOrder:
+    """The batches that a run has recorded, see :class:`stagewise.checkpoints.recorder.Recorder`.
+
+    Attributes:
+        first: number of updates made before the first of them.
+        batches: indices ``(batch,)`` of the training samples of every update from there on; sizes may differ.
+
+    Example:
+        >>> import torch
+        >>> order = RecordedOrder(10, (torch.tensor([4, 1]), torch.tensor([3])))
+        >>> order(11).tolist()
+        [3]
+    """
+
+    first: int
+    batches: tuple[Tensor, ...]
+
+    def __post_init__(self) -> None:
+        if not self.batches:
+            raise ValueError("expected the batches of one update or more, got none")
+
+    def __call__(self, step: int) -> Tensor:
+        """Indices ``(batch,)`` of the samples in the update made at ``step``.
+
+        Raises:
+            ValueError: that update is not among those recorded.
+        """
+        if not self.first <= step < self.first + len(self.batches):
+            raise ValueError(
+                f"the samples of the update made at step {step} are not known: the recorded ones are those of "
+                f"{len(self.batches)} updates from step {self.first} on"
+            )
+        return self.batches[step - self.first]
+
+
 @lru_cache(maxsize=2)
 def _permutation(n: int, seed: int, epoch: int) -> Tensor:
     # A seed sequence keeps the streams of neighbouring seeds and epochs apart.

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from stagewise.checkpoint import Checkpoint
 from stagewise.evaluate import Batching, Point, at
-from stagewise.retraining.schedule import BatchOrder, LearningRate, Order
+from stagewise.retraining.schedule import BatchOrder, LearningRate, Order, RecordedOrder
 from stagewise.retraining.updates import (
     Rule,
     TrainingState,
@@ -50,12 +51,6 @@ class Start:
     def params(self) -> Tensor:
         """The checkpoint's weights ``(parameters,)``."""
         return self.point.vector.flatten(self.point.state)
-
-    @property
-    def takes_all(self) -> bool:
-        """Whether every update takes the whole training set."""
-        size = self.rule.optimizer.batch_size
-        return size is not None and (size == 0 or size >= len(self.task.train))
 
     def state(self, replays: int = 1) -> TrainingState:
         """``replays`` times the checkpoint's weights and optimiser memory.
@@ -137,17 +132,16 @@ def check_order(start: Start, order: Order) -> None:
             not have the size that the checkpoint's optimizer knows.
     """
     n, recorded = len(start.task.train), start.rule.optimizer.batch_size
+    if isinstance(order, RecordedOrder):
+        # What the run did is known update by update: the last batch of an epoch may be smaller.
+        _check_samples(f"a batch recorded from step {start.step} on", torch.cat(order.batches), n)
+        return
     if isinstance(order, BatchOrder) and order.n != n:
         raise ValueError(
             f"order is of {order.n} samples, but there are {n} training samples; pass BatchOrder({n}, ...)"
         )
     batch = order(start.step)
-    outside = batch[(batch < 0) | (batch >= n)]
-    if len(outside):
-        raise ValueError(
-            f"order({start.step}) names sample {outside[0].item()}, expected indices from 0 to {n - 1}, those of the "
-            f"{n} training samples; pass the order of the run's own training set"
-        )
+    _check_samples(f"order({start.step})", batch, n)
     # Any size from n on is the whole training set, as is 0.
     if recorded is not None and min(len(batch), n) != min(recorded or n, n):
         size = recorded or f"all {n}"
@@ -155,6 +149,29 @@ def check_order(start: Start, order: Order) -> None:
             f"order({start.step}) has {len(batch)} samples, but the checkpoint at step {start.step} was trained with "
             f"{size} per update; pass the run's own order (if its batches differ in size, record the optimizer with "
             "batch_size=None)"
+        )
+
+
+def own_order(start: Start, window: int) -> RecordedOrder | None:
+    """The run's own batches of the next ``window`` updates, None where not all of them were recorded.
+
+    Raises:
+        ValueError: they name samples that do not exist.
+    """
+    batches = start.checkpoint.coming_batches[:window]
+    if len(batches) < window:
+        return None
+    order = RecordedOrder(start.step, batches)
+    check_order(start, order)
+    return order
+
+
+def _check_samples(name: str, samples: Tensor, n: int) -> None:
+    outside = samples[(samples < 0) | (samples >= n)]
+    if len(outside):
+        raise ValueError(
+            f"{name} names sample {outside[0].item()}, expected indices from 0 to {n - 1}, those of the {n} training "
+            "samples; pass the order of the run's own training set"
         )
 
 

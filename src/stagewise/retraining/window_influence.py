@@ -20,10 +20,10 @@ from stagewise.checkpoints.trajectory import Trajectory, as_trajectory
 from stagewise.evaluate import chunks, group_gradients
 from stagewise.groups import TRAIN, Groups, Labels, query_groups, train_groups
 from stagewise.labelled import Array, influence_dataset
-from stagewise.retraining.ablation import FRESH_ORDERS, replay_orders
 from stagewise.retraining.adjoint import Adjoint, Replay, step_back
+from stagewise.retraining.orders import all_kinds, window_orders
 from stagewise.retraining.schedule import Order, Schedule
-from stagewise.retraining.start import check_moves, check_order, start_at
+from stagewise.retraining.start import check_moves, start_at
 from stagewise.retraining.training import weights_of
 from stagewise.retraining.unrolling import derivatives_along
 from stagewise.stacking import BatchingChoice
@@ -69,10 +69,12 @@ def window_influence(
         groups: label of every training sample, or of every token ``(samples, tokens)``; default ``task.train_groups``,
             or every candidate alone if there are at most 64. With ``per="group"`` only.
         steps: the checkpoints to start from; default all.
-        repeats: number of independent batch orders to average over; default one where the batches are known (``order``,
-            or the whole set), else four.
-        seed: of the batch orders.
-        order: the recorded run's own batch order, used as the first. By default all orders are fresh.
+        repeats: number of batch orders to average over, one where the batch is the whole set; default the run's own
+            alone where it is known, else four.
+        seed: of the fresh ones.
+        order: the recorded run's own batch order, used as the first. By default that of the batches which later
+            checkpoints have recorded (``Checkpoint.coming_batches``), where they cover the window; else all orders are
+            fresh.
         mode: ``"reverse"``, ``"forward"`` (groups only), ``"auto"``: forward where there are fewer train groups than
             query groups.
         memory: bytes that replayed states and adjoints may take, beside the model, its data and one gradient. With less
@@ -84,8 +86,9 @@ def window_influence(
     Returns:
         ``value`` and ``stderr`` ``(step, train, query)``, nats per unit weight of one sample (token). Negative is
         helpful. The standard error is that over batch orders: 0 where there is one that is known, NaN where there is
-        one that was drawn. Coordinates ``train_size`` and ``query_size``; attributes ``mode`` and
-        ``omitted``, the checkpoints that could not be used, with reasons (JSON).
+        one that was drawn.
+        Coordinates ``train_size`` and ``query_size``; attributes ``mode``, ``batches`` ("recorded", "given", "whole
+        training set", "fresh", ...) and ``omitted``, the checkpoints that could not be used, with reasons (JSON).
 
     Raises:
         ValueError: no checkpoint can be used, with the reasons: as :func:`window_ablation`, or an operation has no
@@ -111,23 +114,22 @@ def window_influence(
     trained = _trained(task, run, per, groups)
     forward = _is_forward(mode, per, len(trained), len(queried))
     total, seen = len(chosen_steps(run, steps)), iter(range(1, len(run.steps) + 1))
+    kinds: list[str] = []
 
     def exact(step: int) -> tuple[Array, bool]:
         """Influences ``(repeat, train, query)`` at a checkpoint, and whether its batches are known."""
         try:
             start = start_at(task, run.load(step), curvature=True)
             check_moves(start)
-            if order is not None:
-                check_order(start, order)
-            known = order is not None or start.takes_all
+            orders = window_orders(start, order, window, repeats, seed)
+            kinds.append(orders.kind)
             way, span = start.decided(batching, len(queried)), range(step, step + window)
-            orders = replay_orders(start, order, repeats or (1 if known else FRESH_ORDERS), seed)
-            replays = [Replay(start, batches, span, memory, way) for batches in orders]
+            replays = [Replay(start, batches, span, memory, way) for batches in orders.orders]
             sums = [_forwards(r, trained) if forward else _backwards(r, trained, queried) for r in replays]
         finally:
             if progress is not None:
                 progress(next(seen), total)
-        return np.stack(sums) / np.array(trained.sizes)[:, None], known
+        return np.stack(sums) / np.array(trained.sizes)[:, None], orders.known
 
     found = at_usable(run, steps, exact)
     mean = np.stack([influences.mean(0) for influences, _ in found.results])
@@ -137,6 +139,7 @@ def window_influence(
         "window": window,
         "repeats": min(len(influences) for influences, _ in found.results),
         "mode": "forward" if forward else "reverse",
+        "batches": all_kinds(kinds),
         **found.attrs,
     }
     return influence_dataset(mean, error, found.steps, trained, queried, attrs)

@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
+from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from stagewise.checkpoint import Checkpoint, tensors_digest
+from stagewise.checkpoints.batches import packed
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.data import Samples as DataSet
 from stagewise.evaluate import chunks
@@ -20,7 +23,8 @@ from stagewise.influence.bif import bif
 from stagewise.influence.damped import damped_influence
 from stagewise.influence.gradients import gradient_product
 from stagewise.results import DAMPED, EXACT, Exemplar
-from stagewise.retraining.ablation import FRESH_ORDERS, window_ablation
+from stagewise.retraining.ablation import window_ablation
+from stagewise.retraining.orders import all_kinds
 from stagewise.retraining.replay import replay
 from stagewise.retraining.schedule import BatchOrder, Order
 from stagewise.retraining.window_influence import window_influence
@@ -51,7 +55,7 @@ def estimate(name: str, task: Task, trajectory: Trajectory, config: RunConfig) -
     if config.posterior.window is None:
         raise ValueError("it is that of a window of training: set posterior.window instead of gamma")
     order = recorded_order(task, trajectory, config)
-    asked = repeats(config, order)
+    asked = config.retraining.repeats if config.retraining else None
     return partial(
         window_influence,
         task,
@@ -104,7 +108,7 @@ def baselines(
         cause, seen = "", digests
         if name == "exact":
             cause = f"{config.posterior.window} {config.retraining!r}"
-            seen = _with_rates(digests, trajectory, config.posterior.window or 0)
+            seen = _of_windows(digests, trajectory, config.posterior.window or 0)
         try:
             found = estimate(name, task, trajectory, config)
             results[NAMES[name]] = _step_by_step(NAMES[name], cause, found, seen, kept, progress)
@@ -132,30 +136,38 @@ def measure(
         trajectory,
         window=window,
         weight=settings.weight,
-        repeats=repeats(config, order) or FRESH_ORDERS,
+        repeats=settings.repeats,
         order=order,
     )
     cause = f"{window} {settings!r}"
-    digests = _with_rates(digests, trajectory, window)
+    digests = _of_windows(digests, trajectory, window)
     measured = _step_by_step("retraining windows", cause, ablation, digests, kept, progress)
 
     def repeat() -> xr.Dataset:
         bar = partial(progress, "repeating the run")
         return replay(task, trajectory, order, list(digests), progress=bar)
 
-    run = " ".join(f"{c.step} {c.digest} {c.learning_rates}" for c in map(trajectory.load, trajectory.steps))
+    run = " ".join(_facts(checkpoint) for checkpoint in map(trajectory.load, trajectory.steps))
     return {"measured": measured, "replay": kept.get("replay", f"{cause} {list(digests)} {run}", repeat)}
 
 
-def repeats(config: RunConfig, order: Order | None) -> int | None:
-    """Batch orders that are replayed: as many as are asked for, or that of the run; None where it is not known."""
-    asked = config.retraining.repeats if config.retraining else None
-    return asked or (None if order is None else 1)
+def _of_windows(digests: Mapping[int, str], trajectory: Trajectory, window: int) -> dict[int, str]:
+    """The hashes, with all else that windows from a checkpoint depend on."""
+    return {step: f"{digest} {_window_facts(trajectory.load(step), window)}" for step, digest in digests.items()}
 
 
-def _with_rates(digests: Mapping[int, str], trajectory: Trajectory, window: int) -> dict[int, str]:
-    """The hashes, with the learning rates that later checkpoints have recorded for a window."""
-    return {step: f"{digest} {trajectory.load(step).changing_rates(window)}" for step, digest in digests.items()}
+def _window_facts(checkpoint: Checkpoint, window: int) -> str:
+    """What windows from a checkpoint depend on besides its digest."""
+    return f"{checkpoint.changing_rates(window)}{_batches_digest(checkpoint.coming_batches[:window])}"
+
+
+def _facts(checkpoint: Checkpoint) -> str:
+    """What a replay that ends at a checkpoint depends on."""
+    return f"{checkpoint.step} {checkpoint.digest} {checkpoint.learning_rates}{_batches_digest(checkpoint.batches)}"
+
+
+def _batches_digest(batches: Sequence[Tensor]) -> str:
+    return f" {tensors_digest(packed(batches))}" if batches else ""
 
 
 def _step_by_step(
@@ -181,6 +193,8 @@ def _step_by_step(
     if not rows:
         raise ValueError(none_usable(reasons))
     result = xr.concat(rows, "step", combine_attrs="override")
+    if kinds := [row.attrs["batches"] for row in rows if "batches" in row.attrs]:
+        result.attrs["batches"] = all_kinds(kinds)
     result.attrs["omitted"] = json.dumps({str(step): reason for step, reason in reasons.items()})
     return result
 
@@ -235,7 +249,7 @@ def exact_samples(
         return of_groups(per="sample", steps=steps).sel(query=queries)
 
     cause = f"{config.posterior.window} {config.retraining!r} {queries}"
-    seen = _with_rates({step: digests[step] for step in steps}, trajectory, config.posterior.window or 0)
+    seen = _of_windows({step: digests[step] for step in steps}, trajectory, config.posterior.window or 0)
     return _step_by_step("exact influence of samples", cause, of_samples, seen, kept, progress)
 
 

@@ -38,7 +38,9 @@ class Retraining(_Settings):
     repeats: int | None = Field(
         None, gt=0, description="batch orders to average over; default one where the run's own are known, else four"
     )
-    recorded_order_seed: int | None = Field(None, description="seed of the run's own BatchOrder, if it had one")
+    recorded_order_seed: int | None = Field(
+        None, description="seed of the run's own BatchOrder; recorded batches need none"
+    )
 
 
 class RunConfig(_Settings):

@@ -10,9 +10,9 @@ import torch
 
 from stagewise.checkpoint import Checkpoint
 from stagewise.checkpoints.trajectory import Trajectory
-from stagewise.retraining.ablation import FRESH_ORDERS
+from stagewise.retraining.orders import window_orders
 from stagewise.retraining.start import start_at
-from stagewise.run.analysis import NAMES, SAMPLED, recorded_order, repeats, spread
+from stagewise.run.analysis import NAMES, SAMPLED, recorded_order, spread
 from stagewise.run.analysis import estimate as estimate_of
 from stagewise.run.before import look
 from stagewise.run.config import RunConfig
@@ -138,8 +138,9 @@ def exact_cost(task: Task, trajectory: Trajectory, config: RunConfig, steps: Seq
     seconds(1)  # the first time some things are made that are kept
     one, three = seconds(1), seconds(3)
     window, order = config.posterior.window or 1, recorded_order(task, trajectory, config)
-    orders = 1 if start_at(task, trajectory.load(step)).takes_all else repeats(config, order) or FRESH_ORDERS
-    total = len(steps) * (one + orders * (window - 1) * max(three - one, 0.0) / 2)
+    asked = config.retraining.repeats if config.retraining else None
+    orders = window_orders(start_at(task, trajectory.load(step)), order, window, asked, 0).orders
+    total = len(steps) * (one + len(orders) * (window - 1) * max(three - one, 0.0) / 2)
     return f"exact influence: about {_duration(total)} for {len(steps)} checkpoints, on one process"
 
 

@@ -11,7 +11,7 @@ from stagewise.groups import query_groups, train_groups
 from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.start import check_order, start_at
 from stagewise.run.analysis import NAMES, estimate, recorded_order, retraining_window
-from stagewise.run.config import RunConfig
+from stagewise.run.config import Retraining, RunConfig
 from stagewise.task import Task
 
 _FEW = 8
@@ -33,22 +33,24 @@ def preflight(task: Task, trajectory: Trajectory, config: RunConfig, steps: Sequ
         ValueError: what was asked for cannot be done, with the setting to change.
     """
     query_groups(task)
-    window, small = retraining_window(config), miniature(task)
+    window, small, checkpoint = retraining_window(config), miniature(task), trajectory.load(steps[-1])
+    # The run's own batches name samples that the small task does not have.
+    alone = Trajectory.from_checkpoints([checkpoint.followed_by(checkpoint.coming_rates)])
     if window is not None:
         train_groups(task)
         order = recorded_order(task, trajectory, config)
         try:
-            start = start_at(task, trajectory.load(steps[-1]))
+            start = start_at(task, checkpoint)
             if order is not None:
                 check_order(start, order)
-            window_ablation(small, trajectory, window=1, steps=[steps[-1]])
+            window_ablation(small, alone, window=1, repeats=1)
         except ValueError as error:
             raise ValueError(f"retraining is not possible here: {error}. Without it: -s retraining=null") from error
     missing: dict[str, str] = {}
-    brief = config.model_copy(update={"retraining": None})  # the run's batches are not those of a few samples
+    brief = config.model_copy(update={"retraining": Retraining(repeats=2)})
     for name in (name for name in config.estimators if name in NAMES):
         try:
-            estimate(name, small, trajectory, brief)(steps=[steps[-1]], **({"repeats": 1} if name == "exact" else {}))
+            estimate(name, small, alone, brief)()
         except ValueError as error:
             missing[NAMES[name]] = str(error)
     return missing
