@@ -169,7 +169,8 @@ def _sizes(results: Results, scores: xr.Dataset) -> Iterator[str]:
     if results.coverage is None:
         return
     covered = results.coverage
-    text = f"The stated {LEVEL:.0%} intervals hold {covered.mean().item():.0%} of the measured effects"
+    whose = f" of {SAMPLED}" if results.exact is not None else ""
+    text = f"The stated {LEVEL:.0%} intervals{whose} hold {covered.mean().item():.0%} of the measured effects"
     slope = scores[headline(scores, "slope")]
     off = (covered < _MIN_COVERAGE) & (abs(slope - 1) > _MAX_SIZE_ERROR)
     if not off.any():
@@ -233,7 +234,7 @@ def _exact(results: Results) -> Iterator[str]:
             r, slope = (_median_and_range(scores, what) for what in ("correlation", "slope"))
             yield (
                 f"Held against it without any retraining, {name} correlates with a median of {r} at "
-                f"{count(scores.sizes['step'], 'checkpoint')}, and is right in size up to a factor of {slope}."
+                f"{count(scores.sizes['step'], 'checkpoint')}; exact effects are {slope} times as large as its own."
             )
 
 

@@ -23,13 +23,11 @@ def study(folder: Path) -> list[RunConfig]:
 
 
 def demo(folder: Path) -> RunConfig:
-    """A short version of the minibatch run: fewer checkpoints, draws and repeats."""
-    return _settings(folder, "Handwritten digits", 64, 1000, 18, Chains(chains=32, draws=64), repeats=3)
+    """A short version of the minibatch run: fewer checkpoints and draws."""
+    return _settings(folder, "Handwritten digits", 64, 1000, 18, Chains(chains=32, draws=64))
 
 
-def _settings(
-    folder: Path, title: str, batch_size: int, last: int, checkpoints: int, sampling: Chains, repeats: int = 4
-) -> RunConfig:
+def _settings(folder: Path, title: str, batch_size: int, last: int, checkpoints: int, sampling: Chains) -> RunConfig:
     """Record the training run if it is not there yet, and say how to study it."""
     recorded = folder / "checkpoints"
     if not recorded.exists():
@@ -41,5 +39,5 @@ def _settings(
         out=folder,
         posterior=LocalPosterior(window=WINDOW),
         sampling=sampling,
-        retraining=Retraining(repeats=repeats, recorded_order_seed=ORDER_SEED),
+        retraining=Retraining(recorded_order_seed=ORDER_SEED),
     )
