@@ -37,6 +37,7 @@ def test_doctor_shows_a_verdict_per_checkpoint(finished):
     assert result.exit_code == 0
     for step in (5, 20, 40):
         assert str(step) in result.output
+    assert "exact: r / slope" in result.output
 
 
 def test_dry_run_predicts_cost_and_samples_nothing(tmp_path):
@@ -46,6 +47,25 @@ def test_dry_run_predicts_cost_and_samples_nothing(tmp_path):
     for word in ("time", "memory", "disk", "3 cells"):
         assert word in result.output
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_chains_is_a_report_of_exact_influence_and_writes_no_traces(tmp_path):
+    config = write_run(tmp_path, estimators=["exact", "gradient"])
+    priced = cli.invoke(app, ["run", str(config), "--dry-run"])
+    assert "exact influence: about" in priced.output
+    assert "0 cells" in priced.output
+    result = cli.invoke(app, ["run", str(config)])
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert "3 of 3 checkpoints are answered exactly" in said
+    assert "No checkpoint has been sampled" in said
+    assert not list((tmp_path / "run" / "cells").glob("*"))
+    assert (tmp_path / "run" / "figures" / "influence.svg").exists()
+    again = cli.invoke(app, ["report", str(tmp_path / "run")])
+    assert again.exit_code == 0, again.output
+    checked = cli.invoke(app, ["doctor", str(tmp_path / "run")])
+    assert checked.exit_code == 1
+    assert "run the sampling first" in " ".join(checked.output.split())
 
 
 def test_faults_end_with_a_message_and_no_traceback(tmp_path):

@@ -90,6 +90,7 @@ def test_a_killed_run_goes_on_from_its_own_configuration_to_the_same_bits(tmp_pa
         done = complete(folder)
         config = folder / "config.yaml"  # is there from the first moment on
     assert contents(folder) == whole
-    assert len(done) == 3 + 3 * 3 + 1  # cells; two baselines and retraining of each; whether retraining repeats the run
+    # Cells; exact influence of groups and samples, two baselines and retraining of each; whether the run is repeated.
+    assert len(done) == 3 + 5 * 3 + 1
     assert not list((folder / "cells").glob(".*"))
     assert (folder / "report.html").exists()

@@ -143,5 +143,15 @@ def results():
 
 
 @pytest.fixture(scope="session")
+def exact(results):
+    """The same with the exact influence, whose sizes are 1.25 times those of the chains."""
+    value = results.baselines["gradient product (Adam)"]["value"].copy()
+    value.loc[{"step": results.influence["step"]}] = 1.25 * results.influence["value"]
+    found = xr.Dataset({"value": value, "stderr": 0 * value}, attrs={"estimator": "exact influence", "window": WINDOW})
+    found.attrs |= {"batches": "recorded", "omitted": "{}"}
+    return replace(results, baselines={"exact influence": found, **results.baselines}, events=events(found))
+
+
+@pytest.fixture(scope="session")
 def make():
     return make_results

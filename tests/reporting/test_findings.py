@@ -164,3 +164,32 @@ def test_a_window_that_answers_otherwise_than_its_posterior_is_said_to_without_a
     assert "the window responds 0.90 to 1.70 times as strongly as the posterior" in told(1.7)
     assert "as strongly as" not in told(1.3)
     assert "as strongly as" not in text(results)
+
+
+def test_exact_influence_speaks_first_and_says_how_right_the_others_are_without_retraining(exact):
+    told = text(exact)
+    assert (
+        "14 of 14 checkpoints are answered exactly, by the derivative of the window, replayed with the run's own"
+        in told
+    )
+    assert "those predicted by exact influence correlate" in told
+    assert "BIF correlates with a median of 1.00 (from 1.00 to 1.00) at 10 checkpoints; exact effects are 1.25" in told
+    assert "The stated 95% intervals of BIF hold" in told
+    assert "10 of 14 checkpoints can be answered by sampling." in told
+    assert "answers instead" not in told
+    unmeasured = text(replace(exact, measured=None))
+    assert "exact effects are 1.25" in unmeasured
+
+
+def test_checkpoints_without_exact_influence_are_counted_with_the_reason(exact):
+    data = exact.exact.isel(step=slice(1, None)).assign_attrs(omitted='{"0": "the learning rate at step 0 is 0"}')
+    told = text(replace(exact, baselines={"exact influence": data}))
+    assert "13 of 14 checkpoints are answered exactly" in told
+    assert "1 checkpoint has none: at step 0, the learning rate at step 0 is 0." in told
+
+
+def test_a_run_without_chains_says_so(exact):
+    bare = replace(exact, influence=None, correlation=None, diagnostics=exact.diagnostics.isel(step=[]))
+    told = text(bare)
+    assert "14 of 14 checkpoints are answered exactly" in told
+    assert "No checkpoint has been sampled" in told

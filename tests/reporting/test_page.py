@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from stagewise.reporting import write_report
+from stagewise.reporting.contents import sections
 
 EVIL = '<script>alert(1)</script>"onload="x'
 
@@ -157,3 +158,21 @@ def test_exemplars_without_images_become_a_table(unanswered, results, tmp_path):
     worst = int(np.argmax(texts[0].values))
     assert f"most harmfuldef f{worst}():{texts[0].samples[worst]}" in rows.replace("|", "").replace("  ", "")
     assert not [path for path in (tmp_path / "figures").iterdir() if "exemplars" in path.name]
+
+
+def test_the_curves_of_a_report_are_exact_with_what_was_measured_beside_them(exact):
+    section = next(s for s in sections(exact) if s.title == "Influence over training")
+    plate = section.parts[0]
+    assert "Open squares: measured by retraining the window." in plate.caption
+    squares = [line for ax in plate.figure.axes for line in ax.lines if line.get_marker() == "s"]
+    assert {len(line.get_xdata()) for line in squares} == {14}
+    unmeasured = next(s for s in sections(replace(exact, measured=None)) if s.title == section.title).parts[0]
+    assert "Open squares: sampled" in unmeasured.caption
+
+
+def test_a_report_without_chains_has_every_section(exact, tmp_path):
+    bare = replace(exact, influence=None, correlation=None, diagnostics=exact.diagnostics.isel(step=[]), measured=None)
+    write_report(bare, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "Held against the replayed window" in page
+    assert "no checkpoint was sampled" in page

@@ -84,3 +84,29 @@ def test_damped_influence_stands_in_only_where_chains_cannot_be_trusted(results)
     part = {"damped influence": damped.sel(step=[10, 20, 900])}
     assert replace(results, baselines=part).stand_in["step"].values.tolist() == [10]
     assert replace(results, baselines={"damped influence": damped.sel(step=[20])}).stand_in is None
+
+
+def test_exact_influence_is_the_answer_wherever_there_is_one_and_all_others_are_held_against_it(results, exact):
+    assert exact.answered is exact.exact
+    assert list(exact.estimators) == ["exact influence", "BIF", "gradient product (Adam)"]
+    assert exact.predicted.sizes["step"] == 14
+    assert exact.stand_in is None
+    assert exact.trusted.equals(results.trusted)
+    assert list(exact.size_checks) == ["BIF", "gradient product (Adam)"]
+    check = exact.size_checks["BIF"]
+    assert check["step"].values.tolist() == results.influence["step"].values.tolist()
+    np.testing.assert_allclose(check["correlation_off_diagonal"], 1)
+    np.testing.assert_allclose(check["slope_off_diagonal"], 1.25)
+    assert results.size_checks == {}
+
+
+def test_coverage_is_of_the_intervals_of_the_chains_also_beside_exact_influence(results, exact):
+    xr.testing.assert_equal(exact.coverage, results.coverage)
+    assert replace(exact, influence=None, correlation=None).coverage is None
+
+
+def test_estimates_without_a_common_checkpoint_are_not_compared(exact):
+    apart = replace(
+        exact, influence=exact.influence.sel(step=[20]), baselines={"exact influence": exact.exact.sel(step=[0, 5])}
+    )
+    assert apart.size_checks == {}

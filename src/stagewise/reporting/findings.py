@@ -24,6 +24,12 @@ from stagewise.results import DAMPED, Results, headline, others
 
 LEVEL = 0.95
 SAMPLED = "BIF"
+_BATCHES = {
+    "recorded": "the run's own batches",
+    "given": "the run's own batches",
+    "whole training set": "the whole training set in every update",
+    "fresh": "fresh batches",
+}
 _CASES = 3
 _MIN_PAIRS = 3
 _CAUTION = "beyond first order"
@@ -219,16 +225,17 @@ def _exact(results: Results) -> Iterator[str]:
     """Where the influence is exact, and how the others compare with it."""
     if results.exact is None:
         return
-    known = results.losses.sizes["step"]
+    known, batches = results.losses.sizes["step"], results.exact.attrs.get("batches", "")
     yield (
         f"{results.exact.sizes['step']} of {count(known, 'checkpoint')} are answered exactly, by the derivative of the "
-        "replayed window: nothing is fitted, and what is left is the difference between a small change of weight and "
-        "the one that is made."
+        f"window, replayed with {_BATCHES.get(batches, f'{batches} batches')}: nothing is fitted, and what is left is "
+        "the difference between a small change of weight and the one that is made."
     )
     reasons = json.loads(results.exact.attrs.get("omitted", "{}"))
     if reasons:
         step, reason = next(iter(reasons.items()))
-        yield f"{count(len(reasons), 'checkpoint')} has no exact influence: at step {step_number(int(step))}, {reason}."
+        have = "has" if len(reasons) == 1 else "have"
+        yield f"{count(len(reasons), 'checkpoint')} {have} none: at step {step_number(int(step))}, {reason}."
     for name, scores in results.size_checks.items():
         if scores[headline(scores, "correlation")].attrs["pairs"] >= _MIN_PAIRS:
             r, slope = (_median_and_range(scores, what) for what in ("correlation", "slope"))
