@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_VERSION := 26.3
+# Bytecode is kept whatever the environment says: tests start many processes, and each would compile all of it again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help demo test lint format bench clean
 

@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from multiprocessing import connection
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Literal, TypedDict, Unpack
 
@@ -231,7 +232,7 @@ def _computed(work: Work, task: Task, cells: Sequence[Cell], workers: int) -> It
             _compute(work, cell, task)
             yield cell
         return
-    context = multiprocessing.get_context("spawn")  # forking a process that has used torch's threads can hang
+    context = _processes()
     threads = max(1, torch.get_num_threads() // workers)
     with ProcessPoolExecutor(workers, context, _start_worker, (work, threads)) as pool:
         try:
@@ -246,6 +247,18 @@ def _computed(work: Work, task: Task, cells: Sequence[Cell], workers: int) -> It
                 process.kill()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _processes() -> BaseContext:
+    """How workers start. A process that has used torch's threads must not be forked; one that has only imported it may.
+
+    So all workers are forked from a server that imports once what they need, where the system has such a thing.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _compute(work: Work, cell: Cell, task: Task) -> None:
