@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from stagewise.influence.phases import phase_decomposition as phase_decomposition
     from stagewise.influence.trusted import TracesInMemory as TracesInMemory
     from stagewise.retraining.ablation import window_ablation as window_ablation
+    from stagewise.retraining.extremes import extremes_ablation as extremes_ablation
     from stagewise.retraining.lds import lds as lds
     from stagewise.retraining.leave_out import leave_out as leave_out
     from stagewise.retraining.leave_out import retrain as retrain
@@ -79,6 +80,7 @@ _ROOMS = {
     "stagewise.influence.phases": ("phase_decomposition",),
     "stagewise.influence.trusted": ("TracesInMemory",),
     "stagewise.retraining.ablation": ("window_ablation",),
+    "stagewise.retraining.extremes": ("extremes_ablation",),
     "stagewise.retraining.lds": ("lds",),
     "stagewise.retraining.leave_out": ("leave_out", "retrain"),
     "stagewise.retraining.replay": ("replay",),
