@@ -165,6 +165,36 @@ def test_it_predicts_a_small_ablation_by_name():
     assert exact.train_size.values.tolist() == [8, 8, 8]
 
 
+@pytest.mark.parametrize("rule", ["SGD", "AdamW"])
+def test_expected_influence_is_that_of_the_whole_set_and_the_mean_over_many_batches(rule):
+    task, options = classifier(), {"window": 15, "per": "sample"}
+    whole = trajectory(task, RULES[rule], ORDERS["full batch"])
+    exact = window_influence(task, whole, **options)
+    expected = window_influence(task, whole, expected=True, **options)
+    close(expected.value, exact.value, 0.01)
+    assert (abs(expected.value - exact.value) <= expected.stderr + 1e-9).mean() > 0.9
+    every = window_influence(task, whole, expected=True, window=6, per="sample")  # nine updates on the way are all
+    close(every.value, window_influence(task, whole, window=6, per="sample").value, 1e-12)
+    run = trajectory(task, replace(RULES[rule], batch_size=16), ORDERS["minibatches"])
+    drawn = window_influence(task, run, window=8, repeats=12)
+    mean = window_influence(task, run, window=8, expected=True, repeats=4)
+    assert (abs(mean.value - drawn.value) < 4 * np.hypot(mean.stderr, drawn.stderr)).all()
+    assert abs(mean.value).max() > 5 * mean.stderr.max()
+
+
+def test_a_sample_that_no_update_saw_has_an_expected_influence_and_tokens_have_none():
+    task, order = classifier(), ORDERS["minibatches"]
+    run = trajectory(task, RULES["SGD"], order)
+    trained, drawn = (window_influence(task, run, window=2, order=order, per="sample", expected=e) for e in (0, 1))
+    unseen = (trained.value == 0).all("query")
+    assert unseen.sum() == 60 - 2 * 16
+    assert (abs(drawn.value.where(unseen, drop=True)) > 0).all()
+    with pytest.raises(ValueError, match="not for tokens, not forwards"):
+        window_influence(
+            words(), trajectory(words(), RULES["SGD"], BatchOrder(6)), window=2, per="token", expected=True
+        )
+
+
 def words(lengths=(5, 3, 4, 5, 2, 5), weights=True, dtype=torch.float64):
     """Sequences that are padded by collate to the longest of a batch, and a model that reads them word by word."""
     generator = torch.Generator().manual_seed(0)

@@ -105,7 +105,22 @@ class Replay:
         return update(self.start.rule, state, slope, step, self.learning_rate, used)
 
 
-def step_back(replay: Replay, state: TrainingState, step: int, later: Adjoint) -> tuple[Adjoint, Tensor]:
+class Back(NamedTuple):
+    """What one update tells on the way back, for several numbers.
+
+    Attributes:
+        adjoint: before the update.
+        by_weight: derivatives by the weight of every sample or token in this update ``(number, batch)`` or
+            ``(number, batch, tokens)``, as the loss returns them.
+        along: derivatives by the gradient that the update followed ``(number, parameters)``.
+    """
+
+    adjoint: Adjoint
+    by_weight: Tensor
+    along: Tensor
+
+
+def step_back(replay: Replay, state: TrainingState, step: int, later: Adjoint) -> Back:
     """The adjoint before an update, from that after it.
 
     Args:
@@ -113,10 +128,6 @@ def step_back(replay: Replay, state: TrainingState, step: int, later: Adjoint) -
         state: before the update.
         step: number of updates made before this one.
         later: the adjoint after it.
-
-    Returns:
-        The adjoint before it, and the derivatives by the weight of every sample or token in this update
-        ``(number, batch)`` or ``(number, batch, tokens)``, as the loss returns them.
 
     Raises:
         ValueError: an operation has no second derivative.
@@ -134,7 +145,7 @@ def step_back(replay: Replay, state: TrainingState, step: int, later: Adjoint) -
         with second_derivatives("exact influence", "sampled and damped influence do without"):
             found = [pull([slope], [leaf, beta], [row]) for row in rows]
     bent, by_weight = (torch.cat(parts).detach() for parts in zip(*found, strict=True))
-    return earlier._replace(params=earlier.params + bent), by_weight
+    return Back(earlier._replace(params=earlier.params + bent), by_weight, along)
 
 
 def _update_back(

@@ -21,6 +21,7 @@ from stagewise.evaluate import chunks, group_gradients
 from stagewise.groups import TRAIN, Groups, Labels, query_groups, train_groups
 from stagewise.labelled import Array, influence_dataset
 from stagewise.retraining.adjoint import Adjoint, Replay, step_back
+from stagewise.retraining.expected import expected_sums
 from stagewise.retraining.orders import all_kinds, window_orders
 from stagewise.retraining.schedule import Order, Schedule
 from stagewise.retraining.start import check_moves, start_at
@@ -40,6 +41,7 @@ def window_influence(
     *,
     window: int,
     per: Per = "group",
+    expected: bool = False,
     groups: Labels | None = None,
     steps: Sequence[int] | None = None,
     repeats: int | None = None,
@@ -66,6 +68,9 @@ def window_influence(
         trajectory: the run's checkpoints, with optimiser and optimiser state, or their folder.
         window: number of updates.
         per: influence of each train group, each candidate, or each token of the candidates.
+        expected: influence of weight in every update at the rate at which a sample is drawn, whether or not the
+            window's batches hold it: of candidates that were not trained on during the window. From a few updates on
+            the way, evenly spaced; in reverse mode, of samples and their groups.
         groups: label of every training sample, or of every token ``(samples, tokens)``; default ``task.train_groups``,
             or every candidate alone if there are at most 64. With ``per="group"`` only.
         steps: the checkpoints to start from; default all.
@@ -86,7 +91,7 @@ def window_influence(
     Returns:
         ``value`` and ``stderr`` ``(step, train, query)``, nats per unit weight of one sample (token). Negative is
         helpful. The standard error is that over batch orders: 0 where there is one that is known, NaN where there is
-        one that was drawn.
+        one that was drawn. Where ``expected``, the difference that half of the updates on the way would make is in it.
         Coordinates ``train_size`` and ``query_size``; attributes ``mode``, ``batches`` ("recorded", "given", "whole
         training set", "fresh", ...) and ``omitted``, the checkpoints that could not be used, with reasons (JSON).
 
@@ -112,37 +117,48 @@ def window_influence(
         raise ValueError(f"need window >= 1, repeats >= 1 and memory > 0, got {window}, {repeats} and {memory}")
     run, queried = as_trajectory(trajectory), query_groups(task)
     trained = _trained(task, run, per, groups)
-    forward = _is_forward(mode, per, len(trained), len(queried))
+    forward = not expected and _is_forward(mode, per, len(trained), len(queried))
+    if expected and (trained.tokens or mode == "forward"):
+        raise ValueError("expected=True is for samples and their groups, in reverse mode: not for tokens, not forwards")
     total, seen = len(chosen_steps(run, steps)), iter(range(1, len(run.steps) + 1))
-    kinds: list[str] = []
+    kinds, counts = list[str](), list[int]()
 
-    def exact(step: int) -> tuple[Array, bool]:
-        """Influences ``(repeat, train, query)`` at a checkpoint, and whether its batches are known."""
+    def exact(step: int) -> tuple[Array, Array]:
+        """Influence ``(train, query)`` at a checkpoint, and its standard error."""
         try:
             start = start_at(task, run.load(step), curvature=True)
             check_moves(start)
             orders = window_orders(start, order, window, repeats, seed)
             kinds.append(orders.kind)
+            counts.append(len(orders.orders))
             way, span = start.decided(batching, len(queried)), range(step, step + window)
             replays = [Replay(start, batches, span, memory, way) for batches in orders.orders]
-            sums = [_forwards(r, trained) if forward else _backwards(r, trained, queried) for r in replays]
+            if expected:
+                sums, off = map(np.stack, zip(*(expected_sums(r, trained, queried) for r in replays), strict=True))
+            else:
+                sums = np.stack(
+                    [_forwards(r, trained) if forward else _backwards(r, trained, queried) for r in replays]
+                )
+                off = np.zeros_like(sums)
+            spread = _spread(sums, orders.known)
         finally:
             if progress is not None:
                 progress(next(seen), total)
-        return np.stack(sums) / np.array(trained.sizes)[:, None], orders.known
+        sizes = np.array(trained.sizes)[:, None]
+        return sums.mean(0) / sizes, np.hypot(spread, off.mean(0)) / sizes
 
     found = at_usable(run, steps, exact)
-    mean = np.stack([influences.mean(0) for influences, _ in found.results])
-    error = np.stack([_stderr(influences, known) for influences, known in found.results])
+    value, stderr = (np.stack(parts) for parts in zip(*found.results, strict=True))
     attrs = {
         "estimator": "exact influence",
         "window": window,
-        "repeats": min(len(influences) for influences, _ in found.results),
+        "repeats": min(counts),
         "mode": "forward" if forward else "reverse",
         "batches": all_kinds(kinds),
+        "expected": int(expected),
         **found.attrs,
     }
-    return influence_dataset(mean, error, found.steps, trained, queried, attrs)
+    return influence_dataset(value, stderr, found.steps, trained, queried, attrs)
 
 
 def _trained(task: Task, run: Trajectory, per: Per, groups: Labels | None) -> Groups:
@@ -212,15 +228,15 @@ def _sums(replay: Replay, places: Tensor, rows: int, queried: Groups) -> Tensor:
     end = next(states)[1].params[0]
     adjoint = Adjoint.of(group_gradients(replay.start.point, end, queried))
     for step, state in states:
-        adjoint, by_weight = step_back(replay, state, step, adjoint)
+        adjoint, by_weight, _ = step_back(replay, state, step, adjoint)
         where = weights_of(by_weight[0], places[replay.order(step)])
         sums.index_add_(1, where.expand_as(by_weight[0]).flatten(), by_weight.cpu().double().flatten(1))
     return sums[:, :rows]
 
 
-def _stderr(influences: Array, known: bool) -> Array:
-    """Over batch orders ``(repeat, train, query)``: 0 if there is one and it is known, NaN if it was drawn."""
-    if len(influences) > 1:
-        error: Array = influences.std(0, ddof=1) / len(influences) ** 0.5
+def _spread(sums: Array, known: bool) -> Array:
+    """Standard error over batch orders ``(repeat, ...)``: 0 for one that is known, NaN for one that was drawn."""
+    if len(sums) > 1:
+        error: Array = sums.std(0, ddof=1) / len(sums) ** 0.5
         return error
-    return np.full(influences.shape[1:], 0.0 if known else np.nan)
+    return np.full(sums.shape[1:], 0.0 if known else np.nan)
