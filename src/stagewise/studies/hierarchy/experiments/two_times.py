@@ -47,8 +47,8 @@ def two_times(lab: Lab) -> Experiment:
         f"When an item is shown (across) and when the loss is asked for (up): influence of weight on an item during "
         f"{steps[1] - steps[0]} updates on the mean pair of each kind, by the exact derivative of the run. Lines: "
         "half-rises of the modes. Colour turns along the vertical: the same lesson helps and hurts by turns, as what "
-        "the items share and what tells them apart are learnt. It hardly turns along the horizontal: between two "
-        "transitions it matters little when the item was shown."
+        "the items share and what tells them apart are learnt. Along the horizontal it matters little when the item "
+        "was shown; the newest lessons turn harmful first, and helpful last."
     )
     plate = Plate("two-times", caption, _draw(kinds, rises))
     return Experiment(Section("Influence in two times", [plate]), [_finding(checks[0].text, left, old, steps)], checks)
