@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from stagewise.retraining.scores import agreement as agreement
     from stagewise.retraining.scores import measured_influence as measured_influence
     from stagewise.retraining.scores import predicted_effect as predicted_effect
+    from stagewise.retraining.two_times import influence_in_time as influence_in_time
     from stagewise.retraining.unrolling import unroll as unroll
     from stagewise.retraining.unrolling import unrolled_influence as unrolled_influence
     from stagewise.retraining.window_influence import window_influence as window_influence
@@ -86,6 +87,7 @@ _ROOMS = {
     "stagewise.retraining.replay": ("replay",),
     "stagewise.retraining.schedule": ("BatchOrder", "RecordedOrder", "Schedule"),
     "stagewise.retraining.scores": ("agreement", "measured_influence", "predicted_effect"),
+    "stagewise.retraining.two_times": ("influence_in_time",),
     "stagewise.retraining.unrolling": ("unroll", "unrolled_influence"),
     "stagewise.retraining.window_influence": ("window_influence",),
     "stagewise.run.engine": ("sample",),

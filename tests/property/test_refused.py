@@ -20,6 +20,7 @@ from stagewise.influence.damped import damped_influence
 from stagewise.influence.gradients import gradient_product
 from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.leave_out import leave_out
+from stagewise.retraining.two_times import influence_in_time
 from stagewise.retraining.unrolling import unrolled_influence
 from stagewise.retraining.window_influence import window_influence
 from stagewise.sampling.chains import Chains, sample_block
@@ -66,6 +67,7 @@ def doors(case: Case) -> dict[str, Callable[[], Any]]:
         "window_ablation": lambda: window_ablation(task(), run(), window=2, order=case.order).effect.values,
         "leave_out": lambda: leave_out(task(), start(), case.order, [last]).effect.values,
         "unrolled_influence": lambda: unrolled_influence(task(), start(), case.order, [last]).value.values,
+        "influence_in_time": lambda: influence_in_time(task(), start(), case.order, [last], check=False).value.values,
         "window_influence": lambda: window_influence(task(), run(), window=2, order=case.order).value.values,
     }
 

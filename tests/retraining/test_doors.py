@@ -20,6 +20,7 @@ from stagewise.retraining.replay import replay
 from stagewise.retraining.schedule import BatchOrder, Schedule
 from stagewise.retraining.start import start_at
 from stagewise.retraining.training import train, train_and_record
+from stagewise.retraining.two_times import influence_in_time
 from stagewise.retraining.unrolling import unroll, unrolled_influence
 from stagewise.retraining.window_influence import window_influence
 from stagewise.stacking import decided
@@ -56,6 +57,7 @@ CALLS = {
     "window_influence": lambda task, start, order: (
         window_influence(task, alone(start), window=4, order=order, mode="reverse").value
     ),
+    "influence_in_time": lambda task, start, order: influence_in_time(task, start, order, [4]).value[0],
     "tracin": lambda task, start, _: tracin(task, alone(start, replace(start, step=4))).value[1:],
     "source": lambda task, start, _: source(task, alone(start, replace(start, step=4))).value[1:],
 }

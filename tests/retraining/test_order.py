@@ -12,6 +12,7 @@ from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.leave_out import leave_out, retrain
 from stagewise.retraining.schedule import BatchOrder, Schedule
+from stagewise.retraining.two_times import influence_in_time
 from stagewise.retraining.unrolling import unroll, unrolled_influence
 from stagewise.retraining.window_influence import window_influence
 
@@ -27,6 +28,7 @@ CALLS = {
     "window_influence": lambda task, start, order: window_influence(
         task, Trajectory.from_checkpoints([start]), window=1, order=order
     ),
+    "influence_in_time": lambda task, start, order: influence_in_time(task, start, order, [1]),
 }
 
 

@@ -13,6 +13,7 @@ from stagewise.studies.hierarchy.theory import kernels, response
 from stagewise.studies.hierarchy.theory.modes import Modes, aligned_strengths, half_rise, item_losses, mixed_strengths
 from stagewise.studies.hierarchy.theory.removal import leave_one_out, subset_losses
 from stagewise.studies.hierarchy.theory.tree import KINGDOMS, LOPSIDED, Concept, Items
+from stagewise.studies.hierarchy.theory.two_times import binned_influence, influence_density
 
 RATE, STEPS = 0.01, 700
 TIMES = RATE * np.arange(STEPS + 1)
@@ -138,6 +139,36 @@ def test_whitened_response_is_the_derivative_of_the_closed_form(degenerate):
         measured.append((up - down) / (2 * h))
     predicted = response.whitened_response(modes, a0, t)
     np.testing.assert_allclose(predicted, np.stack(measured, 1), atol=1e-5 * np.abs(predicted).max())
+
+
+@pytest.mark.parametrize("tree", [KINGDOMS, LOPSIDED])
+def test_influence_in_two_times_sums_to_the_first_order_response_of_the_whole_run(tree):
+    modes = Modes.of(Items.of(tree).white_targets())
+    a0 = np.full(len(modes.s), 1e-3)
+    times = RATE * np.arange(401)
+    whole = response.first_order_response(modes, np.diag(a0), times)[50::50]
+    parts = binned_influence(modes, a0, times[::50], times[50::50])
+    np.testing.assert_allclose(parts.sum(0), whole, rtol=0, atol=1e-5 * abs(whole).max())
+    later = np.arange(8)[:, None] > np.arange(8)
+    assert not parts[later].any()
+
+
+def test_influence_of_what_is_shown_right_now_is_minus_the_gradient_kernel():
+    modes = Modes.of(ITEMS.white_targets())
+    a0 = np.full(8, 1e-3)
+    for now in (0.5, 1.5, 3.0):
+        kernel = kernels.gradient_kernel(modes, aligned_strengths(modes.s, a0, np.array([now])))[0]
+        density = influence_density(modes, a0, np.array([now - 1e-9]), now)[0]
+        np.testing.assert_allclose(density, -kernel, rtol=0, atol=1e-6 * abs(kernel).max())
+
+
+def test_lessons_pass_with_the_transition_they_speed_up_cross_pairs_first():
+    modes, level = Modes.of(ITEMS.white_targets()), KINGDOMS.split_level()
+    times = np.linspace(0, 6, 31)
+    influence = abs(binned_influence(modes, np.full(8, 1e-4), times, times[1:])).max(0)
+    cross, cousin, sibling = (influence[:, level == kind].max(1) for kind in (1, 2, 3))
+    left = [curve[-1] / curve.max() for curve in (cross, cousin, sibling)]
+    assert left[0] < 1e-12 < left[1] < 1e-6 < left[2] < 0.01
 
 
 def test_gradient_kernel_is_the_product_of_the_networks_gradients(runs):

@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -113,13 +114,29 @@ def colours(labels: Sequence[Any]) -> dict[Any, str]:
 
 def step_axis(ax: Axes, steps: Sequence[float] | NDArray[Any]) -> None:
     """A logarithmic axis of training steps that has a place for step 0: log(1 + step)."""
+    ax.set_xscale("function", functions=(np.log1p, np.expm1))
+    ax.set_xlim(_step_limits(steps))
+    _step_labels(ax.xaxis, steps)
+
+
+def step_axes(ax: Axes, steps: Sequence[float] | NDArray[Any]) -> None:
+    """Two such axes, alike."""
+    step_axis(ax, steps)
+    ax.set_yscale("function", functions=(np.log1p, np.expm1))
+    ax.set_ylim(_step_limits(steps))
+    _step_labels(ax.yaxis, steps)
+
+
+def _step_limits(steps: Sequence[float] | NDArray[Any]) -> tuple[float, float]:
     low, high = np.log1p(min(steps)), np.log1p(max(steps))
     margin = 0.03 * (high - low) or 0.5
-    ax.set_xscale("function", functions=(np.log1p, np.expm1))
-    ax.set_xlim(np.expm1(low - margin), np.expm1(high + margin))
-    ax.xaxis.set_major_locator(FixedLocator(step_ticks(float(min(steps)), float(max(steps)))))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda step, _: words.short_step(step)))
+    return float(np.expm1(low - margin)), float(np.expm1(high + margin))
+
+
+def _step_labels(axis: Axis, steps: Sequence[float] | NDArray[Any]) -> None:
+    axis.set_major_locator(FixedLocator(step_ticks(float(min(steps)), float(max(steps)))))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda step, _: words.short_step(step)))
 
 
 def step_ticks(low: float, high: float) -> list[float]:

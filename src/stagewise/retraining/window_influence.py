@@ -17,8 +17,8 @@ import xarray as xr
 from torch import Tensor
 
 from stagewise.checkpoints.trajectory import Trajectory, as_trajectory
-from stagewise.evaluate import chunks, group_gradients
-from stagewise.groups import TRAIN, Groups, Labels, query_groups, train_groups
+from stagewise.evaluate import group_gradients
+from stagewise.groups import Groups, Labels, query_groups
 from stagewise.labelled import Array, influence_dataset
 from stagewise.retraining.adjoint import Adjoint, Replay, step_back
 from stagewise.retraining.expected import expected_sums
@@ -27,11 +27,11 @@ from stagewise.retraining.schedule import Order, Schedule
 from stagewise.retraining.start import check_moves, start_at
 from stagewise.retraining.training import weights_of
 from stagewise.retraining.unrolling import derivatives_along
+from stagewise.retraining.varied import Per, varied
 from stagewise.stacking import BatchingChoice
-from stagewise.task import Params, Task
+from stagewise.task import Task
 from stagewise.usable import at_usable, chosen_steps
 
-Per = Literal["group", "sample", "token"]
 Mode = Literal["auto", "reverse", "forward"]
 
 
@@ -116,7 +116,7 @@ def window_influence(
     if window < 1 or (repeats is not None and repeats < 1) or memory <= 0:
         raise ValueError(f"need window >= 1, repeats >= 1 and memory > 0, got {window}, {repeats} and {memory}")
     run, queried = as_trajectory(trajectory), query_groups(task)
-    trained = _trained(task, run, per, groups)
+    trained = varied(task, per, groups, lambda: run.load(run.steps[0]))
     forward = not expected and _is_forward(mode, per, len(trained), len(queried))
     if expected and (trained.tokens or mode == "forward"):
         raise ValueError("expected=True is for samples and their groups, in reverse mode: not for tokens, not forwards")
@@ -159,44 +159,6 @@ def window_influence(
         **found.attrs,
     }
     return influence_dataset(value, stderr, found.steps, trained, queried, attrs)
-
-
-def _trained(task: Task, run: Trajectory, per: Per, groups: Labels | None) -> Groups:
-    """Whose weight is varied.
-
-    Raises:
-        ValueError: there are no groups, ``groups`` where every sample or token is asked for, or losses without tokens.
-    """
-    if per == "group":
-        return train_groups(task, groups, tokens=True)
-    if groups is not None:
-        raise ValueError(f"groups= are for per='group'; with per={per!r} every {per} has an influence of its own")
-    if per == "sample":
-        candidates = task.candidates
-        return Groups(tuple(map(str, candidates.tolist())), (TRAIN,) * len(candidates), tuple(candidates[:, None]))
-    counted = _counted_tokens(task, task.fitted(run.load(run.steps[0])).params)
-    tokens, places = counted.shape[1], counted.flatten().nonzero()
-    labels = tuple(f"{place // tokens}/{place % tokens}" for place in places[:, 0].tolist())
-    return Groups(labels, (TRAIN,) * len(labels), tuple(places), tokens)
-
-
-def _counted_tokens(task: Task, params: Params) -> Tensor:
-    """Which tokens of the candidates count in the objective ``(samples, tokens)``: it depends on the data alone.
-
-    Raises:
-        ValueError: the loss returns one number per sample.
-    """
-    rows: list[Tensor] = []
-    for batch in chunks(task, task.train):
-        with torch.no_grad():
-            shares = task.shares(task.weighted_losses(params, batch)).cpu()
-        if shares.ndim == 1:
-            raise ValueError("per='token' needs a loss that returns (batch, tokens); this one returns (batch,)")
-        rows += (shares > 0).unbind()
-    counted = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    candidate = torch.zeros(len(counted), 1, dtype=torch.bool)
-    candidate[task.candidates] = True
-    return counted & candidate
 
 
 def _is_forward(mode: Mode, per: Per, trained: int, queried: int) -> bool:

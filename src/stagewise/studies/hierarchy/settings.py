@@ -29,6 +29,7 @@ class Settings:
         workers: processes that sample.
         whole_run_steps: when the effect of leaving an item out of the whole run is looked at.
         window_starts: first steps of the windows of the sweep of windows.
+        two_times_steps: edges of the bins of influence in two times, and when it is asked for.
         symmetry_steps: checkpoints on the balanced and the lopsided tree; by the last of the default, what
             distinguishes plants from animals is learnt.
         attribution_times: when attribution is asked for, the last being the end of training: the items are learnt.
@@ -52,6 +53,7 @@ class Settings:
     workers: int = 2
     whole_run_steps: range = range(0, LAST + 1, 10)
     window_starts: range = range(50, 1300, 25)
+    two_times_steps: range = range(0, 1501, 60)
     symmetry_steps: range = range(0, 1200, 15)
     attribution_times: tuple[float, ...] = (1.0, 1.3, 1.7, 2.3, 3.4, 4.5, 6.0)
     resamples: int = 400
@@ -95,6 +97,7 @@ REDUCED = Settings(
     workers=1,
     whole_run_steps=range(0, 1001, 20),
     window_starts=range(50, 1300, 75),
+    two_times_steps=range(0, 401, 80),
     symmetry_steps=range(0, 1200, 30),
     attribution_times=(0.8, 1.3, 2.3),
     sweep_gammas=(20.0, 1e3),

@@ -19,6 +19,7 @@ from stagewise.studies.hierarchy.experiments.localisation import localisation
 from stagewise.studies.hierarchy.experiments.symmetry import symmetry
 from stagewise.studies.hierarchy.experiments.transitions import transitions
 from stagewise.studies.hierarchy.experiments.two_phases import two_phases
+from stagewise.studies.hierarchy.experiments.two_times import two_times
 from stagewise.studies.hierarchy.experiments.windows import windows
 from stagewise.studies.hierarchy.lab import Lab
 from stagewise.studies.hierarchy.settings import FULL, RATE, WINDOW, Settings
@@ -28,6 +29,7 @@ EXPERIMENTS: tuple[Callable[[Lab], Experiment], ...] = (
     learning,
     windows,
     leaving_out,
+    two_times,
     transitions,
     attribution,
     localisation,
