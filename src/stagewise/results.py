@@ -67,6 +67,7 @@ class Results:
         measured: ``effect`` and perhaps ``effect_stderr`` (step, train, query) in nats, from retraining with each train
             group at the weight ``attrs["weight"]`` during ``attrs["window"]`` steps.
         replay: how well unchanged retraining repeats the run, see :func:`stagewise.retraining.replay.replay`.
+        in_two_times: ``value`` (trained, asked, train, query), see :func:`stagewise.influence_in_time`.
         notes: sentences on what had to be left out.
         exemplars: single training samples that matter most.
         config: the configuration of the run, of plain values.
@@ -85,6 +86,7 @@ class Results:
     baselines: Mapping[str, xr.Dataset] = field(default_factory=dict)
     measured: xr.Dataset | None = None
     replay: xr.Dataset | None = None
+    in_two_times: xr.Dataset | None = None
     notes: Sequence[str] = ()
     exemplars: Sequence[Exemplar] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -97,6 +99,8 @@ class Results:
         for name, dataset in matrices.items():
             if dataset is not None:
                 _require(name, dataset, {"value": _DIMS, "stderr": _DIMS})
+        if self.in_two_times is not None:
+            _require("in_two_times", self.in_two_times, {"value": {"trained", "asked", "train", "query"}})
         if self.measured is not None:
             _require("measured", self.measured, {"effect": _DIMS})
             if "weight" not in self.measured.attrs or "window" not in self.measured.attrs:

@@ -4,9 +4,11 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import xarray as xr
 
 from stagewise.reporting import write_report
 from stagewise.reporting.contents import sections
+from stagewise.reporting.findings import clearest_flips
 
 EVIL = '<script>alert(1)</script>"onload="x'
 
@@ -176,3 +178,18 @@ def test_a_report_without_chains_has_every_section(exact, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "Held against the replayed window" in page
     assert "no checkpoint was sampled" in page
+
+
+def test_influence_in_two_times_is_drawn_for_the_pairs_that_turn_and_only_where_there_is_any(exact):
+    labels, trained, asked = exact.exact["train"].values.tolist(), [0, 5, 10], [5, 10, 20]
+    value = np.random.default_rng(0).normal(size=(3, 3, len(labels), len(labels)))
+    coords = {"trained": trained, "asked": asked, "train": labels, "query": labels}
+    coords["trained_stop"] = ("trained", [5, 10, 20])
+    in_two_times = xr.Dataset({"value": (("trained", "asked", "train", "query"), value)}, coords)
+    (section,) = [s for s in sections(replace(exact, in_two_times=in_two_times)) if s.title == "Influence in two times"]
+    first = clearest_flips(exact.exact, exact.events)[0]
+    assert f"“{first.train}” was trained on" in section.parts[0].caption
+    assert [plate.name for plate in section.parts] == ["two-times-1", "two-times-2"]
+    assert not [s for s in sections(exact) if s.title == "Influence in two times"]
+    without = replace(exact, in_two_times=in_two_times, baselines={}, influence=None, correlation=None, events=[])
+    assert [s for s in sections(without) if s.title == "Influence in two times"]

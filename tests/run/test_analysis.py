@@ -11,6 +11,7 @@ import xarray as xr
 from stagewise.influence.damped import damped_influence
 from stagewise.influence.gradients import gradient_product
 from stagewise.retraining.schedule import BatchOrder
+from stagewise.retraining.two_times import influence_in_time
 from stagewise.retraining.window_influence import window_influence
 from stagewise.run import analysis
 from stagewise.run.config import make_config
@@ -105,6 +106,27 @@ def test_exact_influence_replays_the_orders_that_are_retrained_and_that_of_sampl
     samples = analysis.exact_samples(task, run, own, {10: "digest"}, Forgetful(), silent, [10], ["far"])
     expected = window_influence(task, run, **options, per="sample").sel(query=["far"])
     xr.testing.assert_allclose(samples, expected)
+
+
+def test_influence_in_two_times_is_asked_at_some_checkpoints_in_bins_between_all():
+    task, run = springs.task(), springs.trajectory()
+    own = config(two_times=1, retraining={"recorded_order_seed": 3})
+    digests = dict.fromkeys(run.steps, "digest")
+    found = analysis.in_two_times(task, run, own, digests, Forgetful(), silent)
+    expected = influence_in_time(task, run.load(0), BatchOrder(6, 2, 3), [10], bins=[0, 10])
+    assert run.steps == (0, 10, 20)
+    xr.testing.assert_allclose(found, expected)
+    both = analysis.in_two_times(task, run, own.model_copy(update={"two_times": 2}), digests, Forgetful(), silent)
+    assert both.asked.values.tolist() == [10, 20]
+    assert both.trained.values.tolist() == [0, 10]
+
+
+def test_influence_in_two_times_without_the_runs_own_batches_or_with_one_checkpoint_says_what_is_needed():
+    task, run = springs.task(), springs.trajectory()
+    with pytest.raises(ValueError, match=r"record them, recorder\(step, indices\)"):
+        analysis.in_two_times(task, run, config(two_times=1), dict.fromkeys(run.steps, ""), Forgetful(), silent)
+    with pytest.raises(ValueError, match="two checkpoints or more"):
+        analysis.in_two_times(task, run, config(two_times=1), {10: ""}, Forgetful(), silent)
 
 
 def test_exact_influence_without_a_window_is_left_out_with_the_setting_to_change():

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import xarray as xr
 
-from stagewise.reporting import check_figures, figures, tables
+from stagewise.dynamics.stages import Transition, rise
+from stagewise.reporting import check_figures, figures, tables, triangle_figure
 from stagewise.reporting.exemplar_figure import PER_SIDE, exemplar_grid
 from stagewise.reporting.findings import clearest_flips, findings
 from stagewise.reporting.page import Page, Plate, Section, write_page
@@ -18,13 +20,16 @@ from stagewise.results import DAMPED, Exemplar, Results, others
 from stagewise.retraining.scores import measured_influence
 
 _SHOWN_FLIPS = 15
+_TRIANGLES = 2
 
 
 def sections(results: Results) -> list[Section]:
     """All of the report but the findings, the configuration and the provenance."""
+    in_two_times = [*_two_times(results)]
     return [
         Section("The training run", [_losses(results)]),
         Section("Influence over training", [*_influence(results)]),
+        *([Section("Influence in two times", in_two_times)] if in_two_times else []),
         Section("Held against retraining", [*_comparison(results)]),
         Section("Held against the replayed window", [*_size_checks(results)]),
         Section("Samples that mattered most", [*_exemplars(results.exemplars)]),
@@ -113,6 +118,34 @@ def _matrices_caption(influence: xr.Dataset, steps: Sequence[int]) -> str:
     )
     own = " The colours are scaled to pairs of different labels; the influence of a group on itself may lie beyond."
     return caption if others(influence).all() else caption + own
+
+
+def _two_times(results: Results) -> Iterator[Plate]:
+    """Triangles of the pairs that turn most clearly, else of those with the strongest influence."""
+    influence = results.in_two_times
+    if influence is None:
+        return
+    flips = [] if results.answered is None else clearest_flips(results.answered, results.events)
+    strength = np.nan_to_num(abs(influence["value"]).transpose("train", "query", ...).values).max((2, 3))
+    largest = np.dstack(np.unravel_index(np.argsort(-strength * others(influence), axis=None), strength.shape))[0]
+    pairs = [(flip.train, flip.query) for flip in flips]
+    pairs += [(influence["train"].values[i], influence["query"].values[j]) for i, j in largest]
+    for k, (train, query) in enumerate([*dict.fromkeys(pairs)][:_TRIANGLES], start=1):
+        caption = (
+            f"When {quoted(train)} was trained on (across), and what that did to the loss on {quoted(query)} at a "
+            "later step (up): exact, by differentiating the run itself. Read upwards what becomes of one lesson, "
+            "across which lessons a loss is made of. Lines: when half of that loss had gone. Hatched: training again "
+            "with changed weights did not bear the number out."
+        )
+        stages = _half_learnt(results.losses, query)
+        yield Plate(f"two-times-{k}", caption, triangle_figure.time_triangle(influence, train, query, stages))
+
+
+def _half_learnt(losses: xr.Dataset, query: object) -> list[Transition]:
+    """When half of what a query's loss loses is gone; none where it does not fall."""
+    loss = losses["queries"].sel(query=query)
+    fall = (loss[0] - loss).drop_vars("query")
+    return [rise(fall, "half learnt", fraction=0.5, band=(0.4, 0.6))] if fall[-1] > 0 and len(fall) > 2 else []
 
 
 def _comparison(results: Results) -> Iterator[Plate | Table]:

@@ -20,7 +20,7 @@ from stagewise.reporting.words import (
     step_number,
     steps,
 )
-from stagewise.results import DAMPED, Results, headline, others
+from stagewise.results import DAMPED, EXACT, Results, headline, others
 
 LEVEL = 0.95
 SAMPLED = "BIF"
@@ -107,10 +107,11 @@ def _effect(predicted: xr.Dataset, measured: xr.Dataset, step: int, train: str, 
     truth = measured["effect"].sel(where).item()
     doubt = measured["effect_stderr"].sel(where).item() if "effect_stderr" in measured else 0.0
     weight, window = float(measured.attrs["weight"]), int(measured.attrs["window"])
+    order = " to first order" if predicted.attrs.get("estimator") == EXACT else ""
     return (
         f"{_change(weight)} train group {quoted(train)} during steps {step_number(step)} to "
         f"{step_number(step + window)} would have {'raised' if guess > 0 else 'lowered'} the loss on "
-        f"{quoted(query)} by {plus_minus(abs(guess), error)} nats; retraining measured a "
+        f"{quoted(query)} by {plus_minus(abs(guess), error)} nats{order}; retraining measured a "
         f"{'rise' if truth > 0 else 'fall'} of {plus_minus(abs(truth), doubt)}."
     )
 

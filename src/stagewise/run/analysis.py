@@ -24,9 +24,11 @@ from stagewise.influence.damped import damped_influence
 from stagewise.influence.gradients import gradient_product
 from stagewise.results import DAMPED, EXACT, Exemplar
 from stagewise.retraining.ablation import window_ablation
-from stagewise.retraining.orders import all_kinds
+from stagewise.retraining.orders import all_kinds, window_orders
 from stagewise.retraining.replay import replay
 from stagewise.retraining.schedule import BatchOrder, Order
+from stagewise.retraining.start import start_at
+from stagewise.retraining.two_times import influence_in_time
 from stagewise.retraining.window_influence import window_influence
 from stagewise.run.config import RunConfig
 from stagewise.run.kept import Kept
@@ -34,6 +36,8 @@ from stagewise.run.progress import Progress
 from stagewise.task import Params, Task
 from stagewise.traces.store import TraceStore
 from stagewise.usable import at_usable, none_usable
+
+_MOST_BINS = 24  # of time, in a picture
 
 SAMPLED = "bif"
 """The estimator that needs chains, as a configuration calls it."""
@@ -115,6 +119,38 @@ def baselines(
         except ValueError as error:
             left_out[NAMES[name]] = str(error)
     return results, left_out
+
+
+def in_two_times(
+    task: Task,
+    trajectory: Trajectory,
+    config: RunConfig,
+    digests: Mapping[int, str],
+    kept: Kept,
+    progress: Progress,
+) -> xr.Dataset:
+    """Influence in two times, from the first checkpoint on, asked at some of the others.
+
+    Raises:
+        ValueError: the run's own batches are not known, or as :func:`stagewise.influence_in_time`.
+    """
+    steps = sorted(digests)
+    if len(steps) < 2:
+        raise ValueError("two checkpoints or more are needed: one to start from, and one at which to ask")
+    asked = spread(steps[1:], config.two_times)
+    start, span = trajectory.load(steps[0]), asked[-1] - steps[0]
+    orders = window_orders(start_at(task, start), recorded_order(task, trajectory, config), span, 1, 0)
+    if not orders.known:
+        raise ValueError("the run's own batches are not known: record them, recorder(step, indices)")
+    edges = [step for step in steps if step <= asked[-1]]
+    bins = sorted({*spread(edges, _MOST_BINS), *asked})
+
+    def compute() -> xr.Dataset:
+        bar = partial(progress, "influence in two times")
+        return influence_in_time(task, start, orders.orders[0], asked, bins=bins, progress=bar)
+
+    run = " ".join(_facts(checkpoint) for checkpoint in map(trajectory.load, trajectory.steps))
+    return kept.get("influence in two times", f"{asked} {bins} {config.retraining!r} {run}", compute)
 
 
 def measure(

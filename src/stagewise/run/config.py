@@ -66,6 +66,9 @@ class RunConfig(_Settings):
         description=f"estimators of influence, some of {', '.join(get_args(Estimator))}",
     )
     retraining: Retraining | None = Field(None, description="measure window effects; needs recorded optimisers")
+    two_times: int = Field(
+        0, ge=0, description="at how many later steps to ask what earlier training did to the queries; 0: at none"
+    )
     exemplars: int = Field(6, ge=0, description="most helpful and harmful samples shown per query and step")
     workers: int | None = Field(
         None, gt=0, description="processes; default one per core, or one if the model lives on a GPU"

@@ -78,6 +78,11 @@ def _analyse(
         datasets |= analysis.measure(task, trajectory, config, work.usable, kept, progress)
     except ValueError as error:
         failed["retraining"] = str(error)
+    if config.two_times:
+        try:
+            datasets["in two times"] = analysis.in_two_times(task, trajectory, config, work.usable, kept, progress)
+        except ValueError as error:
+            failed["influence in two times"] = str(error)
     notes = [f"Without {name}: {reason}" for name, reason in (left_out | failed).items()]
     datasets["losses"].attrs |= {"task": repr(task), "notes": json.dumps(notes)}
     exact = found.get(EXACT)
@@ -118,6 +123,7 @@ def _report(traces: ReadOnce, influence: xr.Dataset | None) -> Results:
         },
         measured=datasets.get("measured"),
         replay=datasets.get("replay"),
+        in_two_times=datasets.get("in two times"),
         notes=json.loads(datasets["losses"].attrs.get("notes", "[]")),
         exemplars=found,
         config=settings,

@@ -24,10 +24,12 @@ def study(folder: Path) -> list[RunConfig]:
 
 def demo(folder: Path) -> RunConfig:
     """A short version of the minibatch run: fewer checkpoints and draws."""
-    return _settings(folder, "Handwritten digits", 64, 1000, 18, Chains(chains=32, draws=64))
+    return _settings(folder, "Handwritten digits", 64, 1000, 18, Chains(chains=32, draws=64), two_times=5)
 
 
-def _settings(folder: Path, title: str, batch_size: int, last: int, checkpoints: int, sampling: Chains) -> RunConfig:
+def _settings(
+    folder: Path, title: str, batch_size: int, last: int, checkpoints: int, sampling: Chains, two_times: int = 0
+) -> RunConfig:
     """Record the training run if it is not there yet, and say how to study it."""
     recorded = folder / "checkpoints"
     if not recorded.exists():
@@ -39,5 +41,6 @@ def _settings(folder: Path, title: str, batch_size: int, last: int, checkpoints:
         out=folder,
         posterior=LocalPosterior(window=WINDOW),
         sampling=sampling,
+        two_times=two_times,
         retraining=Retraining(recorded_order_seed=ORDER_SEED),
     )
