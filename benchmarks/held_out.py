@@ -255,6 +255,8 @@ def solved_row(study: Study) -> list[str]:
         predicted = sw.predicted_effect(influence, WEIGHT)["effect"]
         agreement = sw.agreement(predicted, study.measured["effect"].sel(step=predicted["step"]))
         cells += [spread(agreement[headline(agreement, name)]) for name in ("correlation", "slope")]
+        if predicted.sizes["step"] < len(STEPS):
+            cells[-2] += f" at {predicted.sizes['step']}"
     return [study.name, *cells]
 
 

@@ -63,16 +63,29 @@ def test_every_eigen_direction_responds_as_the_optimiser_does(rule, coming, curv
 
 
 def test_negative_curvature_beyond_every_posterior_is_answered():
-    problem = Problem(rate=10.0)
+    problem = Problem(rate=0.05)
     with pytest.raises(ValueError, match="not localised"):
         damped_influence(problem.task, problem.trajectory, LocalPosterior(window=100), curvature="hessian")
-    assert np.isfinite(at_checkpoint(problem, 30)["value"]).all()
+    assert np.isfinite(at_checkpoint(problem, 100)["value"]).all()
 
 
-def test_a_response_that_overflows_is_left_out_with_what_to_do():
-    problem = Problem(rate=1e5)
-    with pytest.raises(ValueError, match="overflows.* use a shorter window"):
-        at_checkpoint(problem, 200)
+@pytest.mark.parametrize("window", [8, 400])
+def test_updates_that_run_away_are_left_out_with_what_to_do(window):
+    """Steps far too long for the curvature, up to what is not a number."""
+    problem = Problem(rate=100.0)
+    with pytest.raises(
+        ValueError, match=r"run away at fixed curvature: they go \S+ times as far .* use a shorter window"
+    ):
+        at_checkpoint(problem, window)
+
+
+def test_a_query_without_gradient_gets_no_influence_and_is_no_reason_to_refuse():
+    random = np.random.default_rng(0)
+    x, xq = random.normal(size=(6, 3)), np.array([[0.0, 0.0, 0.0], [1.0, 2.0, 3.0]])
+    problem = Regression(x, x[:, 0], xq, np.ones(2), np.ones(3), train_groups=range(6), query_groups={"val": range(2)})
+    found = response_influence(problem.task, problem.trajectory(), LocalPosterior(window=5))["value"][0]
+    assert not found[:, 0].any()
+    assert (found[:, 1] != 0).all()
 
 
 def test_a_window_is_asked_for():

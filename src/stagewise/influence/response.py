@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 import xarray as xr
+from torch import Tensor
 
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.evaluate import CURVATURE_SAMPLES, hessian_product, spread_rows
@@ -26,6 +27,8 @@ from stagewise.task import Task
 
 # A subset of the training samples stands for all: its error is that of the mean of this many parts of it.
 _PARTS = 4
+# Real training leaves the quadratic form of its loss long before it is carried this many times as far.
+_MOST_GROWTH = 100
 
 
 def response_influence(
@@ -62,12 +65,13 @@ def response_influence(
 
     Returns:
         ``value`` and ``stderr`` ``(step, train, query)``, nats per unit weight. Negative is helpful. The standard error
-        is that of the samples which the curvature is taken from, by the spread of the answers of four parts of them: 0
-        where these are all. Attribute ``omitted``: the checkpoints that could not be used, with reasons.
+        is that of the samples which curvature and path are taken from, by the spread of the answers of four parts of
+        them: 0 where these are all. Attribute ``omitted``: the checkpoints that could not be used, with reasons.
 
     Raises:
         ValueError: the posterior has no window; no checkpoint can be used, with the reasons: no record of the
-            optimiser, a loss that Gauss-Newton curvature is not defined for, a response that overflows.
+            optimiser, a loss that Gauss-Newton curvature is not defined for, updates that run away at fixed curvature,
+            whose response is beyond 100 times that without curvature.
 
     Example:
         >>> import torch, stagewise as sw
@@ -89,14 +93,34 @@ def response_influence(
     def solve(density: LocalDensity, gradients: Gradients) -> Directions:
         kind = gauss_newton_product if curvature == "gauss_newton" else hessian_product
         rows, updates = spread_rows(samples, len(task.train)), FrozenUpdates.of(density)
-        middle, end = path(density, updates, rows) if at == "path" else (density.origin, density.origin)
-        targets = gradients(end)
-        mean = updates.respond(kind(density, middle, rows), targets)
+
+        def answer(rows: Tensor) -> Directions:
+            """With curvature and path of some samples."""
+            middle, end = path(density, updates, rows) if at == "path" else (density.origin, density.origin)
+            targets = gradients(end)
+            response = updates.respond(kind(density, middle, rows), targets)
+            _check_growth(density, targets, response)
+            return Directions(response, place=middle)
+
+        whole = answer(rows)
         if len(rows) == len(task.train):
-            return Directions(mean, place=middle)
-        parts = [kind(density, middle, rows[k::_PARTS]) for k in range(_PARTS)]
-        errors = torch.stack([updates.respond(part, targets) - mean for part in parts])
+            return whole
         unseen = (1 - len(rows) / len(task.train)) / (_PARTS - 1)
-        return Directions(mean, errors * unseen**0.5, place=middle)
+        return whole._replace(parts=[answer(rows[k::_PARTS]) for k in range(_PARTS)], unseen=unseen)
 
     return first_order(task, trajectory, posterior, f"response ({curvature})", solve, steps, curvature=True)
+
+
+def _check_growth(density: LocalDensity, gradients: Tensor, response: Tensor) -> None:
+    """Refuse updates that run away: along negative curvature, or by steps too long for the curvature.
+
+    Raises:
+        ValueError: the response is far beyond that without curvature, or not finite.
+    """
+    growth = (density.damping * response.norm(dim=1) / gradients.norm(dim=1)).nan_to_num(nan=torch.inf)
+    most = float(torch.where((gradients != 0).any(1), growth, 0.0).max())
+    if most > _MOST_GROWTH:
+        raise ValueError(
+            f"{density.posterior.window} updates run away at fixed curvature: they go {most:.2g} times as far as "
+            "without; use a shorter window, or window_influence"
+        )
