@@ -17,6 +17,7 @@ from stagewise.sampling.posterior import LocalPosterior, window_response
 from stagewise.task import Task
 
 BY_SAMPLE = {"query_groups": {"val": range(4)}}
+PLACES = ("path", "checkpoint")
 SETTLED = 100_000  # updates after which Adam's bias correction is over
 RATES = [0.3, 0.2, 0.05]
 OPTIMIZERS = {
@@ -41,8 +42,7 @@ def restarted(problem, optimizer, coming=()):
 
 
 @pytest.mark.parametrize("rule", OPTIMIZERS)
-@pytest.mark.parametrize("coming", [(), RATES], ids=["held", "changing"])
-@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize(("curvature", "coming"), [("hessian", RATES), ("gauss_newton", ())])
 def test_every_eigen_direction_responds_as_the_optimiser_does(rule, coming, curvature):
     optimizer = OPTIMIZERS[rule]
     problem = restarted(Problem(optimizer=optimizer.name, step=SETTLED, **BY_SAMPLE), optimizer, coming)
@@ -69,14 +69,14 @@ def test_negative_curvature_beyond_every_posterior_is_answered():
     assert np.isfinite(at_checkpoint(problem, 100)["value"]).all()
 
 
-@pytest.mark.parametrize("window", [8, 400])
-def test_updates_that_run_away_are_left_out_with_what_to_do(window):
+@pytest.mark.parametrize("rate", [100.0, 1e60])
+def test_updates_that_run_away_are_left_out_with_what_to_do(rate):
     """Steps far too long for the curvature, up to what is not a number."""
-    problem = Problem(rate=100.0)
+    problem = Problem(rate=rate)
     with pytest.raises(
         ValueError, match=r"run away at fixed curvature: they go \S+ times as far .* use a shorter window"
     ):
-        at_checkpoint(problem, window)
+        at_checkpoint(problem, 8)
 
 
 def test_a_query_without_gradient_gets_no_influence_and_is_no_reason_to_refuse():
@@ -112,9 +112,8 @@ AT_REST = {
 }
 
 
-@pytest.mark.parametrize("at", ["checkpoint", "path"])
 @pytest.mark.parametrize("rule", AT_REST)
-@pytest.mark.parametrize("coming", [(), RATES], ids=["held", "changing"])
+@pytest.mark.parametrize(("at", "coming"), [("checkpoint", ()), ("path", RATES)])
 def test_at_the_minimum_of_a_quadratic_loss_it_is_the_derivative_of_the_replay(rule, coming, at):
     random = np.random.default_rng(0)
     x, xq, yq = random.normal(size=(6, 3)), random.normal(size=(2, 3)), random.normal(size=2)
@@ -145,24 +144,24 @@ MOVING = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("at", "order"), [("path", 2), ("checkpoint", 1)])
 @pytest.mark.parametrize("rule", MOVING)
-def test_the_path_is_right_to_second_order_in_its_length_and_the_checkpoint_to_first(rule, at, order):
+def test_the_path_is_right_to_second_order_in_its_length_and_the_checkpoint_to_first(rule):
     """Both against the derivative of the replay: the wrong place, memory or decay is wrong to first order."""
     problem = Problem(hidden=4, **BY_SAMPLE)
     momentum = {name: 0.3 * p.roll(1, 0) for name, p in problem.params.items()}
     second = {name: torch.zeros_like(p) for name, p in problem.params.items()} if MOVING[rule].name == "adam" else {}
 
-    def error(rate):
+    def errors(rate):
         groups = tuple(replace(g, learning_rate=rate * g.learning_rate) for g in MOVING[rule].groups)
         optimizer = replace(MOVING[rule], learning_rate=rate * MOVING[rule].learning_rate, groups=groups)
         start = Checkpoint(3, problem.params, optimizer, momentum, second)
         run = Trajectory.from_checkpoints([start])
         exact = window_influence(problem.task, run, window=6)["value"]
-        got = response_influence(problem.task, run, LocalPosterior(window=6), at=at)["value"]
-        return float(np.abs(got - exact).max() / np.abs(exact).max())
+        got = [response_influence(problem.task, run, LocalPosterior(window=6), at=at)["value"] for at in PLACES]
+        return np.array([np.abs(value - exact).max() / np.abs(exact).max() for value in got])
 
-    assert np.log2(error(0.02) / error(0.01)) == pytest.approx(order, abs=0.15)
+    orders = np.log2(errors(0.02) / errors(0.01))
+    np.testing.assert_allclose(orders, [2, 1], atol=0.15)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -45,13 +45,14 @@ def response_influence(
 
     The run's W updates are made on a quadratic form of the loss: learning rates, momentum, Adam's first moment with its
     bias correction, weight decay and clipping as the run has them, Adam's second moment held. The price is W curvature
-    products with all queries stacked, twice as many where a subset of the samples stands for all.
+    products with all queries stacked, and W gradients for the path; twice that where a part of the samples stands for
+    all.
 
     To first order in the weight, a query's gradient counts where the window ends, and a candidate's where each update
     is made. ``at="path"`` therefore first makes the W updates with the gradient of the mean loss, and takes query
     gradients at the end of this path, and gradients of the candidates and the curvature in its middle: right to second
-    order in its length, ``at="checkpoint"`` to first. That Adam's second moment answers a change of the data is in
-    neither, and predicts too much where the loss falls fast; :func:`window_influence` has it.
+    order in its length, ``at="checkpoint"`` to first. Neither knows that Adam's second moment answers a change of the
+    data too: where the loss falls fast they predict too much, and :func:`window_influence` does not.
 
     Args:
         task: the task; its group labels are used where it has them.
