@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from stagewise.influence.gradients import gradient_product as gradient_product
     from stagewise.influence.llc import llc as llc
     from stagewise.influence.phases import phase_decomposition as phase_decomposition
+    from stagewise.influence.response import response_influence as response_influence
     from stagewise.influence.trusted import TracesInMemory as TracesInMemory
     from stagewise.retraining.ablation import window_ablation as window_ablation
     from stagewise.retraining.extremes import extremes_ablation as extremes_ablation
@@ -79,6 +80,7 @@ _ROOMS = {
     "stagewise.influence.gradients": ("gradient_product",),
     "stagewise.influence.llc": ("llc",),
     "stagewise.influence.phases": ("phase_decomposition",),
+    "stagewise.influence.response": ("response_influence",),
     "stagewise.influence.trusted": ("TracesInMemory",),
     "stagewise.retraining.ablation": ("window_ablation",),
     "stagewise.retraining.extremes": ("extremes_ablation",),

@@ -246,7 +246,7 @@ def of_nothing(case: Case) -> None:
     case.optimizer = replace(case.optimizer, groups=(ParameterGroup(("9.weight",), 0.1),))
 
 
-AT_THE_CHECKPOINT = ("gradient_product", "damped_influence", "sample_block", "tracin")
+AT_THE_CHECKPOINT = ("gradient_product", "damped_influence", "response_influence", "sample_block", "tracin")
 
 FAULTS: dict[str, Fault] = {
     "NaN in a training sample": Fault(bad_sample, "train: the loss of sample 6 is not finite"),

@@ -18,6 +18,7 @@ from stagewise.checkpoint import Checkpoint
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.influence.damped import damped_influence
 from stagewise.influence.gradients import gradient_product
+from stagewise.influence.response import response_influence
 from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.leave_out import leave_out
 from stagewise.retraining.two_times import influence_in_time
@@ -62,6 +63,7 @@ def doors(case: Case) -> dict[str, Callable[[], Any]]:
     return {
         "gradient_product": lambda: gradient_product(task(), run(), POSTERIOR).value.values,
         "damped_influence": lambda: damped_influence(task(), run(), POSTERIOR).value.values,
+        "response_influence": lambda: response_influence(task(), run(), POSTERIOR).value.values,
         "sample_block": lambda: drawn(sampled),
         "tracin": lambda: tracin(task(), run()).value.values,
         "window_ablation": lambda: window_ablation(task(), run(), window=2, order=case.order).effect.values,

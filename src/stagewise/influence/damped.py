@@ -19,7 +19,7 @@ from torch import Tensor
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.evaluate import CURVATURE_SAMPLES, Product, dense, hessian_product, spread_rows
 from stagewise.gauss_newton import gauss_newton_product
-from stagewise.influence.gradients import Directions, first_order
+from stagewise.influence.gradients import Directions, Gradients, first_order
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior
 from stagewise.task import Task
 
@@ -82,9 +82,10 @@ def damped_influence(
         (('step', 'train', 'query'), (1, 2, 1))
     """
 
-    def solve(density: LocalDensity, gradients: Tensor) -> Directions:
+    def solve(density: LocalDensity, gradients: Gradients) -> Directions:
+        targets = gradients(density.origin)
         if curvature == "exact":
-            return Directions(exact_solve(density, gradients))
+            return Directions(exact_solve(density, targets))
         kind = gauss_newton_product if curvature == "gauss_newton" else hessian_product
         rows = spread_rows(samples, len(task.train))
         product = kind(density, density.origin, rows)
@@ -92,7 +93,7 @@ def damped_influence(
         def solved(targets: Tensor, precision: float) -> Tensor:
             return conjugate_gradients(lambda v: product(v) + density.damping * v, targets, precision, max_iterations)
 
-        mean = solved(gradients, tolerance)
+        mean = solved(targets, tolerance)
         if len(rows) == len(task.train):
             return Directions(mean, relative=tolerance)
         # The solution answers a change of the curvature by -A^-1 (change) x, here for each part of the samples.

@@ -7,6 +7,7 @@ already inside the dot product.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,15 +32,24 @@ class Directions(NamedTuple):
         errors: deviations from it, whose mean square over ``error`` is the variance of ``mean``
             ``(error, query, parameters)``; none where it is exact.
         relative: error of a value, relative to the largest of its query: of a solver's tolerance.
+        place: where the losses are differentiated, a displacement ``(parameters,)``; None: at the checkpoint.
+        parts: answers of parts of the samples, each with a place of its own.
+        unseen: variance of a value over the mean square by which those of the parts deviate from it.
     """
 
     mean: Tensor
     errors: Tensor | None = None
     relative: float = 0.0
+    place: Tensor | None = None
+    parts: Sequence[Directions] = ()
+    unseen: float = 0.0
 
 
-Solve = Callable[[LocalDensity, Tensor], Directions]
-"""Query gradients ``(query, parameters)`` at a checkpoint to the directions to score along."""
+Gradients = Callable[[Tensor], Tensor]
+"""A displacement ``(parameters,)`` to the gradients of the queries there ``(query, parameters)``."""
+
+Solve = Callable[[LocalDensity, Gradients], Directions]
+"""Query gradients near a checkpoint to the directions to score along."""
 
 
 def gradient_product(
@@ -81,8 +91,8 @@ def gradient_product(
         (('step', 'train', 'query'), (1, 2, 1))
     """
 
-    def solve(density: LocalDensity, gradients: Tensor) -> Directions:
-        return Directions(gradients / density.damping)
+    def solve(density: LocalDensity, gradients: Gradients) -> Directions:
+        return Directions(gradients(density.origin) / density.damping)
 
     return first_order(task, trajectory, posterior, "gradient product", solve, steps)
 
@@ -102,12 +112,15 @@ def first_order(
 
     def estimate(step: int) -> tuple[np.ndarray, np.ndarray, LocalDensity]:
         density = posterior.at(task, run.load(step), curvature=curvature)
-        directions = solve(density, group_gradients(density, density.origin, queried))
-        value = scores(density, directions.mean, trained)
+        directions = solve(density, partial(group_gradients, density, groups=queried))
+        value = scores(density, directions, trained)
         variance = (directions.relative * value.abs().amax(0)) ** 2 + torch.zeros_like(value)
         if directions.errors is not None:
-            squares = [scores(density, error, trained) ** 2 for error in directions.errors]
+            squares = [scores(density, Directions(error), trained) ** 2 for error in directions.errors]
             variance += torch.stack(squares).mean(0)
+        if directions.parts:
+            squares = [(scores(density, part, trained) - value) ** 2 for part in directions.parts]
+            variance += directions.unseen * torch.stack(squares).mean(0)
         return value.numpy(), variance.sqrt().numpy(), density
 
     run = as_trajectory(trajectory)
@@ -130,11 +143,12 @@ def first_order(
     return xr.Dataset(variables, coords, attrs)
 
 
-def scores(density: LocalDensity, directions: Tensor, trained: Groups) -> Tensor:
+def scores(density: LocalDensity, directions: Directions, trained: Groups) -> Tensor:
     """-(1/n) (a_i / mean a) grad l_i . x, the mean over every train group: ``(train, direction)``, float64, CPU."""
     task = density.task
-    along = directional_derivatives(density, density.origin, directions, task.candidate_samples).cpu().double()
+    place, along = density.origin if directions.place is None else directions.place, directions.mean
+    derivatives = directional_derivatives(density, place, along, task.candidate_samples).cpu().double()
     weights = sample_weights(density)
-    weighted = torch.zeros(len(directions), len(task.train), dtype=torch.float64)
-    weighted[:, task.candidates] = along * (weights / weights.mean())[task.candidates]
+    weighted = torch.zeros(len(along), len(task.train), dtype=torch.float64)
+    weighted[:, task.candidates] = derivatives * (weights / weights.mean())[task.candidates]
     return -trained.mean({TRAIN: weighted}).T / len(task.train)

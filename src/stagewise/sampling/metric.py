@@ -53,7 +53,7 @@ def adam_metric(point: Point, checkpoint: Checkpoint, window: int | None) -> Ten
     anchor = vector.flatten(point.state)
     zeros = {n: torch.zeros(s) for n, s in zip(vector.names, vector.shapes, strict=True)}
     moment = vector.flatten(zeros | {n: known[n] for n in vector.names if n in known}).to(anchor)
-    counts = torch.cat([torch.full((zeros[n].numel(),), float(_count(checkpoint, n))) for n in vector.names]).to(anchor)
+    counts = update_counts(checkpoint, vector).to(anchor)
     beta = optimizer.betas[1]
     now = moment / (1 - beta**counts).clamp(min=1e-30)
     if window is None:
@@ -66,6 +66,13 @@ def adam_metric(point: Point, checkpoint: Checkpoint, window: int | None) -> Ten
         second = torch.maximum(now, ahead)
         moves = touched & (second > 0)
     return torch.where(moves, 1 / (second.sqrt() + optimizer.eps), 0.0)
+
+
+def update_counts(checkpoint: Checkpoint, vector: ParameterVector) -> Tensor:
+    """Updates that the moments of each parameter have seen ``(parameters,)``, float64."""
+    known, second = checkpoint.update_counts, checkpoint.second_moment
+    counts = [known.get(name, checkpoint.step if name in second else 0) for name in vector.names]
+    return vector.spread(torch.tensor(counts, dtype=torch.float64))
 
 
 def squared_gradient(point: Point, batch_size: int | None) -> tuple[Tensor, Tensor]:
@@ -119,8 +126,3 @@ def _adam(checkpoint: Checkpoint) -> Optimizer:
             "record checkpoints with stagewise.Recorder, or use metric='euclidean'"
         )
     return optimizer
-
-
-def _count(checkpoint: Checkpoint, name: str) -> int:
-    """Updates that a parameter's moments have seen."""
-    return checkpoint.update_counts.get(name, checkpoint.step if name in checkpoint.second_moment else 0)

@@ -139,7 +139,7 @@ class LocalPosterior:
             n_beta=n_beta,
             metric=metric,
             posterior=self,
-            optimizer=optimizer,
+            checkpoint=checkpoint,
         )
 
     def _gamma(self, n_beta: float, checkpoint: Checkpoint, point: Point) -> float:
@@ -185,7 +185,7 @@ class LocalDensity(Point):
         n_beta: inverse temperature times the number of samples.
         metric: name of the metric.
         posterior: the settings this came from.
-        optimizer: the run's update rule at the checkpoint, if recorded.
+        checkpoint: what is recorded of the run there, under the model's own names.
     """
 
     anchor: Tensor
@@ -194,7 +194,12 @@ class LocalDensity(Point):
     n_beta: float
     metric: Metric
     posterior: LocalPosterior
-    optimizer: Optimizer | None
+    checkpoint: Checkpoint
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The run's update rule at the checkpoint, if recorded."""
+        return self.checkpoint.optimizer
 
     @property
     def kappa(self) -> float:
@@ -237,6 +242,11 @@ def _reaches(optimizer: Optimizer, coming: Sequence[float]) -> Iterator[float]:
         yield moved
 
 
+def learning_rates(window: int, optimizer: Optimizer, coming: Sequence[float] = ()) -> list[float]:
+    """Of the updates of a window: those that are known, and after the last one that one, held."""
+    return list(islice(chain(coming, repeat(coming[-1] if coming else optimizer.learning_rate)), window))
+
+
 def window_response(
     curvatures: NDArray[np.float64], window: int, optimizer: Optimizer, coming: Sequence[float] = ()
 ) -> NDArray[np.float64]:
@@ -247,7 +257,7 @@ def window_response(
     """
     b = optimizer.betas[0] if optimizer.name == "adam" else optimizer.momentum
     moved = memory = np.zeros_like(curvatures)
-    for rate in islice(chain(coming, repeat(coming[-1] if coming else optimizer.learning_rate)), window):
+    for rate in learning_rates(window, optimizer, coming):
         slope = 1 - curvatures * moved
         memory = b * memory + ((1 - b) * slope if optimizer.name == "adam" else slope)
         moved = moved + rate * memory
