@@ -43,6 +43,7 @@ from sklearn.feature_extraction.image import extract_patches_2d
 from torch import Tensor, nn
 
 import stagewise as sw
+from stagewise.checkpoints.directory import write_checkpoint
 from stagewise.results import headline
 from stagewise.retraining.scores import coverage
 from stagewise.retraining.training import train_and_record
@@ -70,7 +71,9 @@ BATCHES = {"full batch": 0, "batches of 64": 64}
 
 def digits() -> None:
     """Windows of 30 updates from all checkpoints, and of 100 from every third."""
-    summary = Table("run", "W", "weight", "r", "slope", f"slope after step {EARLY}", title="digits: median [range]")
+    summary = Table(
+        "run", "W", "weight", "r", "slope", f"slope after step {EARLY}", title=escape("digits: median [range]")
+    )
     detail = Table("step", title="digits, W = 30: r, slope")
     columns: list[xr.Dataset] = []
     for name, size in BATCHES.items():
@@ -174,9 +177,10 @@ def welch_reach(*counts: int) -> float:
 
 # Language model
 
-SEQUENCES, HELD_OUT, CONTEXT, VOCABULARY, BATCH = 8192, 320, 64, 512, 32
+SEQUENCES, HELD_OUT, CONTEXT, VOCABULARY, BATCH = 8192, 256, 64, 512, 32
 LANGUAGE_STEPS, LANGUAGE_END = (20, 60, 200, 600), 630
-CHECKED_STEP = 60
+CHECKED_STEP = 600
+LANGUAGE_COLUMNS = ("step", "r", "slope", "seconds of 8 query groups")
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,22 +233,18 @@ def record_language(own: sw.Task, folder: Path) -> None:
 def language() -> None:
     """Classes of tokens against one another; and their influence again, as the sum of that of their tokens."""
     text = Text.of_library()
-    own, labels = text.task(), text.labels
-    table = Table("step", "r", "slope", "all pairs: r", "slope", "seconds", title="language model, W = 30, weight .8")
+    own, table = text.task(), Table(*LANGUAGE_COLUMNS, title="language model, W = 30, weight 0.8")
     with tempfile.TemporaryDirectory() as folder:
         record_language(own, Path(folder))
         for step in LANGUAGE_STEPS:
-            options = {"window": 30, "steps": [step], "groups": labels}
+            options = {"window": 30, "steps": [step], "groups": text.labels}
             start = time.perf_counter()
             exact = sw.window_influence(own, folder, **options)
             seconds = time.perf_counter() - start
-            measured = sw.window_ablation(own, folder, weight=0.8, **options)
-            effect = sw.predicted_effect(exact, 0.8)["effect"]
-            every = sw.agreement(effect, measured["effect"])
-            scores = [
-                float(every[f"{name}{pairs}"]) for pairs in ("_off_diagonal", "") for name in ("correlation", "slope")
-            ]
-            table.add_row(str(step), *(f"{score:.3f}" for score in scores), f"{seconds:.0f}")
+            scores = compared(exact, sw.window_ablation(own, folder, weight=0.8, **options))
+            table.add_row(
+                str(step), *(f"{scores[name].item():.3f}" for name in ("correlation", "slope")), f"{seconds:.0f}"
+            )
             if step == CHECKED_STEP:
                 apart = token_sums(text, Path(folder), exact)
         console.print(table)
@@ -323,21 +323,24 @@ def plain_training(own: sw.Task, order: sw.BatchOrder) -> None:
 
 # Memory
 
+MEMORY_WINDOW = 30
+
 
 def memory() -> None:
-    """One query group of a transformer with random weights and moments."""
-    own, start = large_task()
-    own_size = sum(tensor.numel() for tensor in own.trainable.values())
-    begun = time.perf_counter()
-    sw.window_influence(own, sw.Trajectory.from_checkpoints([start]), window=30, repeats=1, mode="reverse")
+    """One query group of a transformer with random weights and moments, from a folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        own = large_task(Path(folder))
+        begun = time.perf_counter()
+        sw.window_influence(own, folder, window=MEMORY_WINDOW, repeats=1, mode="reverse")
+    size = sum(tensor.numel() for tensor in own.trainable.values())
     console.print(
-        f"memory, W = 30: {own_size / 1e6:.0f} million parameters, peak of the process {peak():.1f} GB, "
+        f"memory, W = {MEMORY_WINDOW}: {size / 1e6:.0f} million parameters, peak of the process {peak():.1f} GB, "
         f"{time.perf_counter() - begun:.0f} seconds"
     )
 
 
-def large_task() -> tuple[sw.Task, sw.Checkpoint]:
-    """Batches of 8 x 128 random tokens."""
+def large_task(folder: Path) -> sw.Task:
+    """Batches of 8 x 128 random tokens; its checkpoint goes to the folder."""
     generator = torch.Generator().manual_seed(0)
     model = LanguageModel(50_000, 512, 14, 8, 128, tied=True).eval()
     tokens = torch.randint(50_000, (68, 129), generator=generator)
@@ -353,7 +356,8 @@ def large_task() -> tuple[sw.Task, sw.Checkpoint]:
     first = {name: 1e-4 * torch.randn(size, generator=generator) for name, size in sizes.items()}
     second = {name: 1e-8 * torch.rand(size, generator=generator) for name, size in sizes.items()}
     rule = sw.Optimizer("adam", 1e-4, batch_size=8)
-    return own, sw.Checkpoint(100, own.state(), rule, first_moment=first, second_moment=second)
+    write_checkpoint(folder, sw.Checkpoint(100, own.state(), rule, first_moment=first, second_moment=second))
+    return own
 
 
 def peak() -> float:

@@ -305,6 +305,8 @@ def pull(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequen
         lead = (count,) if batched else ()
         return [i.new_zeros(*lead, *i.shape) if f is None else f for f, i in zip(found, inputs, strict=True)]
 
+    if count == 1:  # nothing to share, and what vmap keeps is not freed at once
+        return [found[None] for found in backward([c[0] for _, c in live], False)]
     try:
         return backward([c for _, c in live], True)
     except RuntimeError as error:  # an operation without a batching rule
