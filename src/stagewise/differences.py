@@ -141,6 +141,7 @@ def _derivatives(
         value = objective(task, task.weighted_losses({**params, **leaves}, batch))
         slopes = torch.autograd.grad(value, every, create_graph=True, materialize_grads=True, allow_unused=True)
         along = torch.stack([(g * d).sum() for g, d in zip(slopes, direction.values(), strict=True)]).sum()
+        del slopes  # the graph lets go of them on the way
         if not along.requires_grad:
             return along.detach(), _flat([torch.zeros_like(leaf) for leaf in every])
         try:

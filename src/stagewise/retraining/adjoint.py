@@ -62,8 +62,8 @@ class Adjoint(NamedTuple):
         return cls(gradients, torch.zeros_like(gradients), torch.zeros_like(gradients))
 
 
-# Numbers held for each parameter and each adjoint: its three parts, those of the gradient, and what autograd keeps.
-_HELD = 8
+# Numbers held for each parameter and each adjoint, forwards or backwards: its parts, and what autograd keeps.
+_HELD = 12
 # Entries of a vector whose update is differentiated at once: what autograd keeps of it is many times as long.
 _PIECE = 2**20
 
@@ -164,8 +164,9 @@ def _update_back(
         primals = (state.params, state.first_moment, state.second_moment, gradient)
         with torch.inference_mode(False), torch.enable_grad():
             leaves = [primal[:, piece].detach().requires_grad_() for primal in primals]
-            before = TrainingState(*leaves[:3], state.counts[:, names])
-            after = update(part, before, leaves[3], step, None, used[:, names])
+            params, first, second, slope_there = leaves
+            before = TrainingState(params, first, second, state.counts[:, names])
+            after = update(part, before, slope_there, step, None, used[:, names])
             outputs = [after.params, after.first_moment, after.second_moment]
             sides = [side[:, None, piece] for side in adjoint]
             for target, found in zip((*adjoint, along), pull(outputs, leaves, sides), strict=True):
