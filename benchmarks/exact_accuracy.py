@@ -262,7 +262,7 @@ def token_sums(text: Text, folder: Path, exact: xr.Dataset) -> float:
 
 # Cost
 
-COST_WINDOW, COST_STEP, REPEATS = 30, 20, 5
+COST_WINDOW, COST_STEP, REPEATS = 30, 20, 3
 
 
 def cost() -> None:

@@ -142,9 +142,10 @@ def step_back(replay: Replay, state: TrainingState, step: int, adjoint: Adjoint)
         along = _update_back(replay, state, slope.detach()[None], used[None], step, adjoint)
         size = len(along) if replay.batching == "stacked" else 1
         with second_derivatives("exact influence", "sampled and damped influence do without"):
-            for params, rows in zip(torch.split(adjoint.params, size), torch.split(along, size), strict=True):
-                bent, by_weight = pull([slope], [leaf, beta], [rows])
-                params += bent
+            for first in range(0, len(along), size):
+                rows, last = slice(first, first + size), first + size >= len(along)
+                bent, by_weight = pull([slope], [leaf, beta], [along[rows]], keep=not last)
+                adjoint.params[rows] += bent
                 parts.append(by_weight)
     return torch.cat(parts)
 
