@@ -47,6 +47,7 @@ format: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/digits_accuracy.py
 	$(BIN)/python benchmarks/held_out.py
+	$(BIN)/python benchmarks/exact_accuracy.py
 	$(BIN)/python benchmarks/hierarchy_accuracy.py
 	$(BIN)/python benchmarks/sampling_speed.py
 	$(BIN)/python benchmarks/hierarchy_speed.py

@@ -82,8 +82,7 @@ def check_differences(task: Task, params: Mapping[str, Tensor], batch: Batch) ->
 def _fault(task: Task, params: Mapping[str, Tensor], batch: Batch, ladder: _Ladder) -> str:
     """What differs, in words; empty if nothing does."""
     double = ladder is _DOUBLE
-    if double:
-        batch, params = doubled(batch), doubled(dict(params))
+    batch = doubled(batch) if double else batch
     with InDouble() if double else nullcontext() as mode, plain_attention():
         fault = _compared(task, params, batch, ladder)
     if mode and mode.failed:
@@ -92,8 +91,10 @@ def _fault(task: Task, params: Mapping[str, Tensor], batch: Batch, ladder: _Ladd
 
 
 def _compared(task: Task, params: Mapping[str, Tensor], batch: Batch, ladder: _Ladder) -> str:
-    direction = _direction(task, params)
-    slope, image = _derivatives(task, params, batch, direction)
+    own = doubled(dict(params)) if ladder is _DOUBLE else params
+    direction = _direction(task, own)
+    slope, image = _derivatives(task, own, batch, direction)
+    del own  # of large models every copy counts
     value, gradient = _along(task, params, batch, direction, ladder)
     # A small loss is the difference of numbers of order 1 (logits), and rounded as they are; so is its gradient.
     rounding = ladder.rounding * max(1.0, abs(value(0.0).item()))
@@ -134,12 +135,13 @@ def _derivatives(
     The product is None where an operation has no second derivative: then curvature is taken from differences of
     gradients, and there is nothing to compare.
     """
-    leaves = {name: params[name].detach().clone().requires_grad_() for name in direction}
+    leaves = {name: params[name].detach().requires_grad_() for name in direction}
     every = list(leaves.values())
     with torch.enable_grad():
         value = objective(task, task.weighted_losses({**params, **leaves}, batch))
         slopes = torch.autograd.grad(value, every, create_graph=True, materialize_grads=True, allow_unused=True)
         along = torch.stack([(g * d).sum() for g, d in zip(slopes, direction.values(), strict=True)]).sum()
+        del slopes  # the graph lets go of them on the way
         if not along.requires_grad:
             return along.detach(), _flat([torch.zeros_like(leaf) for leaf in every])
         try:
@@ -159,18 +161,24 @@ def _along(
     model = task.pure.reference(params, torch.float64 if double else None)
     own = dict(model.named_parameters())
 
-    @cache
-    def there(distance: float) -> tuple[Tensor, Tensor]:
+    def there(distance: float, grad: bool) -> Tensor:
         with torch.no_grad():
             for name, d in direction.items():
                 own[name].copy_(params[name] + distance * d)
         with unchanged(model):
-            value = objective(task, plain_losses(task, model, task.train, None, batch, grad=True))
-        chosen = [own[name] for name in direction]
-        slopes = torch.autograd.grad(value, chosen, materialize_grads=True, allow_unused=True)
-        return value.detach(), _flat([g.to_dense() for g in slopes])
+            return objective(task, plain_losses(task, model, task.train, None, batch, grad=grad))
 
-    return lambda distance: there(distance)[0], lambda distance: there(distance)[1]
+    @cache
+    def value(distance: float) -> Tensor:
+        return there(distance, grad=False)
+
+    def gradient(distance: float) -> Tensor:
+        """Not kept: gradients of large models are what takes memory here."""
+        chosen = [own[name] for name in direction]
+        slopes = torch.autograd.grad(there(distance, grad=True), chosen, materialize_grads=True, allow_unused=True)
+        return _flat([g.to_dense() for g in slopes])
+
+    return value, gradient
 
 
 def _direction(task: Task, params: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -289,10 +289,13 @@ def gradient(value: Tensor, leaf: Tensor, create_graph: bool = False) -> Tensor:
     return torch.zeros_like(leaf) if found is None else found
 
 
-def pull(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
+def pull(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], keep: bool = True
+) -> list[Tensor]:
     """Transposed Jacobian times k cotangents ``(k, *output)``: for every input ``(k, *input)``.
 
-    The graph is kept. All k share one backward pass where every operation can be batched.
+    All k share one backward pass where every operation can be batched. The graph is kept; without ``keep`` a single
+    cotangent frees it on the way.
     """
     count = len(cotangents[0])
     live = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
@@ -301,10 +304,13 @@ def pull(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequen
     kept = [o for o, _ in live]
 
     def backward(sides: Sequence[Tensor], batched: bool) -> list[Tensor]:
-        found = torch.autograd.grad(kept, inputs, sides, retain_graph=True, allow_unused=True, is_grads_batched=batched)
+        held = keep or count > 1
+        found = torch.autograd.grad(kept, inputs, sides, retain_graph=held, allow_unused=True, is_grads_batched=batched)
         lead = (count,) if batched else ()
         return [i.new_zeros(*lead, *i.shape) if f is None else f for f, i in zip(found, inputs, strict=True)]
 
+    if count == 1:  # nothing to share, and what vmap keeps is not freed at once
+        return [found[None] for found in backward([c[0] for _, c in live], False)]
     try:
         return backward([c for _, c in live], True)
     except RuntimeError as error:  # an operation without a batching rule

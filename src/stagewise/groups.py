@@ -138,7 +138,11 @@ def _token_groups(task: Task, labels: Labels) -> Groups:
             f"sample {uneven[0]}; give tokens that are padding a label of their own"
         )
     candidates = task.candidates
-    groups = Groups.of_labels([label for k in candidates.tolist() for label in labels[k]], TRAIN)
+    if isinstance(labels, np.ndarray):
+        of_tokens: Labels = labels[candidates.numpy()].reshape(-1)
+    else:
+        of_tokens = [label for k in candidates.tolist() for label in labels[k]]
+    groups = Groups.of_labels(of_tokens, TRAIN)
     places = (candidates[:, None] * tokens + torch.arange(tokens)).flatten()
     return Groups(groups.labels, groups.datasets, tuple(places[index] for index in groups.indices), tokens)
 
@@ -185,6 +189,8 @@ def words(labels: Labels) -> NDArray[np.str_]:
     Raises:
         ValueError: some are several labels.
     """
+    if isinstance(labels, np.ndarray) and labels.ndim == 1 and labels.dtype.kind == "U":
+        return labels  # there may be as many as tokens
     if several := [label for label in labels if isinstance(label, list | tuple | np.ndarray) or np.ndim(label) > 0]:
         raise ValueError(f"groups: expected one label for each sample, got {several[0]} for one")
     plain = [label.item() if isinstance(label, Tensor | np.generic) else label for label in labels]

@@ -11,6 +11,7 @@ from torch import nn
 
 from stagewise.checkpoint import Checkpoint, Optimizer, ParameterGroup
 from stagewise.checkpoints.trajectory import Trajectory
+from stagewise.retraining import adjoint
 from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.schedule import BatchOrder
 from stagewise.retraining.scores import predicted_effect
@@ -101,6 +102,18 @@ def test_little_memory_costs_time_and_changes_nothing(memory):
     close(window_influence(task, run, memory=memory, **options).value, whole.value, 1e-12)
     one_by_one = window_influence(task, run, batching="loop", **options)
     close(one_by_one.value, whole.value, 1e-12)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("clip_norm", [None, 0.05])
+def test_a_long_vector_is_moved_back_in_pieces(rule, clip_norm, monkeypatch):
+    task, order = classifier(frozen=0), ORDERS["minibatches"]
+    fast = ParameterGroup(frozenset({"2.bias"}), RULES[rule].learning_rate * 2, 0.1)
+    run = trajectory(task, replace(RULES[rule], clip_norm=clip_norm, groups=(fast,)), order, coming=[0.01, 0.0, 0.02])
+    whole = window_influence(task, run, window=WINDOW, order=order, steps=[START])
+    monkeypatch.setattr(adjoint, "_PIECE", 5)
+    pieces = window_influence(task, run, window=WINDOW, order=order, steps=[START])
+    close(pieces.value, whole.value, 1e-12)
 
 
 def test_a_group_is_the_mean_of_its_samples_and_a_sample_that_no_update_saw_has_no_influence():

@@ -16,8 +16,9 @@ parameter groups are as they are there; the second half is one product of second
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -30,8 +31,16 @@ from stagewise.retraining.rewind import rewind
 from stagewise.retraining.schedule import LearningRate, Order
 from stagewise.retraining.start import Start
 from stagewise.retraining.training import gradients, joined, slopes_of
-from stagewise.retraining.updates import TrainingState, keeps_first_moment, keeps_second_moment, update
+from stagewise.retraining.updates import (
+    Rule,
+    TrainingState,
+    clipped,
+    keeps_first_moment,
+    keeps_second_moment,
+    update,
+)
 from stagewise.twice import second_derivatives
+from stagewise.vector import ParameterVector
 
 
 class Adjoint(NamedTuple):
@@ -50,12 +59,13 @@ class Adjoint(NamedTuple):
     @classmethod
     def of(cls, gradients: Tensor) -> Adjoint:
         """Of numbers that depend on the weights alone."""
-        zero = torch.zeros_like(gradients)
-        return cls(gradients, zero, zero)
+        return cls(gradients, torch.zeros_like(gradients), torch.zeros_like(gradients))
 
 
-# Numbers held for each parameter and each adjoint: three parts before and after the update, and what autograd keeps.
+# Numbers held for each parameter and each adjoint, forwards or backwards: its parts, and what autograd keeps.
 _HELD = 12
+# Entries of a vector whose update is differentiated at once: what autograd keeps of it is many times as long.
+_PIECE = 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +97,7 @@ class Replay:
         """The state after the last update, then every step with the state before its update, the last first."""
         optimizer = self.start.rule.optimizer
         kept = 1 + keeps_first_moment(optimizer) + keeps_second_moment(optimizer)
-        room = int(self.memory / 2 / (kept * self._bytes))
+        room = max(0, int(self.memory / 2 / (kept * self._bytes)) - 1)  # beside the one in use
         return rewind(self._advance, self.start.state(), range(self.span.start, self.span.stop + 1), room)
 
     def batch(self, step: int) -> Batch:
@@ -105,34 +115,32 @@ class Replay:
         return update(self.start.rule, state, slope, step, self.learning_rate, used)
 
 
-class Back(NamedTuple):
-    """What one update tells on the way back, for several numbers.
+class Slopes(NamedTuple):
+    """What several numbers depend on in one update.
 
     Attributes:
-        adjoint: before the update.
-        by_weight: derivatives by the weight of every sample or token in this update ``(number, batch)`` or
+        by_weight: derivatives by the weight of every sample or token of its batch ``(number, batch)`` or
             ``(number, batch, tokens)``, as the loss returns them.
-        along: derivatives by the gradient that the update followed ``(number, parameters)``.
+        by_gradient: derivatives by the gradient that it followed ``(number, parameters)``.
     """
 
-    adjoint: Adjoint
     by_weight: Tensor
-    along: Tensor
+    by_gradient: Tensor
 
 
-def step_back(replay: Replay, state: TrainingState, step: int, later: Adjoint) -> Back:
-    """The adjoint before an update, from that after it.
+def step_back(replay: Replay, state: TrainingState, step: int, adjoint: Adjoint) -> Slopes:
+    """Turn the adjoint after an update into that before it, in place.
 
     Args:
         replay: whose update.
         state: before the update.
         step: number of updates made before this one.
-        later: the adjoint after it.
+        adjoint: that after it, which is written over.
 
     Raises:
         ValueError: an operation has no second derivative.
     """
-    point, batch = replay.start.point, replay.batch(step)
+    point, batch, parts = replay.start.point, replay.batch(step), []
     with plain_attention(), differentiable(state.params[0]) as leaf:
         pieces = point.vector.unflatten(leaf)
         losses = point.task.weighted_losses({**point.state, **pieces}, batch)
@@ -140,24 +148,57 @@ def step_back(replay: Replay, state: TrainingState, step: int, later: Adjoint) -
         beta = torch.ones_like(losses.values, requires_grad=True)
         objective = (beta * shares * losses.values).sum() / shares.sum().clamp(min=1e-30)
         slope, used = joined(point, slopes_of(objective, pieces, create_graph=True), (), leaf)
-        earlier, along = _update_back(replay, state, slope.detach()[None], used, step, later)
-        rows = torch.split(along, len(along) if replay.batching == "stacked" else 1)
+        along = _update_back(replay, state, slope.detach()[None], used[None], step, adjoint)
+        size = len(along) if replay.batching == "stacked" else 1
         with second_derivatives("exact influence", "sampled and damped influence do without"):
-            found = [pull([slope], [leaf, beta], [row]) for row in rows]
-    bent, by_weight = (torch.cat(parts).detach() for parts in zip(*found, strict=True))
-    return Back(earlier._replace(params=earlier.params + bent), by_weight, along)
+            for first in range(0, len(along), size):
+                rows, last = slice(first, first + size), first + size >= len(along)
+                bent, by_weight = pull([slope], [leaf, beta], [along[rows]], keep=not last)
+                adjoint.params[rows] += bent
+                parts.append(by_weight)
+    return Slopes(torch.cat(parts), along)
 
 
 def _update_back(
-    replay: Replay, state: TrainingState, slope: Tensor, used: Tensor, step: int, later: Adjoint
-) -> tuple[Adjoint, Tensor]:
-    """The adjoint before an update at a fixed gradient, and that of the gradient ``(number, parameters)``."""
-    with torch.inference_mode(False), torch.enable_grad():
-        primals = (state.params, state.first_moment, state.second_moment, slope)
-        params, first, second, gradient = (primal.detach().clone().requires_grad_() for primal in primals)
-        before = TrainingState(params, first, second, state.counts)
-        after = update(replay.start.rule, before, gradient, step, replay.learning_rate, used[None])
-        outputs = [after.params, after.first_moment, after.second_moment]
-        back = pull(outputs, [params, first, second, gradient], [side[:, None] for side in later])
-    *earlier, along = (part[:, 0].detach() for part in back)
-    return Adjoint(*earlier), along
+    replay: Replay, state: TrainingState, slope: Tensor, used: Tensor, step: int, adjoint: Adjoint
+) -> Tensor:
+    """Turn the adjoint into that before the update at a fixed gradient, in place.
+
+    Returns:
+        The adjoint of the gradient ``(number, parameters)``.
+    """
+    rule, along = replay.start.rule, torch.empty_like(adjoint.params)
+    norm = rule.optimizer.clip_norm
+    gradient = slope if norm is None else clipped(slope, norm)
+    for piece, names, part in _pieces(rule, rule.rates_at(step, replay.learning_rate)):
+        primals = (state.params, state.first_moment, state.second_moment, gradient)
+        with torch.inference_mode(False), torch.enable_grad():
+            leaves = [primal[:, piece].detach().requires_grad_() for primal in primals]
+            params, first, second, slope_there = leaves
+            before = TrainingState(params, first, second, state.counts[:, names])
+            after = update(part, before, slope_there, step, None, used[:, names])
+            outputs = [after.params, after.first_moment, after.second_moment]
+            sides = [side[:, None, piece] for side in adjoint]
+            for target, found in zip((*adjoint, along), pull(outputs, leaves, sides), strict=True):
+                target[:, piece] = found[:, 0]
+    if norm is None:
+        return along
+    with differentiable(slope) as leaf:
+        return pull([clipped(leaf, norm)], [leaf], [along[:, None]])[0][:, 0]
+
+
+def _pieces(rule: Rule, rates: Tensor) -> Iterator[tuple[slice, slice, Rule]]:
+    """Ranges of the vector and of its names, each with its rule, without clipping: all of a small one at once."""
+    rule = replace(rule, optimizer=replace(rule.optimizer, clip_norm=None), rates=rates, coming=())
+    vector, first = rule.vector, 0
+    if vector.size <= _PIECE:
+        yield slice(None), slice(None), rule
+        return
+    for k, (shape, dtype) in enumerate(zip(vector.shapes, vector.dtypes, strict=True)):
+        names, stop = slice(k, k + 1), first + math.prod(shape)
+        own = replace(rule, updated=rule.updated[names], rates=rates[names], decays=rule.decays[names])
+        for start in range(first, stop, _PIECE):
+            size = min(_PIECE, stop - start)
+            piece = ParameterVector(vector.names[names], ((size,),), (dtype,))
+            yield slice(start, start + size), names, replace(own, vector=piece)
+        first = stop

@@ -40,7 +40,7 @@ def _of_queries(replay: Replay, trained: Groups, queried: Groups) -> tuple[Tenso
     fine, coarse = _weights(replay.span, 1), _weights(replay.span, 2)
     sums = torch.zeros(2, len(queried), len(task.train), dtype=torch.float64)
     for step, state in states:
-        adjoint, _, along = step_back(replay, state, step, adjoint)
+        along = step_back(replay, state, step, adjoint).by_gradient
         if step in fine:
             found = directional_derivatives(replay.start.point, state.params[0], along, task.train).cpu().double()
             sums += torch.tensor([fine[step], coarse.get(step, 0.0)])[:, None, None] * found * shares

@@ -180,7 +180,7 @@ def _walk(
     adjoint, length = None, torch.zeros(0, dtype=torch.float64)
     for step, state in replace(replay, span=range(replay.span.start, max(stack))).states():
         if adjoint is not None:
-            adjoint, by_weight, _ = step_back(replay, state, step, adjoint)
+            by_weight = step_back(replay, state, step, adjoint).by_weight
             if step in bin_of:
                 begun, where = sums[bin_of[step], : len(by_weight)], places[replay.order(step)]
                 where = weights_of(by_weight[0], where).expand_as(by_weight[0]).flatten()

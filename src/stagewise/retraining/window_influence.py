@@ -187,10 +187,12 @@ def _backwards(replay: Replay, trained: Groups, queried: Groups) -> Array:
 def _sums(replay: Replay, places: Tensor, rows: int, queried: Groups) -> Tensor:
     """Derivatives of some query groups by the weight of each group: ``(query, train)``, float64, on the CPU."""
     sums, states = torch.zeros(len(queried), rows + 1, dtype=torch.float64), replay.states()
-    end = next(states)[1].params[0]
-    adjoint = Adjoint.of(group_gradients(replay.start.point, end, queried))
+    _, state = next(states)
+    adjoint = Adjoint.of(group_gradients(replay.start.point, state.params[0], queried))
+    del state  # before earlier ones are made again
     for step, state in states:
-        adjoint, by_weight, _ = step_back(replay, state, step, adjoint)
+        by_weight = step_back(replay, state, step, adjoint).by_weight
+        del state
         where = weights_of(by_weight[0], places[replay.order(step)])
         sums.index_add_(1, where.expand_as(by_weight[0]).flatten(), by_weight.cpu().double().flatten(1))
     return sums[:, :rows]
