@@ -60,7 +60,7 @@ def test_the_result_has_the_form_of_a_window_ablation_so_that_both_go_to_the_sam
     whole = leave_out(task, start, order, [16], weight=0.5)
     assert whole.effect.dims == window.effect.dims
     assert set(whole.coords) == set(window.coords)
-    assert set(window.attrs) - set(whole.attrs) == {"window", "repeats", "omitted"}
+    assert set(window.attrs) - set(whole.attrs) == {"window", "repeats", "batches", "omitted"}
     assert whole.effect.attrs == window.effect.attrs
     # A window that is as long as the run is the whole run.
     np.testing.assert_allclose(whole.effect[0], window.effect[0], rtol=1e-10)
