@@ -5,6 +5,7 @@
 Its parts, of which --only runs those whose name holds TEXT:
 
 digits            classes of handwritten digits at 32 checkpoints, full batch and minibatches of 64
+samples           single digits that are called most helpful or harmful, left out, against others like them
 held-out          three small problems and patches of photographs, five optimisers each: with the run's own batches, and
                   with fresh ones, those of the prediction others than those of the measurement
 language model    classes of tokens in a small transformer that is trained on Python's standard library
@@ -99,6 +100,33 @@ def digit_scores(size: int, window: int, steps: Sequence[int]) -> dict[float, xr
         own, options = digit_run.task(), {"window": window, "order": order}
         exact = sw.window_influence(own, checkpoints, **options)
         return {w: compared(exact, sw.window_ablation(own, checkpoints, weight=w, **options)) for w in (0.95, 0.8)}
+
+
+PICKED, DRAWS = 20, 8
+
+
+def samples() -> None:
+    """Windows of 30 updates without the samples called most helpful or harmful, and without others like them."""
+    steps = [DIGIT_STEPS[k] for k in (0, 6, 12, 18, 24, 31)]
+    table = Table(
+        *("run", "step", "without the most", "effect", "predicted", "random", "beyond two standard errors"),
+        title=escape(f"digits: {PICKED} of 1,200 samples left out of a window, means over queries"),
+    )
+    for name, size in BATCHES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoints, order = Path(folder) / "checkpoints", digit_run.batch_order(size)
+            digit_run.record(checkpoints, size, steps)
+            own, options = digit_run.task(), {"window": 30, "order": order}
+            exact = sw.window_influence(own, checkpoints, per="sample", **options)
+            proof = sw.extremes_ablation(own, checkpoints, exact, count=PICKED, draws=DRAWS, **options)
+        beyond = proof["difference"] * xr.DataArray([1, -1], dims="side") > 2 * proof["difference_stderr"]
+        for step in steps:
+            for side in proof["side"].values:
+                at = proof.sel(step=step, side=side)
+                means = [f"{float(at[n].mean()):.4f}" for n in ("effect", "predicted", "random")]
+                share = f"{int(beyond.sel(step=step, side=side).sum())} of {beyond.sizes['query']}"
+                table.add_row(name, str(step), str(side), *means, share)
+    console.print(table)
 
 
 # Problems of held_out.py
@@ -367,6 +395,7 @@ def peak() -> float:
 
 PARTS: dict[str, Callable[[], None]] = {
     "digits": digits,
+    "samples": samples,
     "held-out": problems,
     "language model": language,
     "cost": cost,
