@@ -66,3 +66,16 @@ def test_what_was_kept_is_computed_again_where_other_batches_were_recorded_withi
 def test_trying_retraining_on_a_few_samples_does_not_ask_them_for_the_batches_of_all(monkeypatch):
     monkeypatch.setattr("stagewise.run.preflight._FEW", 2)
     assert preflight(springs.task(), run(), CONFIG, [0]) == {}
+
+
+def test_effects_of_own_batches_beside_fresh_ones_have_an_error_of_zero_and_not_none():
+    """Averaged over nothing beside averaged over four orders: a missing error would spoil every comparison."""
+    kept, settings = (
+        Causes(),
+        CONFIG.model_copy(update={"retraining": CONFIG.retraining.model_copy(update={"repeats": None})}),
+    )
+    found = analysis.measure(springs.task(), run(), settings, dict.fromkeys([0, 10], "digest"), kept, silent)
+    error = found["measured"]["effect_stderr"]
+    assert not error.sel(step=0).any()
+    assert (error.sel(step=10) > 0).any()
+    assert error.notnull().all()

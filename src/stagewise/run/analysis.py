@@ -178,6 +178,8 @@ def measure(
     cause = f"{window} {settings!r}"
     digests = _of_windows(digests, trajectory, window)
     measured = _step_by_step("retraining windows", cause, ablation, digests, kept, progress)
+    if "effect_stderr" in measured:  # where the run's own batches alone were replayed there is nothing to average over
+        measured["effect_stderr"] = measured["effect_stderr"].fillna(0.0)
 
     def repeat() -> xr.Dataset:
         bar = partial(progress, "repeating the run")
