@@ -72,8 +72,7 @@ class Groups:
     def places(self, n: int) -> Tensor:
         """The group of each of ``n`` samples ``(n,)``, or of its tokens ``(n, tokens)``; ``len(self)`` for none."""
         places = torch.full((n * (self.tokens or 1),), len(self))
-        for number, index in enumerate(self.indices):
-            places[index] = number
+        places[torch.cat(self.indices)] = torch.arange(len(self)).repeat_interleave(torch.tensor(self.sizes))
         return places.view(n, self.tokens) if self.tokens else places
 
     def mean(self, losses: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None) -> Tensor:

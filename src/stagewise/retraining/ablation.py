@@ -108,13 +108,13 @@ def window_ablation(
             start = start_at(task, run.load(step))
             check_moves(start)
             orders, kind = window_orders(start, order, window, repeats, seed)
-            kinds.append(kind)
             schedules = [Schedule.window(index, step, window, weight, trained.tokens) for index in trained.indices]
             way, end = start.decided(batching, min(max_replays, len(schedules) + 1)), [step + window]
             effects = [
                 paired_losses(start, schedules, batches, end, max_replays=max_replays, batching=way)[0][0].numpy()
                 for batches in orders
             ]
+            kinds.append(kind)
         finally:
             if progress is not None:
                 progress(next(seen), total)

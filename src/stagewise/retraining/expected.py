@@ -1,7 +1,7 @@
 """Exact influence of samples that need not be in the window's batches: what they would do at the rate they are drawn.
 
-In an update, weight on sample i changes the gradient by a_i grad l_i / sum_k a_k over its batch, if it is in it. Over
-all batches it is in n/B of them, so that weight in every update has in expectation the influence
+In an update, weight on sample i changes the gradient by a_i grad l_i / sum_k a_k over its batch, if it is in it. Of
+all batches it is in a share of B/n, so that weight in every update has in expectation the influence
 
     sum_t  a_i <grad l_i(w_t), lam_g(t)>  /  sum over all training samples of a_k,
 

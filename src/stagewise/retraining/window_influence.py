@@ -129,8 +129,6 @@ def window_influence(
             start = start_at(task, run.load(step), curvature=True)
             check_moves(start)
             orders = window_orders(start, order, window, repeats, seed)
-            kinds.append(orders.kind)
-            counts.append(len(orders.orders))
             way, span = start.decided(batching, len(queried)), range(step, step + window)
             replays = [Replay(start, batches, span, memory, way) for batches in orders.orders]
             if expected:
@@ -141,6 +139,8 @@ def window_influence(
                 )
                 off = np.zeros_like(sums)
             spread = _spread(sums, orders.known)
+            kinds.append(orders.kind)  # of checkpoints that could be used
+            counts.append(len(orders.orders))
         finally:
             if progress is not None:
                 progress(next(seen), total)
