@@ -13,7 +13,7 @@ from stagewise.influence.gradients import gradient_product
 from stagewise.retraining.schedule import BatchOrder
 from stagewise.retraining.two_times import influence_in_time
 from stagewise.retraining.window_influence import window_influence
-from stagewise.run import analysis
+from stagewise.run import analysis, exemplars
 from stagewise.run.config import make_config
 from stagewise.run.engine import sample
 from stagewise.run.progress import silent
@@ -236,14 +236,14 @@ def influence(**curves):
 
 
 def of_chains(store):
-    return partial(analysis.sampled_samples, store)
+    return partial(exemplars.sampled_samples, store)
 
 
 FLAT = influence(near_first=[1, 2, 3], near_second=[5, 5, 5], far=[0, 4, 8])
 
 
 def test_exemplars_are_the_most_helpful_and_the_most_harmful_samples_in_order(sampled):
-    found = analysis.exemplars(springs.task(), of_chains(sampled), FLAT, 2, steps=1, queries=2)
+    found = exemplars.exemplars(springs.task(), of_chains(sampled), FLAT, 2, steps=1, queries=2)
     by_query = {exemplar.query: exemplar for exemplar in found}
     # At w = 0 samples on the query's side help it: those with the largest x for near, with the smallest for far.
     assert list(by_query["near:first"].samples) == [0, 4, 1, 5]
@@ -256,7 +256,7 @@ def test_exemplars_are_the_most_helpful_and_the_most_harmful_samples_in_order(sa
 
 
 def test_values_of_exemplars_are_those_of_single_samples_at_their_step_with_their_errors(sampled):
-    found = analysis.exemplars(springs.task(), of_chains(sampled), FLAT, 1, steps=2, queries=1)
+    found = exemplars.exemplars(springs.task(), of_chains(sampled), FLAT, 1, steps=2, queries=1)
     assert [(exemplar.query, exemplar.step) for exemplar in found] == [("far", 0), ("far", 20)]
     for exemplar in found:
         # Exact: -(1/n) (w - x_i) . (w - x_j) / (1 + 1/(rate W)).
@@ -268,7 +268,7 @@ def test_values_of_exemplars_are_those_of_single_samples_at_their_step_with_thei
 
 
 def test_exemplars_are_of_the_queries_that_change_most_at_steps_from_first_to_last(sampled):
-    found = analysis.exemplars(springs.task(), of_chains(sampled), FLAT, 1, steps=2, queries=2)
+    found = exemplars.exemplars(springs.task(), of_chains(sampled), FLAT, 1, steps=2, queries=2)
     assert [(e.query, e.step) for e in found] == [("far", 0), ("far", 20), ("near:first", 0), ("near:first", 20)]
 
 
@@ -279,19 +279,19 @@ def test_samples_are_ranked_by_how_certain_they_are_and_by_size_where_all_are_ce
         {"value": (dims, value[None, :, None]), "stderr": (dims, stderr[None, :, None])},
         {"step": [0], "train": list("012345"), "query": ["far"]},
     )
-    (exemplar,) = analysis.exemplars(springs.task(), lambda *_: made, FLAT, 2, steps=1, queries=1)
+    (exemplar,) = exemplars.exemplars(springs.task(), lambda *_: made, FLAT, 2, steps=1, queries=1)
     assert list(exemplar.samples) == [1, 0, 2, 5]
     sure = made.assign(stderr=0 * made["stderr"])
-    (exemplar,) = analysis.exemplars(springs.task(), lambda *_: sure, FLAT, 2, steps=1, queries=1)
+    (exemplar,) = exemplars.exemplars(springs.task(), lambda *_: sure, FLAT, 2, steps=1, queries=1)
     assert list(exemplar.samples) == [0, 1, 3, 2]
 
 
 def test_samples_without_labels_get_none_and_no_exemplars_are_made_if_none_are_asked_for(sampled):
     bare = springs.task(train_groups=None)
-    (exemplar,) = analysis.exemplars(bare, of_chains(sampled), FLAT, 1, steps=1, queries=1)
+    (exemplar,) = exemplars.exemplars(bare, of_chains(sampled), FLAT, 1, steps=1, queries=1)
     assert list(exemplar.labels) == ["", ""]
-    assert analysis.exemplars(bare, of_chains(sampled), FLAT, 0) == []
-    assert analysis.exemplars(bare, of_chains(sampled), FLAT.isel(query=0), 3) == []
+    assert exemplars.exemplars(bare, of_chains(sampled), FLAT, 0) == []
+    assert exemplars.exemplars(bare, of_chains(sampled), FLAT.isel(query=0), 3) == []
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_samples_without_labels_get_none_and_no_exemplars_are_made_if_none_are_a
 )
 def test_samples_that_look_like_pictures_are_shown_as_such_from_black_to_white(shape, expected):
     x = torch.arange(float(np.prod(shape))).reshape(shape)
-    shown = analysis._images(springs.task(train=(x,), train_groups=None).train, [5, 1])
+    shown = exemplars._images(springs.task(train=(x,), train_groups=None).train, [5, 1])
     if expected is None:
         assert shown is None
         return
@@ -318,7 +318,7 @@ def test_samples_that_look_like_pictures_are_shown_as_such_from_black_to_white(s
 
 def test_pictures_of_whole_numbers_are_not_taken_for_pictures():
     tokens = torch.zeros(6, 8, 8, dtype=torch.long)
-    assert analysis._images(springs.task(train=(tokens,), train_groups=None).train, [0]) is None
+    assert exemplars._images(springs.task(train=(tokens,), train_groups=None).train, [0]) is None
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""From traces to results: influence, events, baselines, measured effects and exemplars of one run."""
+"""What a run computes beside its traces: losses, estimators without chains, measured effects."""
 
 from __future__ import annotations
 
@@ -11,18 +11,15 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 from stagewise.checkpoint import Checkpoint, tensors_digest
 from stagewise.checkpoints.batches import packed
 from stagewise.checkpoints.trajectory import Trajectory
-from stagewise.data import Samples as DataSet
 from stagewise.evaluate import chunks
 from stagewise.groups import query_groups
-from stagewise.influence.bif import bif
 from stagewise.influence.damped import damped_influence
 from stagewise.influence.gradients import gradient_product
-from stagewise.results import DAMPED, EXACT, Exemplar
+from stagewise.results import DAMPED, EXACT
 from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.orders import all_kinds, window_orders
 from stagewise.retraining.replay import replay
@@ -33,8 +30,7 @@ from stagewise.retraining.window_influence import window_influence
 from stagewise.run.config import RunConfig
 from stagewise.run.kept import Kept
 from stagewise.run.progress import Progress
-from stagewise.task import Params, Task
-from stagewise.traces.store import TraceStore
+from stagewise.task import Params, Samples, Task
 from stagewise.usable import at_usable, none_usable
 
 _MOST_BINS = 24  # of time, in a picture
@@ -261,15 +257,6 @@ def recorded_order(task: Task, trajectory: Trajectory, config: RunConfig) -> Ord
     return BatchOrder(len(task.train), size, settings.recorded_order_seed)
 
 
-Samples = Callable[[list[int], list[Any]], xr.Dataset]
-"""Influence of every candidate on some queries at some steps."""
-
-
-def sampled_samples(store: TraceStore, steps: list[int], queries: list[Any]) -> xr.Dataset:
-    """From the chains."""
-    return bif(_SampleBySample(store, steps)).sel(query=queries)
-
-
 def exact_samples(
     task: Task,
     trajectory: Trajectory,
@@ -291,67 +278,6 @@ def exact_samples(
     return _step_by_step("exact influence of samples", cause, of_samples, seen, kept, progress)
 
 
-def exemplars(
-    task: Task, samples: Samples, influence: xr.Dataset, count: int, steps: int = 4, queries: int = 3
-) -> list[Exemplar]:
-    """The most helpful and most harmful training samples of the queries that change most, at a few steps.
-
-    Samples are ranked by value / stderr, so that a large but noisy value does not lead; by value where none is noisy.
-    """
-    if count == 0 or "query" not in influence.dims:
-        return []
-    chosen = spread(influence["step"].values.tolist(), steps)
-    change = abs(influence["value"]).max("train").std("step")
-    names = influence["query"].values[np.argsort(-change.values)][:queries].tolist()
-    of_samples = samples(chosen, names)
-    index = of_samples["train"].values.astype(int)
-    labels = task.train_groups if task.train_groups is not None else [""] * len(task.train)
-    found = []
-    for query in names:
-        for step in chosen:
-            cell = of_samples.sel(step=step, query=query)
-            value, stderr = cell["value"].values, cell["stderr"].values
-            noisy = np.divide(value, stderr, out=np.zeros_like(value), where=stderr > 0)
-            ranked = np.argsort(noisy if stderr.any() else value)
-            rows = np.concatenate([ranked[:count], ranked[::-1][:count]])
-            picked = index[rows].tolist()
-            found.append(
-                Exemplar(
-                    str(query),
-                    step,
-                    picked,
-                    [str(labels[i]) for i in picked],
-                    value[rows].tolist(),
-                    stderr[rows].tolist(),
-                    _images(task.train, picked),
-                )
-            )
-    return found
-
-
-class _SampleBySample:
-    """A store seen at some steps, with grouped queries but every training sample on its own."""
-
-    def __init__(self, store: TraceStore, steps: Sequence[int]) -> None:
-        self.steps = steps
-        self.load = store.load
-        self.labels = store.labels | {"train": None}
-        self.verdicts: Mapping[int, tuple[str, str]] = getattr(store, "verdicts", {})
-
-
-def _images(samples: DataSet, index: Sequence[int]) -> np.ndarray[Any, Any] | None:
-    """The samples as pictures, if their first tensor looks like some: (h, w), (1, h, w) or (3, h, w)."""
-    leaf = tree_flatten(samples.batch(torch.tensor(list(index))))[0][0]
-    if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
-        return None
-    if leaf.ndim == 4 and leaf.shape[1] in (1, 3):
-        leaf = leaf.squeeze(1) if leaf.shape[1] == 1 else leaf.permute(0, 2, 3, 1)
-    elif leaf.ndim != 3 or min(leaf.shape[1:]) < 4:
-        return None
-    low, high = leaf.min(), leaf.max()
-    return ((leaf - low) / (high - low).clamp(min=1e-12)).double().cpu().numpy()
-
-
 def spread(steps: Sequence[int], count: int) -> list[int]:
     """``count`` of the steps, evenly spread over their order."""
     index = np.unique(np.linspace(0, len(steps) - 1, count).round().astype(int))
@@ -360,7 +286,7 @@ def spread(steps: Sequence[int], count: int) -> list[int]:
 
 @torch.no_grad()
 def _sample_losses(
-    task: Task, state: Params, data: DataSet, query: str | None = None
+    task: Task, state: Params, data: Samples, query: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and weight of every sample, on the CPU."""
     parts = [task.sample_losses(state, batch, query) for batch in chunks(task, data)]

@@ -20,6 +20,7 @@ from stagewise.run import analysis, yaml12
 from stagewise.run.before import look
 from stagewise.run.config import RunConfig, save_config
 from stagewise.run.engine import Work, compute, default_workers, prepare
+from stagewise.run.exemplars import exemplars, sampled_samples
 from stagewise.run.folder import load_results, provenance, save_results
 from stagewise.run.kept import Kept
 from stagewise.run.preflight import preflight
@@ -86,11 +87,11 @@ def _analyse(
     notes = [f"Without {name}: {reason}" for name, reason in (left_out | failed).items()]
     datasets["losses"].attrs |= {"task": repr(task), "notes": json.dumps(notes)}
     exact = found.get(EXACT)
-    samples = partial(analysis.sampled_samples, traces)
+    samples = partial(sampled_samples, traces)
     if exact is not None:
         samples = partial(analysis.exact_samples, task, trajectory, config, work.usable, kept, progress)
     headline = influence if exact is None else exact
-    chosen = [] if headline is None else analysis.exemplars(task, samples, headline, config.exemplars)
+    chosen = [] if headline is None else exemplars(task, samples, headline, config.exemplars)
     save_results(config.out, datasets, chosen)
 
 
