@@ -1,12 +1,14 @@
 """What all tests share.
 
 One thread per test process and all it starts: workers share the cores, and small tensors gain nothing from more.
+Every sentence is printed on one line: where it would break depends on how many digits its numbers have.
 """
 
 import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+os.environ["COLUMNS"] = "1000"
 
 import torch
 

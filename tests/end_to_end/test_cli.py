@@ -56,16 +56,15 @@ def test_a_run_without_chains_is_a_report_of_exact_influence_and_writes_no_trace
     assert "0 cells" in priced.output
     result = cli.invoke(app, ["run", str(config)])
     assert result.exit_code == 0, result.output
-    said = " ".join(result.output.split())
-    assert "3 of 3 checkpoints are answered exactly" in said
-    assert "No checkpoint has been sampled" in said
+    assert "3 of 3 checkpoints are answered exactly" in result.output
+    assert "No checkpoint has been sampled" in result.output
     assert not list((tmp_path / "run" / "cells").glob("*"))
     assert (tmp_path / "run" / "figures" / "influence.svg").exists()
     again = cli.invoke(app, ["report", str(tmp_path / "run")])
     assert again.exit_code == 0, again.output
     checked = cli.invoke(app, ["doctor", str(tmp_path / "run")])
     assert checked.exit_code == 1
-    assert "run the sampling first" in " ".join(checked.output.split())
+    assert "run the sampling first" in checked.output
 
 
 def test_faults_end_with_a_message_and_no_traceback(tmp_path):
@@ -86,7 +85,7 @@ def test_unwritable_run_folder_is_named(tmp_path):
 def test_doctor_on_a_folder_that_is_no_run_says_so(tmp_path):
     result = cli.invoke(app, ["doctor", str(tmp_path)])
     assert result.exit_code == 1
-    assert "no run folder" in result.output.replace("\n", " ")
+    assert "no run folder" in result.output
 
 
 def test_config_lists_every_setting_with_its_meaning():

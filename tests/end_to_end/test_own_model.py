@@ -27,7 +27,7 @@ def output(command: str, capsys) -> str:
         runpy.run_path(arguments[0], run_name="__main__")
         return capsys.readouterr().out
     assert program == "stagewise"
-    result = CliRunner().invoke(app, arguments + LESS * (arguments[0] == "run"), env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, arguments + LESS * (arguments[0] == "run"))
     assert result.exit_code == 0, f"{command}\n{result.output}"
     return result.output
 
