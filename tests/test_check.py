@@ -10,6 +10,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint as recomputed
 
 import zoo
+from stagewise import differences
 from stagewise.check import check
 from stagewise.checkpoint import Checkpoint
 from stagewise.task import Task
@@ -301,6 +302,21 @@ def test_hidden_parts_are_found_in_a_model_with_kinks():
     )
     with pytest.raises(ValueError, match="hidden from differentiation"):
         checked(model)
+
+
+def test_of_a_large_model_random_sums_are_compared_and_tell_the_same(monkeypatch):
+    monkeypatch.setattr(differences, "_SUMS", 50)
+    honest = net(lambda m, x: m.b(torch.tanh(m.a(x))), a=linear(4, 50), b=linear(50, 3))
+    checked(honest)
+    hiding = net(lambda m, x: m.b(m.a(x) * m.a(x).detach().sigmoid()), a=linear(4, 50), b=linear(50, 3))
+    with pytest.raises(ValueError, match="hidden from differentiation"):
+        checked(hiding)
+    vectors = [torch.randn(10_000, 3, dtype=torch.float64), torch.randn(7, dtype=torch.float64)]
+    monkeypatch.setattr(differences, "_SUMS", 2_000)
+    sums = differences._flat(vectors)
+    assert sums.shape == (2_000,)
+    assert sums.norm().item() == pytest.approx(torch.cat([v.flatten() for v in vectors]).norm().item(), rel=0.1)
+    torch.testing.assert_close(differences._flat([3 * v for v in vectors]), 3 * sums)
 
 
 def test_a_hidden_part_without_parameters_is_no_concern():

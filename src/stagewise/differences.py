@@ -47,6 +47,8 @@ _SINGLE = _Ladder((1e-3, 1e-2, 1e-4), 5e-2, 0.5, 1e-5)
 _SHARPER = 5
 # So small a relative change, when all parameters change by their own size, is none.
 _NOTHING = 1e-6
+# Gradients of more parameters are compared by as many random sums of their entries.
+_SUMS = 2**20
 
 
 def check_differences(task: Task, params: Mapping[str, Tensor], batch: Batch) -> None:
@@ -130,7 +132,7 @@ def _central(function: Callable[[float], Tensor], step: float) -> Tensor:
 def _derivatives(
     task: Task, params: Mapping[str, Tensor], batch: Batch, direction: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor | None]:
-    """Of the objective of the pure function along a direction: slope, and Hessian product ``(parameters,)``.
+    """Of the objective of the pure function along a direction: slope, and Hessian product as :func:`_flat` has it.
 
     The product is None where an operation has no second derivative: then curvature is taken from differences of
     gradients, and there is nothing to compare.
@@ -173,7 +175,6 @@ def _along(
         return there(distance, grad=False)
 
     def gradient(distance: float) -> Tensor:
-        """Not kept: gradients of large models are what takes memory here."""
         chosen = [own[name] for name in direction]
         slopes = torch.autograd.grad(there(distance, grad=True), chosen, materialize_grads=True, allow_unused=True)
         return _flat([g.to_dense() for g in slopes])
@@ -199,4 +200,12 @@ def _near(ours: Tensor, theirs: Tensor, tolerance: float, nothing: float = 0.0) 
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+    """All entries in a row; those of a large model folded with random signs, which keeps norms to a few per mille."""
+    flat = [tensor.detach().reshape(-1) for tensor in tensors]
+    if sum(map(len, flat)) <= _SUMS:
+        return torch.cat(flat)
+    generator, sums = torch.Generator().manual_seed(0), flat[0].new_zeros(_SUMS)
+    for piece in (piece for entries in flat for piece in torch.split(entries, _SUMS)):
+        signs = 2 * torch.randint(2, (len(piece),), generator=generator, dtype=torch.int8) - 1
+        sums[: len(piece)] += signs.to(piece) * piece
+    return sums

@@ -104,6 +104,17 @@ def test_little_memory_costs_time_and_changes_nothing(memory):
     close(one_by_one.value, whole.value, 1e-12)
 
 
+@pytest.mark.parametrize("clip_norm", [None, 0.05])
+@pytest.mark.parametrize("per", ["sample", "token"])
+def test_a_batch_that_is_evaluated_in_pieces_is_one_batch(per, clip_norm):
+    """Pieces are padded to lengths of their own, and hold other numbers of tokens."""
+    task, order = words(), BatchOrder(6, 5, seed=1)
+    run, options = trajectory(task, replace(RULES["AdamW"], clip_norm=clip_norm), order), {"window": 6, "order": order}
+    whole = window_influence(task, run, per=per, **options)
+    task.forward_batch = 2
+    close(window_influence(task, run, per=per, **options).value, whole.value, 1e-12)
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("clip_norm", [None, 0.05])
 def test_a_long_vector_is_moved_back_in_pieces(rule, clip_norm, monkeypatch):

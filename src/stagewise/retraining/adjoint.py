@@ -17,20 +17,22 @@ parameter groups are as they are there; the second half is one product of second
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from stagewise.attention import plain_attention
 from stagewise.data import Batch
-from stagewise.evaluate import Batching, differentiable, pull
+from stagewise.evaluate import Batching, Point, chunks, differentiable, pull
 from stagewise.retraining.rewind import rewind
 from stagewise.retraining.schedule import LearningRate, Order
 from stagewise.retraining.start import Start
-from stagewise.retraining.training import gradients, joined, slopes_of
+from stagewise.retraining.training import joined, slopes_of
 from stagewise.retraining.updates import (
     Rule,
     TrainingState,
@@ -100,9 +102,9 @@ class Replay:
         room = max(0, int(self.memory / 2 / (kept * self._bytes)) - 1)  # beside the one in use
         return rewind(self._advance, self.start.state(), range(self.span.start, self.span.stop + 1), room)
 
-    def batch(self, step: int) -> Batch:
-        """The samples of an update."""
-        return self.start.task.train.batch(self.order(step), self.start.task.device)
+    def batches(self, step: int) -> list[Batch]:
+        """The samples of an update, in pieces that the task evaluates at once."""
+        return list(chunks(self.start.task, self.start.task.train, self.order(step)))
 
     @property
     def _bytes(self) -> int:
@@ -110,9 +112,9 @@ class Replay:
         return params.numel() * params.element_size()
 
     def _advance(self, step: int, state: TrainingState) -> TrainingState:
-        ones = state.params.new_ones(1, len(self.order(step)))
-        slope, used = gradients(self.start.point, state.params, self.batch(step), ones, "loop")
-        return update(self.start.rule, state, slope, step, self.learning_rate, used)
+        pieces = (_Summed.of(self.start.point, state.params[0], batch) for batch in self.batches(step))
+        slope, used, _ = _mean(pieces)
+        return update(self.start.rule, state, slope[None], step, self.learning_rate, used[None])
 
 
 class Slopes(NamedTuple):
@@ -140,23 +142,81 @@ def step_back(replay: Replay, state: TrainingState, step: int, adjoint: Adjoint)
     Raises:
         ValueError: an operation has no second derivative.
     """
-    point, batch, parts = replay.start.point, replay.batch(step), []
-    with plain_attention(), differentiable(state.params[0]) as leaf:
-        pieces = point.vector.unflatten(leaf)
-        losses = point.task.weighted_losses({**point.state, **pieces}, batch)
-        shares = point.task.shares(losses)
-        beta = torch.ones_like(losses.values, requires_grad=True)
-        objective = (beta * shares * losses.values).sum() / shares.sum().clamp(min=1e-30)
-        slope, used = joined(point, slopes_of(objective, pieces, create_graph=True), (), leaf)
-        along = _update_back(replay, state, slope.detach()[None], used[None], step, adjoint)
-        size = len(along) if replay.batching == "stacked" else 1
-        with second_derivatives("exact influence", "sampled and damped influence do without"):
-            for first in range(0, len(along), size):
-                rows, last = slice(first, first + size), first + size >= len(along)
-                bent, by_weight = pull([slope], [leaf, beta], [along[rows]], keep=not last)
-                adjoint.params[rows] += bent
-                parts.append(by_weight)
-    return Slopes(torch.cat(parts), along)
+    point, params, batches = replay.start.point, state.params[0], replay.batches(step)
+    only = _Summed.of(point, params, batches[0], again=True) if len(batches) == 1 else None
+    slope, used, weight = _mean([only] if only else (_Summed.of(point, params, batch) for batch in batches))
+    along = _update_back(replay, state, slope[None], used[None], step, adjoint)
+    side, parts = along / weight, []
+    for batch in batches:
+        summed = only or _Summed.of(point, params, batch, again=True)
+        only = None  # the product frees what it needs no more
+        parts.append(_products(summed, side, adjoint.params, replay.batching))
+        del summed
+    return Slopes(torch.cat(_of_one_width(parts), 1), along)
+
+
+class _Summed(NamedTuple):
+    """The gradient of the summed losses of a batch, each with its weight in the objective.
+
+    Attributes:
+        slope: ``(parameters,)``; with ``again`` it can be differentiated.
+        used: which parameters the losses depend on ``(names,)``.
+        weight: the sum of the weights.
+        leaf: where it was taken ``(parameters,)``.
+        beta: by what the losses are multiplied, 1, as a leaf ``(batch,)`` or ``(batch, tokens)``.
+    """
+
+    slope: Tensor
+    used: Tensor
+    weight: Tensor
+    leaf: Tensor
+    beta: Tensor
+
+    @classmethod
+    def of(cls, point: Point, params: Tensor, batch: Batch, again: bool = False) -> _Summed:
+        with plain_attention() if again else nullcontext(), differentiable(params) as leaf:
+            pieces = point.vector.unflatten(leaf)
+            losses = point.task.weighted_losses({**point.state, **pieces}, batch)
+            shares = point.task.shares(losses)
+            beta = torch.ones_like(losses.values, requires_grad=True)
+            value = (beta * shares * losses.values).sum()
+            slope, used = joined(point, slopes_of(value, pieces, create_graph=again), (), leaf)
+        return cls(slope, used, shares.detach().sum(), leaf, beta)
+
+
+def _mean(pieces: Iterable[_Summed]) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of the objective on all pieces, which parameters it depends on, and the sum of the weights."""
+    slope, used, weight = torch.zeros(()), torch.tensor(False), torch.zeros(())
+    for piece in pieces:
+        slope, used, weight = slope + piece.slope.detach(), used | piece.used, weight + piece.weight
+    weight = weight.clamp(min=1e-30)
+    return slope / weight, used, weight
+
+
+def _products(summed: _Summed, sides: Tensor, bent: Tensor, batching: Batching) -> Tensor:
+    """Add the Hessian of the summed losses times ``sides (number, parameters)`` to ``bent``.
+
+    Returns:
+        The derivatives of slope times side by the weight of every loss ``(number, batch)`` or
+        ``(number, batch, tokens)``.
+    """
+    size, parts = len(sides) if batching == "stacked" else 1, []
+    with second_derivatives("exact influence", "sampled and damped influence do without"):
+        for first in range(0, len(sides), size):
+            rows, last = slice(first, first + size), first + size >= len(sides)
+            image, by_weight = pull([summed.slope], [summed.leaf, summed.beta], [sides[rows]], keep=not last)
+            bent[rows] += image
+            parts.append(by_weight)
+    return torch.cat(parts)
+
+
+def _of_one_width(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Values of samples or tokens ``(number, batch)`` or ``(number, batch, tokens)``; of tokens that are not there, 0.
+
+    Batches may be padded to different lengths.
+    """
+    widest = max(part.shape[-1] for part in parts)
+    return [pad(part, (0, widest - part.shape[-1])) if part.ndim == 3 else part for part in parts]
 
 
 def _update_back(
