@@ -10,9 +10,15 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 os.environ["COLUMNS"] = "1000"
 
+import pytest
 import torch
 
+from stagewise.reporting import style
+
 torch.set_num_threads(1)
+
+PDF_FONTS = style.STYLE["pdf.fonttype"]
+style.STYLE["pdf.fonttype"] = 3  # what a report takes longest for is to embed fonts as publishers ask for them
 
 # Files that take longest, so that they begin first and no process of `make test` is left with a long one at the end.
 LONGEST = (
@@ -30,6 +36,12 @@ LONGEST = (
     "reporting/",
     "retraining/",
 )
+
+
+@pytest.fixture
+def fonts_of_publishers(monkeypatch):
+    """Fonts of PDF files as users get them."""
+    monkeypatch.setitem(style.STYLE, "pdf.fonttype", PDF_FONTS)
 
 
 def pytest_collection_modifyitems(items):

@@ -94,13 +94,13 @@ def test_a_groups_influence_on_itself_is_one_quantity_whether_or_not_the_queries
 def test_curvature_of_a_part_of_the_samples_says_how_far_it_is_off(estimate, curvature):
     random = np.random.default_rng(0)
     errors, relative = [], []
-    for _ in range(6):
+    for _ in range(4):
         # Samples of unequal weight, so that a subset is another curvature.
         x = random.normal(size=(600, 3)) * np.exp(0.5 * random.normal(size=(600, 1)))
         xq = random.normal(size=(8, 3))
         problem = Regression(x, random.normal(size=600), xq, random.normal(size=8), np.zeros(3),
                              train_groups=[k % 4 for k in range(600)], query_groups={"val": range(8)})  # fmt: skip
-        run, posterior = problem.trajectory(rate=0.1), LocalPosterior(window=30)
+        run, posterior = problem.trajectory(rate=0.1), LocalPosterior(window=10)
         exact = estimate(problem.task, run, posterior, curvature=curvature, samples=600)["value"]
         part = estimate(problem.task, run, posterior, curvature=curvature, samples=200)
         errors.append(((part["value"] - exact) / part["stderr"]).values.ravel())

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from stagewise.reporting import check_figures, figures, style
 from stagewise.reporting.exemplar_figure import exemplar_grid, extremes
+from stagewise.reporting.files import write_figure
 from stagewise.traces import verdicts
 
 
@@ -225,3 +226,9 @@ def test_open_squares_stand_where_the_chains_have_no_answer(results):
     assert {tuple(line.get_xdata()) for line in squares} == {(0, 5, 10, 400)}
     plain = figures.influence_curves(results.influence, results.events, results.trusted)
     assert not [line for ax in plain.axes for line in ax.lines if line.get_marker() == "s"]
+
+
+def test_fonts_of_pdf_files_are_of_the_type_that_publishers_take(results, tmp_path, fonts_of_publishers):
+    _, _, pdf = write_figure(figures.loss_curves(results.losses), tmp_path, "losses")
+    assert b"/CIDFontType2" in pdf.read_bytes()
+    assert b"/Type3" not in pdf.read_bytes()

@@ -7,7 +7,7 @@ import pytest
 import xarray as xr
 
 from stagewise.reporting import write_report
-from stagewise.reporting.contents import sections
+from stagewise.reporting.contents import _two_times, sections
 from stagewise.reporting.findings import clearest_flips
 
 EVIL = '<script>alert(1)</script>"onload="x'
@@ -186,10 +186,10 @@ def test_influence_in_two_times_is_drawn_for_the_pairs_that_turn_and_only_where_
     coords = {"trained": trained, "asked": asked, "train": labels, "query": labels}
     coords["trained_stop"] = ("trained", [5, 10, 20])
     in_two_times = xr.Dataset({"value": (("trained", "asked", "train", "query"), value)}, coords)
-    (section,) = [s for s in sections(replace(exact, in_two_times=in_two_times)) if s.title == "Influence in two times"]
+    plates = [*_two_times(replace(exact, in_two_times=in_two_times))]
     first = clearest_flips(exact.exact, exact.events)[0]
-    assert f"“{first.train}” was trained on" in section.parts[0].caption
-    assert [plate.name for plate in section.parts] == ["two-times-1", "two-times-2"]
-    assert not [s for s in sections(exact) if s.title == "Influence in two times"]
+    assert f"“{first.train}” was trained on" in plates[0].caption
+    assert [plate.name for plate in plates] == ["two-times-1", "two-times-2"]
+    assert not [*_two_times(exact)]
     without = replace(exact, in_two_times=in_two_times, baselines={}, influence=None, correlation=None, events=[])
-    assert [s for s in sections(without) if s.title == "Influence in two times"]
+    assert [*_two_times(without)]

@@ -86,7 +86,7 @@ def test_a_step_that_is_too_short_to_move_is_cured_by_the_one_named():
 
 
 def test_heat_by_a_step_set_by_hand_is_cured_by_the_one_named_and_by_the_whole_training_set():
-    problem, posterior = network(nn.Tanh(), n=400), LocalPosterior(window=8)
+    problem, posterior = network(nn.Tanh(), n=100), LocalPosterior(window=8)
     step_size = looked_at(problem, posterior)[0]["step_size"]
     hot = replace(SAMPLING, step_size=step_size, batch_size=4)
     facts, verdict, advice = looked_at(problem, posterior, hot)
@@ -109,7 +109,7 @@ def test_chains_that_are_too_few_or_too_short_are_told_how_many_and_how_long():
 
 
 def test_chains_that_start_too_early_and_draw_too_often_are_cured_by_the_numbers_named():
-    problem, posterior = network(nn.Tanh()), LocalPosterior(window=12)
+    problem, posterior = network(nn.Tanh()), LocalPosterior(window=6)
     sampling = replace(SAMPLING, sampler="sgld", burn_in=1, thinning=1)
     verdict = "not converged"
     rounds = 0
@@ -150,8 +150,8 @@ def test_chains_that_stay_apart_however_long_they_run_are_told_that_the_window_i
     assert verdict in ("not localised", "not converged")
     assert "gamma" in advice
     gamma, rounds = 40.0, 0
-    while verdict != "ok" and rounds < 6:
-        gamma, rounds = 2 * gamma, rounds + 1
+    while verdict != "ok" and rounds < 3:
+        gamma, rounds = 4 * gamma, rounds + 1
         _, verdict, _ = looked_at((task, checkpoint), replace(apart, gamma=gamma), sampling)
     assert verdict == "ok"
 
@@ -224,7 +224,7 @@ def test_a_query_that_nothing_holds_is_answered_once_its_parameters_stay():
     asked[:, 0] = 1
     task = Task(model, loss, train=(x, y), queries={"val": (asked, y[:4])})
     wide = LocalPosterior(gamma=0.01, n_beta=100.0)
-    problem, few = (task, Checkpoint(5, task.state())), replace(SAMPLING, chains=4)
+    problem, few = (task, Checkpoint(5, task.state())), replace(SAMPLING, chains=4, burn_in=300, thinning=30)
     _, verdict, advice = looked_at(problem, wide, few)
     assert verdict == "unconstrained"
     assert "parameters=" in advice

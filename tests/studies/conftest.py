@@ -16,4 +16,4 @@ def lab(tmp_path_factory):
 @pytest.fixture(scope="session")
 def coarse(tmp_path_factory):
     """With fewer checkpoints, for what looks at each of them and not at the times between."""
-    return Lab(tmp_path_factory.mktemp("coarse"), replace(REDUCED, checkpoints=8))
+    return Lab(tmp_path_factory.mktemp("coarse"), replace(REDUCED, checkpoints=6, draws=64))
