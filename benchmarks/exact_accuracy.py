@@ -378,7 +378,7 @@ def large_task(folder: Path) -> sw.Task:
         train=(tokens[:64],),
         queries={"held-out": (tokens[64:],)},
         train_groups=["first", "second"] * 32,
-        forward_batch=8,
+        forward_batch=2,
     )
     sizes = {name: tensor.shape for name, tensor in own.trainable.items()}
     first = {name: 1e-4 * torch.randn(size, generator=generator) for name, size in sizes.items()}

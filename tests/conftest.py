@@ -8,7 +8,6 @@ import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
-os.environ["COLUMNS"] = "1000"
 
 import pytest
 import torch
@@ -36,6 +35,11 @@ LONGEST = (
     "reporting/",
     "retraining/",
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def wide_terminal():
+    os.environ["COLUMNS"] = "1000"
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from stagewise.checkpoint import Checkpoint
 from stagewise.data import Samples
 from stagewise.differences import check_differences
 from stagewise.double import InDouble, doubled
-from stagewise.memory import out_of_memory
+from stagewise.memory import give_back, out_of_memory
 from stagewise.plain import cannot, objective, plain_losses
 from stagewise.strangers import check_strangers
 from stagewise.task import Batch, Losses, Task
@@ -73,6 +73,7 @@ def _check(task: Task, checkpoint: Checkpoint, curvature: bool) -> None:
             if "steady" not in task.checked:
                 _check_steady(data, losses, check_finite(task, checkpoint.params, data, query))
         task.checked |= {checkpoint.digest, "steady"}
+        give_back()
 
 
 def check_finite(task: Task, params: Mapping[str, Tensor], data: Samples, query: str | None = None) -> Tensor:

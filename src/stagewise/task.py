@@ -64,7 +64,8 @@ class Task:
             losses are evaluated at every draw.
         objective: what training averages over, see above.
         collate: makes a batch of a list of samples, as ``DataLoader(collate_fn=)`` does.
-        forward_batch: most samples in one forward pass, where a whole data set is evaluated; bounds the memory.
+        forward_batch: most samples in one forward pass, where a whole data set is evaluated or a window is replayed
+            exactly; bounds the memory.
 
     Raises:
         ValueError: the model is in train mode although that changes its output, labels and data differ in length, or
