@@ -29,6 +29,13 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/pip install --quiet -c $(VENV)/constraints.txt -e '.[test,lint]'
 	@touch $@
 
+# Estimators to compare with. kronfluence asks for torchvision, which it does not need here; a torchvision that was not
+# built for this torch keeps transformers from being imported.
+$(VENV)/.installed-baselines: $(VENV)/.installed-test
+	$(BIN)/pip install --quiet --no-deps -c $(VENV)/constraints.txt 'kronfluence>=1.0.1,<2'
+	$(BIN)/pip install --quiet -c $(VENV)/constraints.txt -e '.[baselines]'
+	@touch $@
+
 demo: $(VENV)/.installed
 	$(BIN)/stagewise demo
 
@@ -44,10 +51,11 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.installed-test
+bench: $(VENV)/.installed-baselines
 	$(BIN)/python benchmarks/digits_accuracy.py
 	$(BIN)/python benchmarks/held_out.py
 	$(BIN)/python benchmarks/exact_accuracy.py
+	$(BIN)/python benchmarks/estimators.py
 	$(BIN)/python benchmarks/hierarchy_accuracy.py
 	$(BIN)/python benchmarks/sampling_speed.py
 	$(BIN)/python benchmarks/hierarchy_speed.py

@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     from stagewise.influence.trusted import TracesInMemory as TracesInMemory
     from stagewise.retraining.ablation import window_ablation as window_ablation
     from stagewise.retraining.extremes import extremes_ablation as extremes_ablation
+    from stagewise.retraining.halves import window_halves as window_halves
     from stagewise.retraining.lds import lds as lds
+    from stagewise.retraining.lds import window_lds as window_lds
     from stagewise.retraining.leave_out import leave_out as leave_out
     from stagewise.retraining.leave_out import retrain as retrain
     from stagewise.retraining.replay import replay as replay
@@ -84,7 +86,8 @@ _ROOMS = {
     "stagewise.influence.trusted": ("TracesInMemory",),
     "stagewise.retraining.ablation": ("window_ablation",),
     "stagewise.retraining.extremes": ("extremes_ablation",),
-    "stagewise.retraining.lds": ("lds",),
+    "stagewise.retraining.halves": ("window_halves",),
+    "stagewise.retraining.lds": ("lds", "window_lds"),
     "stagewise.retraining.leave_out": ("leave_out", "retrain"),
     "stagewise.retraining.replay": ("replay",),
     "stagewise.retraining.schedule": ("BatchOrder", "RecordedOrder", "Schedule"),

@@ -15,10 +15,10 @@ import xarray as xr
 from stagewise.checkpoints.trajectory import Trajectory, as_trajectory
 from stagewise.groups import Labels, query_groups, train_groups
 from stagewise.labelled import Array, effect_dataset
-from stagewise.retraining.losses import paired_losses
 from stagewise.retraining.orders import all_kinds, window_orders
 from stagewise.retraining.schedule import Order, Schedule
 from stagewise.retraining.start import check_moves, start_at
+from stagewise.retraining.window_effects import window_effects
 from stagewise.stacking import BatchingChoice
 from stagewise.task import Task
 from stagewise.usable import at_usable, chosen_steps
@@ -107,18 +107,14 @@ def window_ablation(
         try:
             start = start_at(task, run.load(step))
             check_moves(start)
-            orders, kind = window_orders(start, order, window, repeats, seed)
+            orders = window_orders(start, order, window, repeats, seed)
             schedules = [Schedule.window(index, step, window, weight, trained.tokens) for index in trained.indices]
-            way, end = start.decided(batching, min(max_replays, len(schedules) + 1)), [step + window]
-            effects = [
-                paired_losses(start, schedules, batches, end, max_replays=max_replays, batching=way)[0][0].numpy()
-                for batches in orders
-            ]
-            kinds.append(kind)
+            effects = window_effects(start, schedules, orders, window, max_replays, batching)
+            kinds.append(orders.kind)
         finally:
             if progress is not None:
                 progress(next(seen), total)
-        return np.stack(effects)
+        return effects
 
     found = at_usable(run, steps, measured)
     used = min(len(effects) for effects in found.results)

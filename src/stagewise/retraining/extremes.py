@@ -14,10 +14,10 @@ from stagewise.checkpoints.trajectory import Trajectory, as_trajectory
 from stagewise.evaluate import chunks
 from stagewise.groups import query_groups
 from stagewise.labelled import Array
-from stagewise.retraining.losses import paired_losses
 from stagewise.retraining.orders import all_kinds, window_orders
 from stagewise.retraining.schedule import Order, Schedule
 from stagewise.retraining.start import Start, check_moves, start_at
+from stagewise.retraining.window_effects import window_effects
 from stagewise.stacking import BatchingChoice
 from stagewise.task import Task
 from stagewise.usable import at_usable
@@ -102,22 +102,18 @@ def extremes_ablation(
         try:
             start = start_at(task, run.load(step))
             check_moves(start)
-            orders, kind = window_orders(start, order, window, repeats, seed)
-            kinds.append(kind)
+            orders = window_orders(start, order, window, repeats, seed)
+            kinds.append(orders.kind)
             here = value.sel(step=step).values
             sets = list(_sets(start, samples, here, count, draws, np.random.default_rng((seed, step))))
             schedules = [Schedule.window(samples[rows].tolist(), step, window, weight) for rows in sets]
-            way = start.decided(batching, min(max_replays, len(schedules) + 1))
-            effects = [
-                paired_losses(start, schedules, o, [step + window], max_replays=max_replays, batching=way)[0][0].numpy()
-                for o in orders
-            ]
+            effects = window_effects(start, schedules, orders, window, max_replays, batching)
         finally:
             if progress is not None:
                 progress(next(seen), len(steps))
         shape = (len(queried), len(SIDES), 1 + draws)
         predicted = np.array([(weight - 1) * here[rows].sum(0) for rows in sets])
-        return _own(np.mean(effects, 0), shape), _own(predicted, shape)
+        return _own(effects.mean(0), shape), _own(predicted, shape)
 
     found = at_usable(run, steps, measured)
     effects, predicted = (np.stack(parts) for parts in zip(*found.results, strict=True))

@@ -10,6 +10,7 @@ from stagewise.retraining.scores import LEVEL, Array, interval_ends, predicted_e
 
 _TIE = 1e-12
 _FEWEST = 4
+_SHOWN = 10  # labels in an error
 
 
 def lds(
@@ -61,25 +62,94 @@ def lds(
     effect = predicted_effect(attribution, 0.0)["effect"]
     _check_dims(losses, kept)
     kept = _of_replays(losses, kept)
-    _check_labels(effect, losses, kept)
+    _check_labels(
+        effect,
+        losses,
+        kept,
+        hint="losses and kept must be of the same groups",
+        unsaid="kept does not say which replays have kept",
+    )
     losses = losses.transpose("step", "replay", "query")
     kept = kept.transpose("replay", "train").astype(bool)
     effect = effect.sel({dim: whole[dim] for dim, whole in (("step", losses), ("train", kept), ("query", losses))})
     predicted = np.einsum("rt,stq->srq", ~kept.values, effect.transpose("step", "train", "query").values)
     measured = losses.values.astype(float)
-    _check_finite(losses["step"].values, predicted, measured)
+    usable = _usable(losses["query"].values, kept)
+    return _scored(predicted, measured, usable, losses, resamples, seed)
 
+
+def window_lds(influence: xr.Dataset, measured: xr.Dataset, *, resamples: int = 1000, seed: int = 0) -> xr.Dataset:
+    """Linear datamodelling score of single samples in windows of training, at every checkpoint.
+
+    For each query the Spearman correlation, over the halves that windows were retrained with, between the effect and
+    its prediction to first order,
+
+        predicted[h, j] = sum_i (weight[h, i] - 1) value[i, j],
+
+    and its mean over queries, as in :func:`lds`. Only order and sign of the values count, so that estimates without a
+    unit can be scored too: larger must mean that more weight raises the loss.
+
+    Args:
+        influence: ``value`` (step, train, query) of single samples, negative = helpful, e.g. that of
+            ``window_influence(..., per="sample")``: train labels are their indices. It may have further steps.
+        measured: ``effect`` and ``weight``, from :func:`stagewise.retraining.halves.window_halves`.
+        resamples: of the bootstrap over halves and over queries.
+        seed: of the bootstrap.
+
+    Returns:
+        ``lds`` (step) in [-1, 1] with ``lds_lower`` and ``lds_upper``, its 95 % interval; ``spearman`` (step, query);
+        ``queries`` (step), the number that have one.
+
+    Raises:
+        ValueError: the labels do not match, there are fewer than four halves, or something is not finite.
+
+    Example:
+        >>> import torch, stagewise as sw
+        >>> x, y = torch.eye(4), torch.tensor([0.0, 0.0, 1.0, 1.0])
+        >>> task = sw.Task(
+        ...     torch.nn.Linear(4, 1),
+        ...     lambda model, batch: (model(batch[0])[:, 0] - batch[1]) ** 2,
+        ...     train=(x, y), queries={"same": (x, y)},
+        ... )
+        >>> start = sw.Checkpoint(0, task.state(), sw.Optimizer("sgd", 0.1, batch_size=0))
+        >>> run = sw.Trajectory.from_checkpoints([start])
+        >>> measured = sw.window_halves(task, run, window=3, halves=6, weights=(0.9, 1.1))
+        >>> exact = sw.window_influence(task, run, window=3, per="sample")
+        >>> round(sw.window_lds(exact, measured).lds.item(), 1)
+        1.0
+    """
+    effect = measured["effect"].transpose("step", "half", "query")
+    weight = measured["weight"].transpose("half", "train")
+    value = influence["value"].transpose("step", "train", "query")
+    _check_labels(
+        value,
+        effect,
+        weight,
+        hint="it must be of the samples and queries of what was measured, e.g. window_influence(..., per='sample')",
+        unsaid="the halves give no weight to",
+    )
+    _check_count(effect.sizes["half"], "halves")
+    value = value.sel({dim: whole[dim] for dim, whole in (("step", effect), ("train", weight), ("query", effect))})
+    predicted = np.einsum("ht,stq->shq", weight.values - 1, value.values)
+    usable = np.ones((effect.sizes["query"], effect.sizes["half"]))
+    return _scored(predicted, effect.values, usable, effect, resamples, seed)
+
+
+def _scored(
+    predicted: Array, measured: Array, usable: Array, labels: xr.DataArray, resamples: int, seed: int
+) -> xr.Dataset:
+    """Correlation of effects ``(step, replay, query)`` over the replays that count, with bootstrap intervals."""
+    _check_finite(labels["step"].values, predicted, measured)
     generator = np.random.default_rng(seed)
     _, replays, queries = measured.shape
     counts, weights = (generator.multinomial(k, np.full(k, 1 / k), resamples) for k in (replays, queries))
-    usable = _usable(losses["query"].values, kept)
     single = _correlations(predicted, measured, np.ones((1, replays)), usable)
     draws = _mean(_correlations(predicted, measured, counts.astype(float), usable), weights.astype(float))
     lower, upper = interval_ends(draws.T)
     attrs = {"interval": f"{LEVEL:.0%} bootstrap over replays and queries", "resamples": resamples}
     scores = {"lds": _mean(single, np.ones((1, queries)))[:, 0], "lds_lower": lower, "lds_upper": upper}
     variables = {name: ("step", score, attrs) for name, score in scores.items()}
-    dataset = xr.Dataset(variables, {"step": losses["step"].values, "query": losses["query"].values})
+    dataset = xr.Dataset(variables, {"step": labels["step"].values, "query": labels["query"].values})
     rank = {"spearman": (("step", "query"), single[:, 0]), "queries": ("step", np.isfinite(single[:, 0]).sum(1))}
     return dataset.assign(rank)
 
@@ -129,15 +199,17 @@ def _of_replays(losses: xr.DataArray, kept: xr.DataArray) -> xr.DataArray:
     """What the replays of ``losses`` have kept, in their order."""
     if "replay" in losses.coords and "replay" in kept.coords:
         if missing := sorted(set(losses["replay"].values.tolist()) - set(kept["replay"].values.tolist())):
-            raise ValueError(f"kept lacks replay {missing[:10]} of the losses; both must call the replays alike")
+            raise ValueError(f"kept lacks replay {missing[:_SHOWN]} of the losses; both must call the replays alike")
         kept = kept.sel(replay=losses["replay"].values)
     if losses.sizes["replay"] != kept.sizes["replay"]:
         raise ValueError(f"losses have {losses.sizes['replay']} replays, but kept has {kept.sizes['replay']}")
-    if losses.sizes["replay"] < _FEWEST:
-        raise ValueError(
-            f"got {losses.sizes['replay']} replays, expected {_FEWEST} or more, preferably tens: retrain more subsets"
-        )
+    _check_count(losses.sizes["replay"], "replays")
     return kept
+
+
+def _check_count(count: int, what: str) -> None:
+    if count < _FEWEST:
+        raise ValueError(f"got {count} {what}, expected {_FEWEST} or more, preferably tens: retrain more subsets")
 
 
 def _check_dims(losses: xr.DataArray, kept: xr.DataArray) -> None:
@@ -146,12 +218,15 @@ def _check_dims(losses: xr.DataArray, kept: xr.DataArray) -> None:
             raise ValueError(f"{name} must have dims {dims}, got {array.dims}")
 
 
-def _check_labels(effect: xr.DataArray, losses: xr.DataArray, kept: xr.DataArray) -> None:
-    for dim, there in (("step", losses), ("query", losses), ("train", kept)):
-        if lacking := sorted(set(there[dim].values.tolist()) - set(effect[dim].values.tolist())):
-            raise ValueError(f"the attribution lacks {dim} {lacking}; losses and kept must be of the same groups")
-    if unknown := sorted(set(effect["train"].values.tolist()) - set(kept["train"].values.tolist())):
-        raise ValueError(f"kept does not say which replays have kept train {unknown}")
+def _check_labels(
+    attribution: xr.DataArray, measured: xr.DataArray, changed: xr.DataArray, hint: str, unsaid: str
+) -> None:
+    """Whether the attribution has all that was measured, and what was changed is all of its train labels."""
+    for dim, there in (("step", measured), ("query", measured), ("train", changed)):
+        if lacking := sorted(set(there[dim].values.tolist()) - set(attribution[dim].values.tolist())):
+            raise ValueError(f"the attribution lacks {dim} {lacking[:_SHOWN]}; {hint}")
+    if unknown := sorted(set(attribution["train"].values.tolist()) - set(changed["train"].values.tolist())):
+        raise ValueError(f"{unsaid} train {unknown[:_SHOWN]}")
 
 
 def _check_finite(steps: Array, *arrays: Array) -> None:
