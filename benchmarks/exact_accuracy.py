@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,24 +136,27 @@ WINDOW, WEIGHT, FRESH = 20, 0.95, 32
 MEASURED_ORDERS, PREDICTED_ORDERS = 16, 4
 
 
-def patches() -> Problem:
-    """Which of two photographs a patch is from; groups are thirds of its brightness. Two convolutions."""
+def patches(activation: type[nn.Module] = nn.ReLU) -> Problem:
+    """Which of two photographs a patch is from; groups are thirds of its brightness. Two convolutions.
+
+    The gradient of a network with kinks jumps, and no second derivative knows of that: a smooth one stands beside it.
+    """
     size, generator = 12, np.random.RandomState(0)
     cut = [extract_patches_2d(image, (size, size), max_patches=450, random_state=generator) for image in photographs()]
     pixels = np.concatenate(cut).transpose(0, 3, 1, 2) / 255
     target = np.repeat([0, 1], [len(part) for part in cut])
     brightness = thirds(pixels.mean((1, 2, 3)))
     groups = [f"{('china', 'flower')[c]}, {third}" for c, third in zip(target, brightness, strict=True)]
-    return Problem(pixels, target, groups, convolutions, cross_entropy, batch_size=FRESH)
+    return Problem(pixels, target, groups, partial(convolutions, activation), cross_entropy, batch_size=FRESH)
 
 
 def photographs() -> list[np.ndarray[Any, Any]]:
     return list(load_sample_images().images)
 
 
-def convolutions() -> nn.Module:
+def convolutions(activation: type[nn.Module]) -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 16, 2)
+        nn.Conv2d(3, 8, 3), activation(), nn.Conv2d(8, 16, 3, stride=2), activation(), nn.Flatten(), nn.Linear(256, 2)
     )
 
 
@@ -160,7 +164,7 @@ def problems() -> None:
     """Every problem under every optimiser."""
     columns = ("run", "own batches: r", "slope", "fresh batches: r", "slope", "coverage")
     table = Table(*columns, title=escape(f"held-out, W = {WINDOW}, weight {WEIGHT}: median [range] over checkpoints"))
-    for name, make in (PROBLEMS | {"patches": patches}).items():
+    for name, make in (PROBLEMS | {"patches": patches, "patches, GELU": partial(patches, nn.GELU)}).items():
         for optimiser in OPTIMISERS:
             cells = [*own_batches(make(), optimiser), *fresh_batches(make(), optimiser)]
             table.add_row(f"{name}, {optimiser}", *map(escape, cells))

@@ -75,8 +75,13 @@ def samplers(density: LocalDensity, trajectory: Trajectory) -> None:
     console.print(table)
 
 
+# How often the chains of minibatches are run, with other noise each time.
+REPEATS = {8: 2, 64: 6, 256: 6}
+WHOLE_REPEATS = 6
+
+
 def minibatches(density: LocalDensity, trajectory: Trajectory) -> None:
-    """Sizes and 95 % intervals of group influence, against two runs on full batches with other noise."""
+    """Sizes and 95 % intervals of group influence, against the mean of runs on full batches."""
 
     def sampled(size: int | None, seed: int) -> tuple[xr.Dataset, float, float]:
         sampling = Chains(chains=CHAINS, draws=64, batch_size=size, seed=seed, reflect=False)
@@ -88,14 +93,18 @@ def minibatches(density: LocalDensity, trajectory: Trajectory) -> None:
         return bif(TracesInMemory({STEP: tree}), **labels), steps, steps * per_step
 
     table = Table("batch", "steps", "sample gradients", "size", "in the 95 % intervals", title="beside full batches")
-    whole, steps, cost = sampled(None, 1)
-    again, _, _ = sampled(None, 2)
-    truth, error = (whole.value + again.value) / 2, np.hypot(whole.stderr, again.stderr) / 2
-    for size in (8, 64, 256):
-        found, here, spent = sampled(size, 3)
-        slope = float((found.value * truth).sum() / (truth**2).sum())
-        held = float((abs(found.value - truth) <= 1.96 * np.hypot(found.stderr, error)).mean())
-        table.add_row(str(size), f"x {here / steps:.1f}", f"x {spent / cost:.2f}", f"{slope:.3f}", f"{held:.0%}")
+    whole = [sampled(None, seed) for seed in range(WHOLE_REPEATS)]
+    _, steps, cost = whole[0]
+    values = np.stack([found.value for found, _, _ in whole])
+    truth, error = values.mean(0), np.sqrt(np.mean([found.stderr**2 for found, _, _ in whole], 0) / WHOLE_REPEATS)
+    squared = (truth**2).sum() - (values.var(0, ddof=1) / WHOLE_REPEATS).sum()  # without that of its own noise
+    for size, repeats in REPEATS.items():
+        runs = [sampled(size, WHOLE_REPEATS + seed) for seed in range(repeats)]
+        slopes = [float((found.value * truth).sum() / squared) for found, _, _ in runs]
+        held = np.mean([abs(found.value - truth) <= 1.96 * np.hypot(found.stderr, error) for found, _, _ in runs])
+        size_words = f"{np.mean(slopes):.3f} ± {np.std(slopes, ddof=1) / repeats**0.5:.3f}"
+        _, here, spent = runs[0]
+        table.add_row(str(size), f"x {here / steps:.1f}", f"x {spent / cost:.2f}", size_words, f"{held:.0%}")
     console.print(table)
 
 
