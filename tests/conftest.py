@@ -12,12 +12,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 import pytest
 import torch
 
-from stagewise.reporting import style
+from hurried import without_files_for_papers
 
 torch.set_num_threads(1)
-
-PDF_FONTS = style.STYLE["pdf.fonttype"]
-style.STYLE["pdf.fonttype"] = 3  # what a report takes longest for is to embed fonts as publishers ask for them
 
 # Files that take longest, so that they begin first and no process of `make test` is left with a long one at the end.
 LONGEST = (
@@ -42,10 +39,12 @@ def wide_terminal():
     os.environ["COLUMNS"] = "1000"
 
 
-@pytest.fixture
-def fonts_of_publishers(monkeypatch):
-    """Fonts of PDF files as users get them."""
-    monkeypatch.setitem(style.STYLE, "pdf.fonttype", PDF_FONTS)
+@pytest.fixture(scope="module")
+def screen_only():
+    """Reports without files for papers."""
+    with pytest.MonkeyPatch.context() as patch:
+        without_files_for_papers(patch.setattr)
+        yield
 
 
 def pytest_collection_modifyitems(items):

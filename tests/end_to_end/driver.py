@@ -4,8 +4,7 @@ import os
 import signal
 from pathlib import Path
 
-from tiny import without_files_for_papers
-
+from hurried import without_files_for_papers
 from stagewise.run.config import load_config
 from stagewise.run.pipeline import run
 

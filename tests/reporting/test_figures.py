@@ -228,7 +228,7 @@ def test_open_squares_stand_where_the_chains_have_no_answer(results):
     assert not [line for ax in plain.axes for line in ax.lines if line.get_marker() == "s"]
 
 
-def test_fonts_of_pdf_files_are_of_the_type_that_publishers_take(results, tmp_path, fonts_of_publishers):
+def test_fonts_of_pdf_files_are_of_the_type_that_publishers_take(results, tmp_path):
     _, _, pdf = write_figure(figures.loss_curves(results.losses), tmp_path, "losses")
     assert b"/CIDFontType2" in pdf.read_bytes()
     assert b"/Type3" not in pdf.read_bytes()

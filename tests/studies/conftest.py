@@ -10,7 +10,7 @@ from stagewise.studies.hierarchy.settings import REDUCED
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory):
-    return Lab(tmp_path_factory.mktemp("lab"), REDUCED)
+    return Lab(tmp_path_factory.mktemp("lab"), replace(REDUCED, draws=64))
 
 
 @pytest.fixture(scope="session")

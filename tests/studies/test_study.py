@@ -71,6 +71,11 @@ def cells(folder):
     return {path: path.stat().st_mtime_ns for path in (folder / f"gamma-{INSTANT_GAMMA:g}" / "cells").iterdir()}
 
 
+@pytest.fixture(autouse=True)
+def in_a_hurry(screen_only):
+    pass
+
+
 def test_study_writes_every_part_of_its_page_and_all_checks_as_data(tmp_path):
     told = []
     parts = study(tmp_path, lambda *now: told.append(now), TINY, (learning, sampling))
