@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 import pytest
 import torch
 
-from hurried import without_files_for_papers
+from hurried import without_pictures
 
 torch.set_num_threads(1)
 
@@ -40,10 +40,10 @@ def wide_terminal():
 
 
 @pytest.fixture(scope="module")
-def screen_only():
-    """Reports without files for papers."""
+def no_pictures():
+    """Reports without pictures."""
     with pytest.MonkeyPatch.context() as patch:
-        without_files_for_papers(patch.setattr)
+        without_pictures(patch.setattr)
         yield
 
 

@@ -1,27 +1,28 @@
 """Reports that are drawn in a hurry, where a test is about something else than how they look."""
 
+from pathlib import Path
+
+NOTHING = '<svg xmlns="http://www.w3.org/2000/svg" width="1pt" height="1pt"/>'
+
 
 class Empty:
-    """A canvas that writes empty files."""
+    """A canvas that writes empty pictures."""
 
     def __init__(self, _figure):
         pass
 
-    def print_pdf(self, path, **_settings):
-        path.touch()
+    def print_svg(self, path, **_settings):
+        Path(path).write_text(NOTHING)
 
-    print_png = print_pdf
+    print_png = print_pdf = print_svg
 
 
-def without_files_for_papers(set_attribute=setattr) -> None:
-    """From now on reports have empty PNG and PDF files beside them, and figures as they are drawn before the layout.
-
-    Fonts and layout are most of the time of a report.
-    """
+def without_pictures(set_attribute=setattr) -> None:
+    """From now on figures are made for reports and not drawn: fonts, layout and drawing are most of the time of one."""
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     from stagewise.reporting import files
 
     set_attribute(ConstrainedLayoutEngine, "execute", lambda _engine, _figure: None)
-    set_attribute(files, "FigureCanvasPdf", Empty)
-    set_attribute(files, "FigureCanvasAgg", Empty)
+    for canvas in ("FigureCanvasSVG", "FigureCanvasPdf", "FigureCanvasAgg"):
+        set_attribute(files, canvas, Empty)

@@ -4,5 +4,5 @@ import pytest
 
 
 @pytest.fixture(autouse=True, scope="module")
-def in_a_hurry(screen_only):
+def in_a_hurry(no_pictures):
     pass

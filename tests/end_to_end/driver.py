@@ -4,7 +4,7 @@ import os
 import signal
 from pathlib import Path
 
-from hurried import without_files_for_papers
+from hurried import without_pictures
 from stagewise.run.config import load_config
 from stagewise.run.pipeline import run
 
@@ -12,5 +12,5 @@ from stagewise.run.pipeline import run
 def drive(config: Path, teller) -> None:
     os.setsid()  # its workers can be known by its group
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
-    without_files_for_papers()
+    without_pictures()
     run(load_config(config), lambda what, done, total: teller.send(f"{what} {done}"))

@@ -72,7 +72,7 @@ def cells(folder):
 
 
 @pytest.fixture(autouse=True)
-def in_a_hurry(screen_only):
+def in_a_hurry(no_pictures):
     pass
 
 
