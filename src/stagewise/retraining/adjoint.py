@@ -100,7 +100,7 @@ class Replay:
         optimizer = self.start.rule.optimizer
         kept = 1 + keeps_first_moment(optimizer) + keeps_second_moment(optimizer)
         room = max(0, int(self.memory / 2 / (kept * self._bytes)) - 1)  # beside the one in use
-        return rewind(self._advance, self.start.state(), range(self.span.start, self.span.stop + 1), room)
+        return rewind(self._advance, self.start.state, range(self.span.start, self.span.stop + 1), room)
 
     def batches(self, step: int) -> list[Batch]:
         """The samples of an update, in pieces that the task evaluates at once."""
@@ -145,14 +145,15 @@ def step_back(replay: Replay, state: TrainingState, step: int, adjoint: Adjoint)
     point, params, batches = replay.start.point, state.params[0], replay.batches(step)
     only = _Summed.of(point, params, batches[0], again=True) if len(batches) == 1 else None
     slope, used, weight = _mean([only] if only else (_Summed.of(point, params, batch) for batch in batches))
-    along = _update_back(replay, state, slope[None], used[None], step, adjoint)
-    side, parts = along / weight, []
+    along, parts = _update_back(replay, state, slope[None], used[None], step, adjoint), []
+    del slope
+    along /= weight  # in place and back: of large models every vector counts
     for batch in batches:
         summed = only or _Summed.of(point, params, batch, again=True)
         only = None  # the product frees what it needs no more
-        parts.append(_products(summed, side, adjoint.params, replay.batching))
+        parts.append(_products(summed, along, adjoint.params, replay.batching))
         del summed
-    return Slopes(torch.cat(_of_one_width(parts), 1), along)
+    return Slopes(torch.cat(_of_one_width(parts), 1), along.mul_(weight))
 
 
 class _Summed(NamedTuple):

@@ -10,7 +10,9 @@ from typing import TypeVar
 State = TypeVar("State")
 
 
-def rewind(advance: Callable[[int, State], State], state: State, span: range, room: int) -> Iterator[tuple[int, State]]:
+def rewind(
+    advance: Callable[[int, State], State], begin: Callable[[], State], span: range, room: int
+) -> Iterator[tuple[int, State]]:
     """The steps of ``span``, the last first, each with the state before its update.
 
     States are kept where binomial checkpointing puts them, so that with s = room + 1 of them no update of up to
@@ -18,27 +20,31 @@ def rewind(advance: Callable[[int, State], State], state: State, span: range, ro
 
     Args:
         advance: ``advance(step, state)`` makes the update of a step.
-        state: before the first update.
+        begin: makes the state before the first update; called anew whenever it is needed.
         span: the steps, consecutive.
-        room: how many states may be kept beside the first; with all of them no update is made twice.
+        room: how many states may be kept beside the one in use; with all of them no update is made twice.
 
     Yields:
         ``(step, state)``; the caller may hold one of them, the one yielded.
     """
     if len(span) <= room + 1:
-        states = [state]
+        states = [begin()]
         for step in span[:-1]:
             states.append(advance(step, states[-1]))
         for step in reversed(span):
             yield step, states.pop()
         return
     cut = span.start + _cut(len(span), room)
-    later = state
-    for step in range(span.start, cut):
-        later = advance(step, later)
-    yield from rewind(advance, later, range(cut, span.stop), max(room - 1, 0))
-    del later
-    yield from rewind(advance, state, range(span.start, cut), room)
+    kept = [_advanced(advance, begin(), range(span.start, cut))]
+    yield from rewind(advance, lambda: kept[0], range(cut, span.stop), max(room - 1, 0))
+    kept.clear()
+    yield from rewind(advance, begin, range(span.start, cut), room)
+
+
+def _advanced(advance: Callable[[int, State], State], state: State, span: range) -> State:
+    for step in span:
+        state = advance(step, state)
+    return state
 
 
 def _cut(length: int, room: int) -> int:
