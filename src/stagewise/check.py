@@ -64,8 +64,9 @@ def _check(task: Task, checkpoint: Checkpoint, curvature: bool) -> None:
         _check_gradients(task, moved)
         task.checked.add("model")
     if curvature and "curvature" not in task.checked:
-        moved = _moved(task, checkpoint.params)
-        check_differences(task, moved, task.train.batch(task.train.few(_FEW), task.device))
+        give_back()
+        rows = task.train.few(min(_FEW, task.forward_batch))  # in float64, with a graph of second order
+        check_differences(task, _moved(task, checkpoint.params), task.train.batch(rows, task.device))
         task.checked.add("curvature")
     if checkpoint.digest not in task.checked:
         for data, query in _all(task):
