@@ -10,7 +10,7 @@ held-out          three small problems and patches of photographs, five optimise
                   with fresh ones, those of the prediction others than those of the measurement
 language model    classes of tokens in a small transformer that is trained on Python's standard library
 cost              seconds of the influence over seconds of the window's own training
-memory            peak memory for a transformer of 70 million parameters; only where asked for (half an hour)
+memory            peak memory for a transformer of 70 million parameters; only where asked for (some minutes)
 
 Each part holds `window_influence` against what `window_ablation` measures with weights of .95 or .8 during the window.
 r and slope (measured / predicted) are over pairs of different groups where train groups and query groups have the same
@@ -355,7 +355,7 @@ def plain_training(own: sw.Task, order: sw.BatchOrder) -> None:
 
 # Memory
 
-MEMORY_WINDOW = 30
+MEMORY_WINDOW = 6  # longer ones hold no more states: they make updates again
 
 
 def memory() -> None:
