@@ -67,17 +67,18 @@ def whole(tmp_path_factory):
     return contents(config.out)
 
 
-@pytest.mark.parametrize(
-    ("workers", "kills"),
-    [
-        (2, [("sampling 1", signal.SIGTERM), ("sampling 2", signal.SIGKILL)]),
-        (1, [("gradient product 2", signal.SIGINT), ("retraining windows 1", signal.SIGKILL)]),
-    ],
-)
-def test_a_killed_run_goes_on_from_its_own_configuration_to_the_same_bits(tmp_path, whole, workers, kills):
-    config, folder = write_run(tmp_path / "killed", workers=workers), tmp_path / "killed" / "run"
+KILLS = [
+    ("sampling 1", signal.SIGTERM),
+    ("sampling 2", signal.SIGKILL),
+    ("gradient product 2", signal.SIGINT),
+    ("retraining windows 1", signal.SIGKILL),
+]
+
+
+def test_a_killed_run_goes_on_from_its_own_configuration_to_the_same_bits(tmp_path, whole):
+    config, folder = write_run(tmp_path / "killed", workers=2), tmp_path / "killed" / "run"
     done = {}
-    for moment, how in [*kills, ("never", None)]:
+    for moment, how in [*KILLS, ("never", None)]:
         process, told = start(config)
         for message in messages(told):
             if message == moment:
