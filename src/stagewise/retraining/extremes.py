@@ -103,11 +103,11 @@ def extremes_ablation(
             start = start_at(task, run.load(step))
             check_moves(start)
             orders = window_orders(start, order, window, repeats, seed)
-            kinds.append(orders.kind)
             here = value.sel(step=step).values
             sets = list(_sets(start, samples, here, count, draws, np.random.default_rng((seed, step))))
             schedules = [Schedule.window(samples[rows].tolist(), step, window, weight) for rows in sets]
             effects = window_effects(start, schedules, orders, window, max_replays, batching)
+            kinds.append(orders.kind)  # of checkpoints that could be used
         finally:
             if progress is not None:
                 progress(next(seen), len(steps))

@@ -90,7 +90,7 @@ def _plain(value: int | range | tuple[float, ...]) -> int | str | list[float]:
 FULL = Settings()
 """The study."""
 
-# Fewer draws and the helpful side of cross pairs drowns in the noise; fewer checkpoints cannot resolve the flips.
+# Fewer checkpoints cannot resolve the flips.
 REDUCED = Settings(
     checkpoints=20,
     draws=96,
