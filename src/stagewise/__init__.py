@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from stagewise.checkpoints.directory import write_checkpoint as write_checkpoint
     from stagewise.checkpoints.huggingface import RecorderCallback as RecorderCallback
     from stagewise.checkpoints.recorder import Recorder as Recorder
-    from stagewise.checkpoints.recorder import linear as linear
-    from stagewise.checkpoints.recorder import log_spaced as log_spaced
     from stagewise.checkpoints.trajectory import Trajectory as Trajectory
+    from stagewise.checkpoints.when import linear as linear
+    from stagewise.checkpoints.when import log_spaced as log_spaced
     from stagewise.dynamics.alignment import alignment as alignment
     from stagewise.dynamics.branches import separations as separations
     from stagewise.dynamics.branches import squared_distances as squared_distances
@@ -68,9 +68,10 @@ _ROOMS = {
     "stagewise.baselines.tracin": ("tracin",),
     "stagewise.checkpoints.directory": ("write_checkpoint",),
     "stagewise.checkpoints.huggingface": ("RecorderCallback",),
-    "stagewise.checkpoints.recorder": ("Recorder", "linear", "log_spaced"),
+    "stagewise.checkpoints.recorder": ("Recorder",),
     "stagewise.checkpoint": ("Checkpoint", "Optimizer"),
     "stagewise.checkpoints.trajectory": ("Trajectory",),
+    "stagewise.checkpoints.when": ("linear", "log_spaced"),
     "stagewise.dynamics.alignment": ("alignment",),
     "stagewise.dynamics.branches": ("separations", "squared_distances"),
     "stagewise.dynamics.curves": ("curves",),

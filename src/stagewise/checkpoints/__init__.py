@@ -11,8 +11,9 @@ never runs code that comes with them.
 
 from stagewise.checkpoint import Checkpoint, CheckpointError, Optimizer
 from stagewise.checkpoints.directory import read_checkpoint, scan, write_checkpoint
-from stagewise.checkpoints.recorder import Recorder, linear, log_spaced
+from stagewise.checkpoints.recorder import Recorder
 from stagewise.checkpoints.trajectory import Trajectory, as_trajectory, check_fits
+from stagewise.checkpoints.when import linear, log_spaced
 
 __all__ = [
     "Checkpoint",

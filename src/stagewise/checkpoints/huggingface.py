@@ -12,8 +12,9 @@ from torch import Tensor
 
 from stagewise.checkpoints.directory import make_folder
 from stagewise.checkpoints.loader import DrawnBatches, watched
-from stagewise.checkpoints.recorder import Recorder, check_steps
+from stagewise.checkpoints.recorder import Recorder
 from stagewise.checkpoints.weights import reason_of
+from stagewise.checkpoints.when import check_steps
 
 try:
     import accelerate  # noqa: F401

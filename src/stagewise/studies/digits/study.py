@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stagewise.checkpoints.recorder import log_spaced
+from stagewise.checkpoints.when import log_spaced
 from stagewise.run.config import Retraining, RunConfig
 from stagewise.sampling.chains import Chains
 from stagewise.sampling.posterior import LocalPosterior
