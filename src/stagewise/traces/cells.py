@@ -51,8 +51,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Name of the cell's folder; names sort by step, then block."""
-        return f"{self.step:08d}-{self.block:04d}"
+        """Name of the cell's file; names sort by step, then block."""
+        return f"{self.step:08d}-{self.block:04d}.zip"
 
 
 def loss_groups(tree: xr.DataTree) -> dict[str, xr.Dataset]:

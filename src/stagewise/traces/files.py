@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,12 +24,6 @@ def write_text(path: Path, text: str) -> None:
     fsync(partial)
     partial.replace(path)
     fsync(path.parent)
-
-
-def fsync_tree(folder: Path) -> None:
-    """Bring every file and folder below ``folder`` to disk, so that not even a power cut can tear it."""
-    with ThreadPoolExecutor(8) as pool:  # file systems commit together what waits together
-        list(pool.map(fsync, [folder, *folder.rglob("*")]))
 
 
 def fsync(path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from stagewise.traces.files import RunFolderError, write_text
 
-_FORMAT = "stagewise traces 2"
+_FORMAT = "stagewise traces 3"
 
 
 class RunMismatchError(ValueError):

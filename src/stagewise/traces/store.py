@@ -1,10 +1,10 @@
 """The run folder: every cell of a run, complete or absent, never in between.
 
     root/identity.json              what the numbers depend on, one hash per part
-    root/cells/<step>-<block>/      one cell, a Zarr v3 group whose root attributes hold its key
+    root/cells/<step>-<block>.zip   one cell, a zipped Zarr v3 group whose root attributes hold its key
 
-A cell is written into a hidden folder beside its place and renamed when it is whole and on disk. Killing a
-writer at any moment leaves all complete cells as they were, plus at most one hidden folder, which
+A cell is written into a hidden file beside its place and renamed when it is whole and on disk. Killing a
+writer at any moment leaves all complete cells as they were, plus at most one hidden file, which
 :meth:`TraceStore.sweep` removes.
 """
 
@@ -13,10 +13,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,15 +25,14 @@ import xarray as xr
 
 from stagewise.groups import Labels
 from stagewise.traces.cells import Cell, Facts, check_cell, join_blocks, join_facts, pack, unpack
-from stagewise.traces.files import PARTIAL, RunFolderError, explain_read, explain_write, fsync, fsync_tree, write_text
+from stagewise.traces.files import PARTIAL, RunFolderError, explain_read, explain_write, fsync, write_text
 from stagewise.traces.identity import RunMismatchError, check_identity, read_identity, write_identity
 from stagewise.traces.lock import RunLockedError, run_lock
 from stagewise.traces.zarr_tree import read_attrs, read_label, read_tree, write_tree
 
 __all__ = ["Cell", "RunFolderError", "RunLockedError", "RunMismatchError", "TraceStore"]
 
-_CELL_NAME = re.compile(r"(\d{8,})-(\d{4,})")
-_SWEPT = ".swept-"
+_CELL_NAME = re.compile(r"(\d{8,})-(\d{4,})\.zip")
 
 Numbers = np.ndarray[Any, Any]
 
@@ -118,16 +116,16 @@ class TraceStore:
         Raises:
             RunMismatchError: a cell with another key stands in its place.
         """
-        folder = self._cells / cell.name
-        if not folder.exists():
+        file = self._cells / cell.name
+        if not file.exists():
             return False
         with explain_read(self.root, f"cells/{cell.name}"):
-            key = read_label(folder)["key"]
+            key = read_label(file)["key"]
         if key != cell.key:
             raise RunMismatchError(
                 f"{self.root} holds step {cell.step}, block {cell.block} under another key: something that "
                 "decides its numbers has changed since, e.g. the weights of the checkpoint. Choose another "
-                f"folder (out=...), or delete {folder} to compute it again"
+                f"folder (out=...), or delete {file} to compute it again"
             )
         return True
 
@@ -151,32 +149,26 @@ class TraceStore:
         try:
             with self._writing():
                 write_tree(pack(tree), partial, asdict(cell) | {"probe": dict(probe or {})})
-                fsync_tree(partial)
+                fsync(partial)
                 self._publish(partial, cell)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            partial.unlink(missing_ok=True)
 
     def sweep(self) -> None:
         """Remove what killed writers left behind. Call it under :meth:`lock`, before workers start."""
         with self._writing():
-            for text in self.root.glob(f"{PARTIAL}*"):
-                text.unlink()
-            for partial in self._cells.glob(f"{PARTIAL}*"):
-                # Renamed first, so that a writer which is still alive loses its folder at one instant.
-                with suppress(FileNotFoundError):
-                    partial.rename(partial.with_name(_SWEPT + uuid.uuid4().hex))
-            for swept in self._cells.glob(f"{_SWEPT}*"):
-                shutil.rmtree(swept, ignore_errors=True)
+            for partial in (*self.root.glob(f"{PARTIAL}*"), *self._cells.glob(f"{PARTIAL}*")):
+                partial.unlink(missing_ok=True)  # a writer that is still alive has done it itself
 
     @property
     def steps(self) -> tuple[int, ...]:
         """Steps with at least one complete cell, ascending."""
-        return tuple(sorted({step for step, _ in self._folders()}))
+        return tuple(sorted({step for step, _ in self._files()}))
 
     @property
     def blocks(self) -> tuple[tuple[int, int], ...]:
         """(step, block) of every complete cell, ascending."""
-        return tuple(sorted(self._folders()))
+        return tuple(sorted(self._files()))
 
     def evidence(self, step: int, block: int) -> tuple[dict[str, list[float]], dict[str, Numbers]]:
         """By what the task of a cell can be known again, without its draws.
@@ -187,11 +179,11 @@ class TraceStore:
         Raises:
             RunFolderError: the cell is damaged or is not there.
         """
-        folder = self._cells / Cell(step, block, "any").name
-        with explain_read(self.root, f"cells/{folder.name}"):
-            groups = {node.path.strip("/"): node.to_dataset() for node in read_tree(folder, "loss_anchor").subtree}
+        file = self._cells / Cell(step, block, "any").name
+        with explain_read(self.root, f"cells/{file.name}"):
+            groups = {node.path.strip("/"): node.to_dataset() for node in read_tree(file, "loss_anchor").subtree}
             anchors = {path: group["loss_anchor"].values for path, group in groups.items() if "loss_anchor" in group}
-            return read_label(folder)["probe"], anchors
+            return read_label(file)["probe"], anchors
 
     def load(self, step: int) -> xr.DataTree:
         """All chains of a step, in memory: its complete blocks one after the other along ``chain``.
@@ -203,9 +195,9 @@ class TraceStore:
             RunFolderError: a cell is damaged, or the blocks do not fit together.
         """
         trees = []
-        for folder in self._blocks(step):
-            with explain_read(self.root, f"cells/{folder.name}"):
-                trees.append(read_tree(folder))
+        for file in self._blocks(step):
+            with explain_read(self.root, f"cells/{file.name}"):
+                trees.append(read_tree(file))
                 check_cell(trees[-1])
         # Joined as they are: chains of all blocks are relative to one and the same anchor.
         with self._explain_blocks(step):
@@ -214,9 +206,9 @@ class TraceStore:
     def attrs(self, step: int) -> Facts:
         """The facts of a step, without reading its traces; raises like :meth:`load`."""
         facts = []
-        for folder in self._blocks(step):
-            with explain_read(self.root, f"cells/{folder.name}"):
-                facts.append(read_attrs(folder))
+        for file in self._blocks(step):
+            with explain_read(self.root, f"cells/{file.name}"):
+                facts.append(read_attrs(file))
         with self._explain_blocks(step):
             return join_facts(facts)
 
@@ -257,32 +249,27 @@ class TraceStore:
         with self.lock(), self._writing():
             if identity.exists():
                 return
-            if self._folders():
+            if self._files():
                 raise RunFolderError(f"{self.root} holds cells but no identity.json: nobody knows of which run")
             write_identity(self.root, self.identity)
 
-    def _folders(self) -> dict[tuple[int, int], Path]:
-        folders = list(self._cells.iterdir()) if self._cells.is_dir() else []
-        matches = [(folder, _CELL_NAME.fullmatch(folder.name)) for folder in folders]
-        return {(int(match[1]), int(match[2])): folder for folder, match in matches if match}
+    def _files(self) -> dict[tuple[int, int], Path]:
+        files = list(self._cells.iterdir()) if self._cells.is_dir() else []
+        matches = [(file, _CELL_NAME.fullmatch(file.name)) for file in files]
+        return {(int(match[1]), int(match[2])): file for file, match in matches if match}
 
     def _blocks(self, step: int) -> list[Path]:
-        folders = self._folders()
-        blocks = [folders[cell] for cell in sorted(folders) if cell[0] == step]
+        files = self._files()
+        blocks = [files[cell] for cell in sorted(files) if cell[0] == step]
         if not blocks:
             raise KeyError(f"{self.root} holds no traces of step {step}; it holds {list(self.steps)}")
         return blocks
 
     def _publish(self, partial: Path, cell: Cell) -> None:
-        # The root's metadata is written first. If it is gone, another run has swept the folder, because this
-        # is an orphaned worker of a killed run, and what stands there now is only the rest.
-        if not (partial / "zarr.json").exists():
-            raise RunFolderError(f"{partial} was swept by another run before it was complete")
         try:
-            partial.rename(self._cells / cell.name)
-        except OSError:
-            if not self.is_complete(cell):  # or else another worker wrote the same cell first
-                raise
+            partial.replace(self._cells / cell.name)
+        except FileNotFoundError:  # this is an orphaned worker of a run that was killed
+            raise RunFolderError(f"{partial} was swept by another run before it was complete") from None
         fsync(self._cells)
 
     @contextmanager

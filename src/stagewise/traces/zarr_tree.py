@@ -1,21 +1,25 @@
-"""A tree of numbers as a Zarr v3 group and back.
+"""A tree of numbers as a Zarr v3 group in one zip file and back.
 
 Words become CF flags (codes with their meanings in the attributes), so that the arrays hold plain numbers and
-reading a stranger's folder runs nobody's code.
+reading a stranger's file runs nobody's code. One file, since file systems of clusters count them; the zip file's
+checksums see what is torn or flipped.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Hashable, Mapping
+import zipfile
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import xarray as xr
 import zarr
+from zarr.buffer.cpu import Buffer
 from zarr.codecs import ZstdCodec
+from zarr.storage import MemoryStore
 
 # The codec refuses buffers of 2 GiB and more.
 _CHUNK_BYTES = 2**26
@@ -23,9 +27,11 @@ _CHUNK_BYTES = 2**26
 # The root attribute that says what a folder is and what it must hold; the others are the tree's own.
 _LABEL = "stagewise"
 
+_METADATA = "zarr.json"
 
-def write_tree(tree: xr.DataTree, folder: Path, label: Mapping[str, Any]) -> None:
-    """Write a tree as a new Zarr group that carries a label.
+
+def write_tree(tree: xr.DataTree, file: Path, label: Mapping[str, Any]) -> None:
+    """Write a tree as a Zarr group that carries a label; equal trees give files of equal bits.
 
     Raises:
         ValueError: the tree holds something else than numbers and words, or labels that are no dimension, or
@@ -34,8 +40,8 @@ def write_tree(tree: xr.DataTree, folder: Path, label: Mapping[str, Any]) -> Non
     groups = {node.path.strip("/"): _encode_group(node) for node in tree.subtree}
     contents = {path: list(variables) for path, (variables, _) in groups.items()}
     attrs = groups[""][1] | {_LABEL: _to_json(dict(label) | {"contents": contents})}
-    # The root is written first and never again: while it stands, so does all that was written after it.
-    root = zarr.create_group(folder, zarr_format=3, attributes=attrs)
+    entries: dict[str, Any] = {}
+    root = zarr.create_group(MemoryStore(entries), zarr_format=3, attributes=attrs)
     for path, (variables, attrs) in groups.items():
         group = root.create_group(path, attributes=attrs) if path else root
         for name, variable in variables.items():
@@ -43,49 +49,65 @@ def write_tree(tree: xr.DataTree, folder: Path, label: Mapping[str, Any]) -> Non
                 name,
                 data=variable.values,
                 chunks=_chunks(variable.shape, variable.dtype.itemsize),
-                compressors=ZstdCodec(level=1, checksum=True),
-                chunk_key_encoding={"name": "default", "separator": "."},  # fewer folders
+                compressors=ZstdCodec(level=1),
                 dimension_names=[str(dim) for dim in variable.dims],
                 attributes=variable.attrs,
                 # Then a chunk that is not there is a chunk that was lost.
                 config={"write_empty_chunks": True},
             )
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in sorted(entries):
+            archive.writestr(zipfile.ZipInfo(name), entries[name].to_bytes())  # the time of day is no part of it
 
 
-def read_tree(folder: Path, only: str | None = None) -> xr.DataTree:
+def read_tree(file: Path, only: str | None = None) -> xr.DataTree:
     """Read what :func:`write_tree` wrote, into memory.
 
     Args:
-        folder: the group.
+        file: the zip file.
         only: name of the only arrays to read; default all.
 
     Raises:
         Exception: something is missing or damaged; what is raised depends on the damage.
     """
-    root = _open(folder)
+    entries = _entries(file, lambda name: only is None or name.endswith(_METADATA) or f"/{only}/" in name)
+    root = _group(entries)
     groups = {}
-    for path, names in read_label(folder)["contents"].items():
+    for path, names in _label(root)["contents"].items():
         group: Any = root[path] if path else root
-        attrs = {name: value for name, value in _from_json(dict(group.attrs)).items() if name != _LABEL}
         wanted = [name for name in names if only in (None, name)]
-        groups[path or "/"] = xr.Dataset({name: _decode(group[name]) for name in wanted}, attrs=attrs)
+        arrays = {name: _decode(group[name], entries) for name in wanted}
+        groups[path or "/"] = xr.Dataset(arrays, attrs=_attrs(group))
     return xr.DataTree.from_dict(groups)
 
 
-def read_attrs(folder: Path) -> dict[str, Any]:
+def read_attrs(file: Path) -> dict[str, Any]:
     """The attributes of the tree, without its arrays."""
-    attrs = _from_json(dict(_open(folder).attrs))
-    return {name: value for name, value in attrs.items() if name != _LABEL}
+    return _attrs(_group(_entries(file, _METADATA.__eq__)))
 
 
-def read_label(folder: Path) -> dict[str, Any]:
+def read_label(file: Path) -> dict[str, Any]:
     """The label it was written with, and its ``contents``: names of the arrays by group."""
-    return cast(dict[str, Any], _from_json(dict(_open(folder).attrs)[_LABEL]))
+    return _label(_group(_entries(file, _METADATA.__eq__)))
 
 
-def _open(folder: Path) -> zarr.Group:
+def _entries(file: Path, wanted: Callable[[str], bool]) -> dict[str, Buffer]:
+    """Those entries of a zip file whose names are wanted, each held against its checksum."""
+    with zipfile.ZipFile(file) as archive:
+        return {name: Buffer.from_bytes(archive.read(name)) for name in archive.namelist() if wanted(name)}
+
+
+def _group(entries: Mapping[str, Buffer]) -> zarr.Group:
     # Version 3 only: version 2 knows pickled arrays.
-    return zarr.open_group(folder, mode="r", zarr_format=3)
+    return zarr.open_group(MemoryStore(dict(entries)), mode="r", zarr_format=3)
+
+
+def _attrs(group: zarr.Group) -> dict[str, Any]:
+    return {name: value for name, value in _from_json(dict(group.attrs)).items() if name != _LABEL}
+
+
+def _label(root: zarr.Group) -> dict[str, Any]:
+    return cast(dict[str, Any], _from_json(dict(root.attrs)[_LABEL]))
 
 
 def _encode_group(node: xr.DataTree) -> tuple[dict[str, xr.Variable], dict[str, Any]]:
@@ -109,10 +131,10 @@ def _encode(path: str, variable: xr.Variable) -> xr.Variable:
     return xr.Variable(variable.dims, codes, attrs | flags)
 
 
-def _decode(array: Any) -> xr.Variable:
+def _decode(array: Any, entries: Mapping[str, Buffer]) -> xr.Variable:
     if not isinstance(array, zarr.Array):
         raise TypeError(f"expected an array, got {type(array).__name__}")
-    if array.nchunks_initialized != array.nchunks:
+    if sum(name.startswith(f"{array.path}/c") for name in entries) != array.nchunks:
         raise ValueError(f"{array.path!r} lacks some of its chunks")
     dims = cast(Any, array.metadata).dimension_names
     values, attrs = np.asarray(array[...]), _from_json(dict(array.attrs))
