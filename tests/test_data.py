@@ -435,3 +435,11 @@ def test_chains_run_on_data_that_are_not_tensors_alone(sampling, form):
     assert tree["train"].sizes["sample"] == 12
     assert tree["queries/q"].attrs["is_training_set"]
     check(task, Checkpoint(0, task.state()), curvature=True)
+
+
+def test_a_list_that_comes_with_collate_is_one_of_samples_also_where_all_are_of_one_length():
+    rows = [torch.arange(4) + 10 * k for k in range(3)]
+    samples = Samples(rows, collate=torch.stack)
+    assert len(samples) == 3
+    assert samples.batch(torch.tensor([2, 0])).tolist() == [rows[2].tolist(), rows[0].tolist()]
+    assert len(Samples(tuple(rows))) == 4  # columns

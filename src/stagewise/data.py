@@ -2,7 +2,8 @@
 
 The rules, in the order in which they are tried:
 
-* a tensor or array, and a tuple, list or mapping of tensors or arrays, are *columns*: one row per sample;
+* a tensor or array, and a tuple, list or mapping of tensors or arrays, are *columns*: one row per sample; but a list
+  that comes with ``collate`` is one of samples, as a ``DataLoader`` takes it, be they of equal length or not;
 * a list or tuple of tuples, lists or mappings is a list of *samples*, as a ``DataLoader`` takes it;
 * a mapping, tuple or list of columns of which some are no tensors (texts, lists of unequal length) is read row by row;
 * anything else with ``__len__`` and ``__getitem__`` is a map-style dataset, a subclass of ``TensorDataset`` with its
@@ -59,7 +60,7 @@ class Samples:
         self._rows: Tensor | None = None
         columns = _as_columns(data)
         self._columns = None if columns is None or collate is not None else columns
-        items = _as_items(data, columns, name, ragged=collate is not None)
+        items = _as_items(data, columns, name, collated=collate is not None)
         self._items: Any = items
         self._length = len(items)
         if self._length == 0:
@@ -217,12 +218,12 @@ def _as_columns(data: Any) -> Any | None:
     return columns if _all_tensors(columns) else None
 
 
-def _as_items(data: Any, columns: Any | None, name: str, ragged: bool) -> Any:
-    """The data as something that is indexed by sample; ``ragged`` ones may be of unequal length."""
+def _as_items(data: Any, columns: Any | None, name: str, collated: bool) -> Any:
+    """The data as something that is indexed by sample; ``collated``: a batch is made of a list of them."""
     if columns is not None:
-        lengths = sorted({len(leaf) if leaf.ndim else 0 for leaf in tree_flatten(columns)[0]})
-        if len(lengths) != 1 and ragged and isinstance(data, list):
+        if collated and isinstance(data, list):
             return data
+        lengths = sorted({len(leaf) if leaf.ndim else 0 for leaf in tree_flatten(columns)[0]})
         if len(lengths) != 1:
             raise ValueError(
                 f"{name}: tensors disagree on the number of samples, got first axes of {lengths}; every tensor must "

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.func import vmap
+from torch.nn.functional import pad
 
 from stagewise.attention import plain_attention, slow_path
 from stagewise.check import check
@@ -72,6 +73,30 @@ class Point:
     def sample_losses(self, u: Tensor, batch: Batch, query: str | None = None) -> tuple[Tensor, Tensor]:
         """Loss and weight of every sample of a batch at one place, ``(batch,)`` each."""
         return self.task.by_sample(self.losses(u, batch, query))
+
+    def grouped_losses(
+        self, u: Tensor, batch: Batch, query: str | None = None, tokens: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """What groups are means of: loss and weight of every sample ``(batch,)``, or token ``(batch * tokens,)``.
+
+        Args:
+            u: the place.
+            batch: the samples.
+            query: whose loss is measured; default the training loss.
+            tokens: how many a sample has, where groups are of tokens. A batch that was padded less has the first.
+
+        Raises:
+            ValueError: the loss has no tokens, or more.
+        """
+        if not tokens:
+            return self.sample_losses(u, batch, query)
+        losses = self.losses(u, batch, query)
+        if losses.values.ndim == 1 or losses.values.shape[1] > tokens:
+            got = "one loss per sample" if losses.values.ndim == 1 else f"{losses.values.shape[1]} tokens"
+            raise ValueError(f"groups are of {tokens} tokens in a sample, but the loss returned {got}")
+        missing = (0, tokens - losses.values.shape[1])
+        values, weights = pad(losses.values, missing), pad(self.task.shares(losses), missing)
+        return values.flatten(), weights.flatten()
 
 
 def at(
@@ -159,41 +184,91 @@ def mean_gradient(
 
 
 def group_gradients(point: Point, u: Tensor, groups: Groups) -> Tensor:
-    """Gradient of the mean loss of every group of queries, or of n times the objective by the weight of one sample.
+    """Gradient of the mean loss of every group of queries, or of n times the objective by the weight of one member.
 
-    With equal weights the latter is the mean gradient of the group's samples too; else every sample counts with
+    With equal weights the latter is the mean gradient of the group's samples (or tokens) too; else each counts with
     a_i / mean(a).
 
     Returns:
         ``(group, parameters)``.
     """
-    task, rows = point.task, []
-    for dataset, index in zip(groups.datasets, groups.indices, strict=True):
-        if dataset != TRAIN:
-            rows.append(mean_gradient(point, u, task.queries[dataset], index, dataset))
-            continue
-        weights = sample_weights(point)
-        share = float(weights[index].mean() / weights.mean())
-        rows.append(share * mean_gradient(point, u, task.train, index))
-    return torch.stack(rows)
+    by_token = {dataset: iter(_token_gradients(point, u, groups, dataset)) for dataset in groups.widths}
+    return torch.stack(
+        [
+            next(by_token[dataset]) if dataset in by_token else _sample_gradient(point, u, dataset, index)
+            for dataset, index in zip(groups.datasets, groups.indices, strict=True)
+        ]
+    )
 
 
-def directional_derivatives(
-    point: Point, u: Tensor, directions: Tensor, data: Samples, query: str | None = None
-) -> Tensor:
-    """Derivative of every sample's loss along each direction ``(direction, parameters)``: ``(direction, sample)``.
+def _sample_gradient(point: Point, u: Tensor, dataset: str, index: Tensor) -> Tensor:
+    """Of one group of samples."""
+    task = point.task
+    if dataset != TRAIN:
+        return mean_gradient(point, u, task.queries[dataset], index, dataset)
+    weights = sample_weights(point)
+    return float(weights[index].mean() / weights.mean()) * mean_gradient(point, u, task.train, index)
+
+
+def _token_gradients(point: Point, u: Tensor, groups: Groups, dataset: str) -> list[Tensor]:
+    """Of all groups of tokens in a data set, in their order: samples hold tokens of many groups, so each is met once.
 
     Raises:
         ValueError: as :func:`mean_gradient`.
     """
-    scores = []
+    task, query = point.task, None if dataset == TRAIN else dataset
+    data, tokens = task.train if query is None else task.queries[query], groups.widths[dataset]
+    places = groups.places(len(data), dataset)
+    mine = [number for number, where in enumerate(groups.datasets) if where == dataset]
+    rows = (places < len(groups)).any(1).nonzero().flatten()
+    sums, weight = [torch.zeros_like(u) for _ in mine], torch.zeros(len(groups) + 1, dtype=torch.float64)
+    for piece in torch.split(rows, task.forward_batch):
+        where = places[piece].flatten()
+        with differentiable(u) as leaf:
+            losses, weights = point.grouped_losses(leaf, data.batch(piece, task.device), query, tokens)
+            by_group = losses.new_zeros(len(groups) + 1).index_add(0, where.to(losses.device), weights * losses)
+            if by_group.requires_grad:
+                for total, number in zip(sums, mine, strict=True):
+                    total += torch.autograd.grad(by_group[number], leaf, retain_graph=True)[0]
+        weight.index_add_(0, where, weights.detach().cpu().double())
+    if not all(torch.isfinite(total).all() for total in sums):
+        mean_gradient(point, u, data, query=query)  # says of which sample the gradient is not finite
+    if query is None:
+        sizes = [groups.sizes[number] * float(sample_weights(point).mean()) for number in mine]
+    else:
+        sizes = weight[mine].clamp(min=1e-30).tolist()
+    return [total / size for total, size in zip(sums, sizes, strict=True)]
+
+
+def directional_derivatives(
+    point: Point, u: Tensor, directions: Tensor, data: Samples, query: str | None = None, tokens: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Derivative of the loss of every sample, or token, along each direction ``(direction, parameters)``.
+
+    Args:
+        point: the task.
+        u: where.
+        directions: along what.
+        data: whose losses.
+        query: which loss; default the training loss.
+        tokens: as for :meth:`Point.grouped_losses`.
+
+    Returns:
+        The derivatives ``(direction, sample)`` or ``(direction, sample * tokens)``, and the weights of the losses
+        ``(sample,)`` or ``(sample * tokens,)``; float64, on the CPU.
+
+    Raises:
+        ValueError: as :func:`mean_gradient`.
+    """
+    scores, shares = [], []
     for batch in chunks(point.task, data):
         with plain_attention(), differentiable(u) as leaf:
-            losses, _ = point.sample_losses(leaf, batch, query)
-            scores.append(_along(losses, leaf, directions))
+            losses, weights = point.grouped_losses(leaf, batch, query, tokens)
+            scores.append(_along(losses, leaf, directions).cpu().double())
+            shares.append(weights.detach().cpu().double())
         if not torch.isfinite(scores[-1]).all():
             mean_gradient(point, u, data, query=query)  # says of which sample the gradient is not finite
-    return torch.cat(scores, 1)
+    return torch.cat(scores, 1), torch.cat(shares)
 
 
 def _along(losses: Tensor, leaf: Tensor, directions: Tensor) -> Tensor:

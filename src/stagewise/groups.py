@@ -1,25 +1,26 @@
-"""Groups of samples: how they are named, and the mean loss of each.
+"""Groups of samples or tokens: how they are named, and the mean loss of each.
 
 Influence and retraining both speak of groups (train group i, query group j); this file is the only place that
-decides which samples a label means, so that a prediction and its measurement can be compared label by label.
+decides which samples, or which of their tokens, a label means, so that a prediction and its measurement can be compared
+label by label.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stagewise.data import Samples
+from stagewise.labels import NONE, Labels, as_labels, words
 from stagewise.task import Task
 
-Labels = Sequence[Any] | np.ndarray[Any, Any]
-"""One label per sample: names, numbers, an array or a tensor."""
+__all__ = ["TRAIN", "Groups", "Labels", "query_groups", "same_label", "train_groups", "words"]
 
 TRAIN = "/train"
 """The training set, as the data set of a group: a name that no query set can have, also not one called "train"."""
@@ -29,20 +30,20 @@ _LARGEST_LEAVE_ONE_OUT = 64
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """Named groups of samples; a group lies in one data set.
+    """Named groups of samples or tokens; a group lies in one data set.
 
     Attributes:
         labels: one name per group.
         datasets: the data set of each group: ``TRAIN``, or the name of a query set.
-        indices: the samples of each group, ascending, as indices into its data set.
-        tokens: where groups are of tokens, how many a sample has: token t of sample i has the index i * tokens + t.
-            0 for groups of samples.
+        indices: the samples of each group, ascending, as indices into its data set; or its tokens, token t of sample i
+            having the index i * tokens + t.
+        widths: the data sets whose groups are of tokens, and how many tokens each of their samples has.
     """
 
     labels: tuple[str, ...]
     datasets: tuple[str, ...]
     indices: tuple[Tensor, ...]
-    tokens: int = 0
+    widths: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         label, count = Counter(self.labels).most_common(1)[0]
@@ -51,10 +52,18 @@ class Groups:
 
     @classmethod
     def of_labels(cls, labels: Labels, dataset: str) -> Groups:
-        """The groups of samples that share a label; numbers in numeric order, then names."""
-        names = words(labels)
-        distinct = sorted(set(names.tolist()), key=_natural)
-        indices = tuple(torch.from_numpy(np.flatnonzero(names == label)) for label in distinct)
+        """The groups of samples that share a label; numbers in numeric order, then names.
+
+        Raises:
+            ValueError: nothing has a label.
+        """
+        names, of_names = np.unique(words(labels), return_inverse=True)
+        distinct = sorted((label for label in names.tolist() if label != NONE), key=_natural)
+        if not distinct:
+            raise ValueError("groups: no sample or token has a label")
+        order, ends = np.argsort(of_names, kind="stable"), np.cumsum(np.bincount(of_names))
+        members = dict(zip(names.tolist(), np.split(order, ends[:-1]), strict=True))
+        indices = tuple(torch.from_numpy(members[label]) for label in distinct)
         return cls(tuple(distinct), (dataset,) * len(distinct), indices)
 
     def __len__(self) -> int:
@@ -65,22 +74,33 @@ class Groups:
         """Number of samples, or of tokens, in each group."""
         return tuple(len(index) for index in self.indices)
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens a training sample has where its groups are of tokens, else 0."""
+        return self.widths.get(TRAIN, 0)
+
     def chosen(self, rows: slice) -> Groups:
         """Some of the groups."""
-        return Groups(self.labels[rows], self.datasets[rows], self.indices[rows], self.tokens)
+        return Groups(self.labels[rows], self.datasets[rows], self.indices[rows], self.widths)
 
-    def places(self, n: int) -> Tensor:
-        """The group of each of ``n`` samples ``(n,)``, or of its tokens ``(n, tokens)``; ``len(self)`` for none."""
-        places = torch.full((n * (self.tokens or 1),), len(self))
-        places[torch.cat(self.indices)] = torch.arange(len(self)).repeat_interleave(torch.tensor(self.sizes))
-        return places.view(n, self.tokens) if self.tokens else places
+    def places(self, n: int, dataset: str = TRAIN) -> Tensor:
+        """Which group each of a data set's ``n`` samples ``(n,)`` is in, or its tokens ``(n, tokens)``.
+
+        ``len(self)`` for none.
+        """
+        tokens = self.widths.get(dataset, 0)
+        places = torch.full((n * (tokens or 1),), len(self))
+        for number, (where, index) in enumerate(zip(self.datasets, self.indices, strict=True)):
+            if where == dataset:
+                places[index] = number
+        return places.view(n, tokens) if tokens else places
 
     def mean(self, losses: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Weighted mean over each group of the sample losses.
+        """Weighted mean over each group of the losses.
 
         Args:
-            losses: by data set, shape ``(..., samples)``.
-            weights: by data set, shape ``(samples,)``; default all alike.
+            losses: by data set, shape ``(..., samples)``, or ``(..., samples * tokens)`` where groups are of tokens.
+            weights: by data set, of the last dimension; default all alike.
 
         Returns:
             ``(..., groups)``, in the units of the losses; 0 for a group without any weight.
@@ -94,70 +114,81 @@ class Groups:
         return torch.stack(means, -1)
 
 
-def train_groups(
-    task: Task, labels: Labels | None = None, singles: int = _LARGEST_LEAVE_ONE_OUT, *, tokens: bool = False
-) -> Groups:
-    """Groups of candidates: by ``labels``, else by ``task.train_groups``, else every candidate alone.
+def train_groups(task: Task, labels: Labels | None = None, singles: int = _LARGEST_LEAVE_ONE_OUT) -> Groups:
+    """Groups of candidates, or of their tokens: by ``labels``, else ``task.train_groups``, else every candidate alone.
 
     Args:
         task: whose training set.
-        labels: of every training sample.
+        labels: of every training sample ``(samples,)``, or of every token ``(samples, tokens)``; None for no group.
         singles: up to this many candidates are groups of their own where there are no labels.
-        tokens: whether labels may be those of every token ``(samples, tokens)``.
 
     Returns:
         Groups named by label, or by the sample's index; the indices are those of the training set.
 
     Raises:
-        ValueError: not one label per sample, or no labels and too many samples for each to be a group.
+        ValueError: not one label per sample or token, or no labels and too many samples for each to be a group.
     """
     n, candidates = len(task.train), task.candidates
-    chosen: Labels | None = task.train_groups if labels is None else labels
-    if chosen is None:
+    if labels is None and task.train_groups is None:
         if len(candidates) > singles:
             raise ValueError(
                 f"the training set has {len(candidates)} samples and no groups; pass groups=[label of every sample] or "
                 f"Task(train_groups=...), or name up to {singles} samples with Task(candidates=...)"
             )
-        chosen = range(n)
-    if (count := len(chosen)) != n:
-        raise ValueError(f"groups: expected one label for each of {n} training samples, got {count}")
-    if tokens and np.ndim(chosen[0]) == 1:
-        return _token_groups(task, chosen)
-    groups = Groups.of_labels(words(chosen)[candidates.numpy()], TRAIN)
-    return Groups(groups.labels, groups.datasets, tuple(candidates[index] for index in groups.indices))
+        labels = range(n)
+    chosen = as_labels(labels, n, "groups") if labels is not None else task.train_groups
+    assert chosen is not None
+    return _labelled(chosen, TRAIN, candidates, task, task.train, None)
 
 
-def _token_groups(task: Task, labels: Labels) -> Groups:
-    """Groups of the candidates' tokens, from one label for every token ``(samples, tokens)``."""
-    tokens = len(labels[0])
-    if uneven := [k for k, row in enumerate(labels) if len(row) != tokens]:
+def _labelled(
+    labels: NDArray[np.str_], dataset: str, rows: Tensor, task: Task, data: Samples, query: str | None
+) -> Groups:
+    """Groups of some samples of a data set, or of their tokens, by labels of all."""
+    groups = Groups.of_labels(labels[rows.numpy()].reshape(-1), dataset)
+    if labels.ndim == 1:
+        return Groups(groups.labels, groups.datasets, tuple(rows[index] for index in groups.indices))
+    width = labels.shape[1]
+    _check_width(labels, task, data, query)
+    places = (rows[:, None] * width + torch.arange(width)).flatten()
+    return Groups(groups.labels, groups.datasets, tuple(places[index] for index in groups.indices), {dataset: width})
+
+
+def _check_width(labels: NDArray[np.str_], task: Task, data: Samples, query: str | None) -> None:
+    """Refuse labels of tokens that are not those of the losses: a shift by one would go unnoticed.
+
+    Raises:
+        ValueError: the loss of the sample with most labels has another number of tokens.
+    """
+    last = (labels != NONE) * np.arange(1, labels.shape[1] + 1)
+    longest = int(last.max(1).argmax())
+    with torch.no_grad():
+        values = task.losses(task.state(), data.batch(torch.tensor([longest]), task.device), query)
+    got = "one loss per sample" if values.ndim == 1 else f"{values.shape[1]} losses"
+    if values.ndim == 1 or values.shape[1] != labels.shape[1]:
         raise ValueError(
-            f"groups: expected labels (samples, tokens), got {tokens} for sample 0 and {len(labels[uneven[0]])} for "
-            f"sample {uneven[0]}; give tokens that are padding a label of their own"
+            f"{data.name}: there are labels of {labels.shape[1]} tokens in a sample, but the loss returns {got} for "
+            f"sample {longest}; give one label for each loss (a model that predicts the next token has no loss for the "
+            "first)"
         )
-    candidates = task.candidates
-    if isinstance(labels, np.ndarray):
-        of_tokens: Labels = labels[candidates.numpy()].reshape(-1)
-    else:
-        of_tokens = [label for k in candidates.tolist() for label in labels[k]]
-    groups = Groups.of_labels(of_tokens, TRAIN)
-    places = (candidates[:, None] * tokens + torch.arange(tokens)).flatten()
-    return Groups(groups.labels, groups.datasets, tuple(places[index] for index in groups.indices), tokens)
 
 
 def query_groups(task: Task) -> Groups:
-    """Groups of query samples, over all query sets.
+    """Groups of query samples, or of their tokens, over all query sets.
 
     A group is called by its label, ``"name:label"`` where there are several query sets; a query set without
     labels is one group under its own name.
     """
-    parts = [_query_set_groups(task, name) for name in task.queries]
-    return Groups(
-        tuple(label for part in parts for label in part.labels),
-        tuple(dataset for part in parts for dataset in part.datasets),
-        tuple(index for part in parts for index in part.indices),
-    )
+    if task.grouped_queries is None:
+        parts = [_query_set_groups(task, name) for name in task.queries]
+        task.grouped_queries = Groups(
+            tuple(label for part in parts for label in part.labels),
+            tuple(dataset for part in parts for dataset in part.datasets),
+            tuple(index for part in parts for index in part.indices),
+            {dataset: width for part in parts for dataset, width in part.widths.items()},
+        )
+    known: Groups = task.grouped_queries
+    return known
 
 
 def same_label(train_labels: Labels, query_labels: Labels) -> NDArray[np.bool_]:
@@ -178,22 +209,9 @@ def _query_set_groups(task: Task, name: str) -> Groups:
     if labels is None:
         return Groups((name,), (name,), (torch.arange(len(task.queries[name])),))
     prefix = f"{name}:" if len(task.queries) > 1 else ""
-    groups = Groups.of_labels(labels, name)
-    return Groups(tuple(prefix + label for label in groups.labels), groups.datasets, groups.indices)
-
-
-def words(labels: Labels) -> NDArray[np.str_]:
-    """Labels as text, each on its own: in an array of its kind 1 beside 2.5 would become "1.0".
-
-    Raises:
-        ValueError: some are several labels.
-    """
-    if isinstance(labels, np.ndarray) and labels.ndim == 1 and labels.dtype.kind == "U":
-        return labels  # there may be as many as tokens
-    if several := [label for label in labels if isinstance(label, list | tuple | np.ndarray) or np.ndim(label) > 0]:
-        raise ValueError(f"groups: expected one label for each sample, got {several[0]} for one")
-    plain = [label.item() if isinstance(label, Tensor | np.generic) else label for label in labels]
-    return np.asarray([str(label) for label in plain], dtype=np.str_)
+    data = task.queries[name]
+    groups = _labelled(labels, name, torch.arange(len(data)), task, data, name)
+    return Groups(tuple(prefix + label for label in groups.labels), groups.datasets, groups.indices, groups.widths)
 
 
 def _natural(label: str) -> tuple[bool, int, str]:

@@ -47,6 +47,9 @@ def identity(task: Task) -> dict[str, str]:
         "candidates": content_digest(task.candidates),
     }
     parts |= {f"query {name!r}": data.digest for name, data in task.queries.items()}
+    of_tokens = {name: labels for name, labels in task.label_sets.items() if labels is not None and labels.ndim == 2}
+    if of_tokens:  # losses are kept by (sample, label)
+        parts["labels of tokens"] = content_digest(of_tokens)
     return parts | {f"query loss {name!r}": content_digest(loss) for name, loss in task.query_losses.items()}
 
 

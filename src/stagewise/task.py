@@ -11,12 +11,14 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from stagewise.checkpoint import Checkpoint
 from stagewise.data import Batch, Collate, Samples
 from stagewise.fitting import fitted
 from stagewise.functional import PureModel
+from stagewise.labels import Labels, as_labels
 from stagewise.layers import in_train_mode
 
 __all__ = ["Batch", "Loss", "Losses", "Objective", "Params", "Samples", "Task"]
@@ -56,8 +58,9 @@ class Task:
             the other samples of its batch.
         train: the training set, whose mean loss was minimised: it drives the chains and is trained on again.
         queries: named data sets whose losses are influenced.
-        train_groups: optional label of every training sample, e.g. its class.
-        query_groups: optional labels of every sample of each query set, by query name.
+        train_groups: optional label of every training sample, e.g. its class; or of every token ``(samples, tokens)``,
+            as the loss returns them. What has the label None is in no group.
+        query_groups: optional labels of every sample, or token, of each query set, by query name.
         query_losses: what is measured on a query set, by query name, where it is not the training loss: e.g. a margin
             or a probability. The same signature as ``loss``; influence on it is in its own units.
         candidates: indices (or a mask) of the training samples whose influence is asked for; default all. Only their
@@ -89,8 +92,8 @@ class Task:
         *,
         train: Any,
         queries: Mapping[str, Any],
-        train_groups: Sequence[Any] | None = None,
-        query_groups: Mapping[str, Sequence[Any]] | None = None,
+        train_groups: Labels | None = None,
+        query_groups: Mapping[str, Labels | None] | None = None,
         query_losses: Mapping[str, Loss] | None = None,
         candidates: Sequence[int] | Sequence[bool] | Tensor | None = None,
         objective: Objective = "samples",
@@ -130,6 +133,8 @@ class Task:
         """What :func:`stagewise.check.check` has found in order."""
         self.sample_weights: Tensor | None = None
         """Kept by :func:`stagewise.evaluate.sample_weights`."""
+        self.grouped_queries: Any = None
+        """Kept by :func:`stagewise.groups.query_groups`."""
 
     def __repr__(self) -> str:
         lines = [f"train: {self.train!r}"]
@@ -150,6 +155,12 @@ class Task:
     def trainable(self) -> Mapping[str, Tensor]:
         """The parameters that require a gradient, by name."""
         return self.pure.trainable
+
+    @property
+    def label_sets(self) -> dict[str, NDArray[np.str_] | None]:
+        """Labels of the candidates (``"train"``) and of every query set (``"queries/<name>"``)."""
+        train = None if self.train_groups is None else self.train_groups[self.candidates.numpy()]
+        return {"train": train} | {f"queries/{name}": labels for name, labels in self.query_groups.items()}
 
     @property
     def candidate_samples(self) -> Samples:
@@ -243,6 +254,10 @@ def checked_losses(result: Any) -> Losses:
     return Losses(torch.where(weights > 0, values, 0.0), weights)
 
 
+def _labels(labels: Labels | None, length: int, name: str) -> NDArray[np.str_] | None:
+    return None if labels is None else as_labels(labels, length, name)
+
+
 def _is_name(name: Any) -> bool:
     return isinstance(name, str) and bool(name.strip()) and "/" not in name
 
@@ -253,17 +268,6 @@ def _refuse_train_mode(model: nn.Module) -> None:
             f"the model is in train mode and contains {type(module).__name__} ({name or 'the model itself'}); its "
             "losses would be random or change the model. Call model.eval() before building the Task"
         )
-
-
-def _labels(labels: Sequence[Any] | None, length: int, name: str) -> np.ndarray[Any, Any] | None:
-    """One text per sample; every label passes through ``str`` on its own, so that 1 and "1" stay what they are."""
-    if labels is None:
-        return None
-    plain = [label.item() if isinstance(label, Tensor | np.generic) else label for label in labels]
-    if len(plain) != length or any(isinstance(label, list | tuple | np.ndarray | Tensor) for label in plain):
-        shape = np.shape(labels) if isinstance(labels, np.ndarray | Tensor) else (len(plain),)
-        raise ValueError(f"{name}: expected one label for each of {length} samples, got shape {tuple(shape)}")
-    return np.asarray([str(label) for label in plain], dtype=np.str_)
 
 
 def _indices(candidates: Any, n: int) -> Tensor:

@@ -191,7 +191,8 @@ def test_query_groups_are_called_as_retraining_calls_them(labels, sets):
     ("options", "message"),
     [
         ({"train_groups": list("abc")}, r"train_groups: expected labels of shape \(4,\), got \(3,\)"),
-        ({"query_groups": {"val": [list("ab")]}}, r"query_groups\['val'\]: expected labels of shape \(3,\)"),
+        ({"query_groups": {"val": list("ab")}}, r"query_groups\['val'\]: expected labels of shape \(3,\)"),
+        ({"query_groups": {"val": [list("ab")]}}, r"query_groups\['val'\] needs a loss that returns \(batch, tokens\)"),
         ({"query_groups": {"vall": list("abc")}}, r"names \['vall'\], but the traces have the queries \['val'\]"),
     ],
 )

@@ -266,10 +266,10 @@ def test_classes_of_tokens_are_what_retraining_with_their_weight_measures():
 def test_labels_of_tokens_that_cannot_be_theirs_are_refused():
     task = words()
     run = trajectory(task, RULES["SGD"], BatchOrder(6))
-    with pytest.raises(ValueError, match=r"groups are of 3 tokens in a sample, but the loss returned 4 tokens"):
+    with pytest.raises(ValueError, match=r"labels of 3 tokens in a sample, but the loss returns 4 losses"):
         window_influence(task, run, window=2, groups=[["a"] * 3] * 6)
-    with pytest.raises(ValueError, match=r"got 4 for sample 0 and 3 for sample 5"):
-        window_influence(task, run, window=2, groups=[*[["a"] * 4] * 5, ["a"] * 3])
+    with pytest.raises(ValueError, match=r"labels of 5 tokens in a sample, but the loss returns 4 losses for sample 0"):
+        window_influence(task, run, window=2, groups=[["a"] * 5] * 6)
     points = classifier()
     with pytest.raises(ValueError, match="one loss per sample"):
         window_influence(points, trajectory(points, RULES["SGD"], BatchOrder(60)), window=2, groups=[["a"] * 4] * 60)

@@ -145,10 +145,10 @@ def first_order(
 
 def scores(density: LocalDensity, directions: Directions, trained: Groups) -> Tensor:
     """-(1/n) (a_i / mean a) grad l_i . x, the mean over every train group: ``(train, direction)``, float64, CPU."""
-    task = density.task
+    task, each = density.task, trained.tokens or 1
     place, along = density.origin if directions.place is None else directions.place, directions.mean
-    derivatives = directional_derivatives(density, place, along, task.candidate_samples).cpu().double()
-    weights = sample_weights(density)
-    weighted = torch.zeros(len(along), len(task.train), dtype=torch.float64)
-    weighted[:, task.candidates] = derivatives * (weights / weights.mean())[task.candidates]
-    return -trained.mean({TRAIN: weighted}).T / len(task.train)
+    derivatives, weights = directional_derivatives(density, place, along, task.candidate_samples, tokens=trained.tokens)
+    weighted = torch.zeros(len(along), len(task.train), each, dtype=torch.float64)
+    relative = weights / sample_weights(density).mean()
+    weighted[:, task.candidates] = (derivatives * relative).reshape(len(along), -1, each)
+    return -trained.mean({TRAIN: weighted.flatten(1)}).T / len(task.train)

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import xarray as xr
 
-from stagewise.groups import Groups, Labels
+from stagewise.groups import Groups
 from stagewise.influence.covariance import (
     Array,
     Centring,
@@ -17,6 +17,7 @@ from stagewise.influence.covariance import (
     group_sums,
     mean_and_stderr,
 )
+from stagewise.labels import NONE, Labels, as_labels
 
 Kind = Literal["covariance", "correlation"]
 Part = Literal["full", "odd", "even"]
@@ -31,14 +32,17 @@ _KEPT = 2**21
 class Columns:
     """The loss traces of one data set, a column per sample or token, and the rows of the result they make up.
 
+    A column may also stand for several tokens of a sample, being the sum of theirs.
+
     Attributes:
         traces: ``(chain, draw, column)``, nats, times the column's weight: for candidates its share of the training
-            objective over the mean share, for queries its share of the row over the mean share there. 1 where all
-            count alike.
+            objective over the mean share of one token, for queries its share of the row over the mean share there. 1
+            where all count alike.
         samples: the sample that each column belongs to.
         names: one per row.
         rows: the columns that each row averages over; None where every column is a row.
-        share: mean share of a column in the mean over the whole data set.
+        share: mean share of a sample (a token) in the mean over the whole data set.
+        counts: how many tokens each column stands for; None where it is one.
     """
 
     traces: Array
@@ -46,26 +50,32 @@ class Columns:
     names: list[str]
     rows: list[Indices] | None = None
     share: float = 1.0
+    counts: Indices | None = None
+
+    @property
+    def lengths(self) -> Indices:
+        """Columns in each row."""
+        return np.array([len(row) for row in self.rows] if self.rows else [1] * len(self.names))
 
     @property
     def sizes(self) -> Indices:
-        """Columns in each row."""
-        return np.array([len(row) for row in self.rows] if self.rows else [1] * len(self.names))
+        """Samples, or tokens, in each row."""
+        if self.counts is None:
+            return self.lengths
+        return np.array([self.counts[row].sum() for row in self.rows]) if self.rows else self.counts
 
     def chosen(self, rows: slice) -> Columns:
         """Some of the rows, with their columns only."""
         names = self.names[rows]
         if self.rows is None:
-            return Columns(self.traces[..., rows], self.samples[rows], names, share=self.share)
-        columns = np.concatenate(self.rows[rows])
-        cuts = np.cumsum([len(row) for row in self.rows[rows]])[:-1]
-        return Columns(
-            self.traces[..., columns],
-            self.samples[columns],
-            names,
-            np.split(np.arange(len(columns)), cuts),
-            self.share,
-        )
+            return self._of(np.arange(len(self.samples))[rows], names, None)
+        cuts = np.cumsum([len(row) for row in self.rows[rows]])
+        return self._of(np.concatenate(self.rows[rows]), names, np.split(np.arange(cuts[-1]), cuts[:-1]))
+
+    def _of(self, columns: Indices, names: list[str], rows: list[Indices] | None) -> Columns:
+        """Some of the columns."""
+        counts = None if self.counts is None else self.counts[columns]
+        return Columns(self.traces[..., columns], self.samples[columns], names, rows, self.share, counts)
 
     def by_sample(self) -> dict[int, tuple[Indices, Columns]]:
         """For every sample its own columns, and the rows of this set they belong to."""
@@ -79,7 +89,7 @@ class Columns:
             present, position = np.unique(row_of[columns], return_inverse=True)
             rows = [np.flatnonzero(position == k) for k in range(len(present))]
             names = [self.names[row] for row in present]
-            parts[sample] = present, Columns(self.traces[..., columns], self.samples[columns], names, rows)
+            parts[sample] = present, self._of(columns, names, rows)
         return parts
 
 
@@ -90,6 +100,10 @@ class Estimator(NamedTuple):
     centring: Centring
     scale: float
     pieces: int
+
+    def sizes(self, side: Columns) -> Indices:
+        """How many members of each row its sum is over: correlations are summed column by column."""
+        return side.sizes if self.kind == "covariance" else side.lengths
 
     def pair_sums(self, train: Columns, query: Columns) -> Array:
         """Replicates of the influence summed over all pairs of columns of two rows: ``(replicate, train, query)``."""
@@ -137,7 +151,7 @@ def _mean_replicates(
     train: Columns, query: Columns, estimator: Estimator, own: dict[int, tuple[Indices, Columns]]
 ) -> Array:
     """Replicates of the mean influence over pairs of columns, without those of one sample with its ``own``."""
-    sums, pairs = estimator.pair_sums(train, query), np.outer(train.sizes, query.sizes)
+    sums, pairs = estimator.pair_sums(train, query), np.outer(estimator.sizes(train), estimator.sizes(query))
     if not own or pairs.max() == 1:
         return sums / pairs
     same_sums, same_pairs = np.zeros_like(sums), np.zeros_like(pairs)
@@ -145,7 +159,7 @@ def _mean_replicates(
         if sample in own:
             columns, right = own[sample]
             same_sums[:, rows[:, None], columns] += estimator.pair_sums(left, right)
-            same_pairs[rows[:, None], columns] += np.outer(left.sizes, right.sizes)
+            same_pairs[rows[:, None], columns] += np.outer(estimator.sizes(left), estimator.sizes(right))
     others = pairs > same_pairs
     result: Array = np.where(others, sums - same_sums, sums) / np.where(others, pairs - same_pairs, pairs)
     return result
@@ -160,7 +174,7 @@ def columns(
     part: Part = "full",
     tokens: bool = False,
 ) -> Columns:
-    """The columns of one data set over the chains that are kept. Tokens without weight are in no column.
+    """The columns of one data set over the chains that are kept. Tokens without weight or label are in no column.
 
     A sample without weight is one of its group, as it is for all estimators: its influence is 0.
 
@@ -168,45 +182,58 @@ def columns(
         dataset: ``loss``, ``share`` and perhaps ``loss_reflected`` ``(chain, draw, sample[, token])``; a coordinate
             ``sample`` gives the samples' numbers.
         kept: positions of the chains.
-        labels: of every sample, or of every token with ``tokens``; None: every column is a row.
+        labels: of every sample, or of every token ``(sample, token)``, or one row of them for all samples; None: every
+            column is a row.
         argument: how error messages call the labels; ``"train_groups"`` for candidates.
         part: which part of the losses under reflection.
-        tokens: one column per token; otherwise a sample's loss is the weighted mean over its tokens.
+        tokens: one column per token, as with labels of tokens; otherwise a sample's loss is the weighted mean over its
+            tokens.
 
     Raises:
         ValueError: the traces have no tokens or reflected losses, or there is not one label per column.
     """
+    named = None if labels is None else as_labels(labels, len(labels), argument)
+    tokens = tokens or (named is not None and named.ndim == 2)
     loss, share = losses_of(dataset, kept, part), dataset["share"].values
+    counts = dataset["tokens"].values.astype(np.intp) if "tokens" in dataset and tokens else None
     if tokens and loss.ndim == 3:
-        raise ValueError("tokens=True needs a loss that returns (batch, tokens); these traces have one loss per sample")
+        raise ValueError(
+            f"{'tokens=True' if named is None else argument} needs a loss that returns (batch, tokens); these traces "
+            "have one loss per sample"
+        )
     if loss.ndim == 4 and not tokens:
         whole = share.sum(-1)
         loss = np.einsum("cdst,st->cds", loss, share / np.where(whole > 0, whole, 1.0)[:, None])
         share = whole
-    counted = share > 0 if tokens else np.ones(share.shape, dtype=bool)
-    numbers = dataset["sample"].values
+    counted, numbers = share > 0 if tokens else np.ones(share.shape, dtype=bool), dataset["sample"].values
+    if named is not None:
+        named = _of_columns(named, counted.shape, numbers, argument)
+        counted = counted & (named != NONE)
     samples, share, traces = np.indices(counted.shape)[0][counted], share[counted], loss[..., counted]
-    if labels is None:
+    members = np.ones(len(share), dtype=np.intp) if counts is None else counts[counted]
+    if named is None:
         places = np.stack(np.nonzero(counted), 1).tolist()
         names = ["/".join(map(str, (int(numbers[place[0]]), *place[1:]))) for place in places]
         rows = None
     else:
-        groups = Groups.of_labels(_of_columns(labels, counted.shape, numbers, argument)[counted], argument)
+        groups = Groups.of_labels(named[counted], argument)
         names, rows = list(groups.labels), [index.numpy() for index in groups.indices]
-    weights = share / share.mean()
+    weights = share * (members.sum() / share.sum())
     if argument != "train_groups":
-        weights = _within(weights, rows)
+        weights = _within(weights, members, rows)
     if not np.allclose(weights, 1.0, rtol=1e-9):
         traces = traces * weights
-    return Columns(traces, samples, names, rows, float(share.mean()))
+    whole = float(share.sum() / members.sum())
+    return Columns(traces, samples, names, rows, whole, None if counts is None else members)
 
 
-def _of_columns(labels: Labels, shape: tuple[int, ...], numbers: Indices, argument: str) -> np.ndarray[Any, Any]:
+def _of_columns(
+    array: np.ndarray[Any, Any], shape: tuple[int, ...], numbers: Indices, argument: str
+) -> np.ndarray[Any, Any]:
     """One label per column, from labels of all columns, of all samples, or of the whole training set."""
-    array = np.asarray(labels)
-    if array.ndim and len(array) > shape[0] > 0 and numbers.max() < len(array):
+    if len(array) > shape[0] > 0 and numbers.max() < len(array):
         array = array[numbers]
-    if array.shape not in (shape, shape[:1]):
+    if array.shape not in (shape, shape[:1], (1, *shape[1:])):
         expected = " or ".join(str(s) for s in dict.fromkeys((shape[:1], shape)))
         raise ValueError(f"{argument}: expected labels of shape {expected}, got {array.shape}")
     broadcast: np.ndarray[Any, Any] = np.broadcast_to(
@@ -215,13 +242,13 @@ def _of_columns(labels: Labels, shape: tuple[int, ...], numbers: Indices, argume
     return broadcast
 
 
-def _within(weights: Array, rows: list[Indices] | None) -> Array:
-    """Weights over their mean in each row."""
+def _within(weights: Array, members: Indices, rows: list[Indices] | None) -> Array:
+    """Weights over their mean in each row, a column having that of all its members."""
     if rows is None:
-        return np.ones_like(weights)
-    relative = np.empty_like(weights)
+        return members.astype(np.float64)
+    relative = np.zeros_like(weights)
     for row in rows:
-        relative[row] = weights[row] / max(weights[row].mean(), 1e-30)
+        relative[row] = weights[row] * (members[row].sum() / max(weights[row].sum(), 1e-30))
     return relative
 
 

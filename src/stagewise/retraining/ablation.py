@@ -98,7 +98,7 @@ def window_ablation(
         raise ValueError(
             f"need window >= 1, repeats >= 1 and max_replays >= 2, got {window}, {repeats} and {max_replays}"
         )
-    run, trained = as_trajectory(trajectory), train_groups(task, groups, tokens=True)
+    run, trained = as_trajectory(trajectory), train_groups(task, groups)
     total, seen = len(chosen_steps(run, steps)), iter(range(1, len(run.steps) + 1))
     kinds: list[str] = []
 

@@ -42,7 +42,7 @@ def _of_queries(replay: Replay, trained: Groups, queried: Groups) -> tuple[Tenso
     for step, state in states:
         along = step_back(replay, state, step, adjoint).by_gradient
         if step in fine:
-            found = directional_derivatives(replay.start.point, state.params[0], along, task.train).cpu().double()
+            found, _ = directional_derivatives(replay.start.point, state.params[0], along, task.train)
             sums += torch.tensor([fine[step], coarse.get(step, 0.0)])[:, None, None] * found * shares
     by_group = torch.stack([sums[..., index].sum(-1) for index in trained.indices], 1)
     return by_group[0], (by_group[0] - by_group[1]).abs()

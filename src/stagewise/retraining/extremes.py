@@ -156,7 +156,7 @@ def _sets(
             f"{count} samples on either side are more than half of the {len(samples)} that have an influence"
         )
     losses, groups = _losses(start)[samples], start.task.train_groups
-    kinds = np.zeros(len(samples)) if groups is None else groups[samples]
+    kinds = np.zeros(len(samples)) if groups is None or groups.ndim == 2 else groups[samples]
     for column in value.T:
         ranked = np.argsort(column, kind="stable")
         for picked in (ranked[:count], ranked[::-1][:count]):

@@ -157,7 +157,7 @@ def leave_out(
     check_order(origin, order)
     effect, loss = paired_losses(
         origin,
-        [Schedule.whole_run(index, weight) for index in trained.indices],
+        [Schedule.whole_run(index, weight, trained.tokens) for index in trained.indices],
         order,
         chosen,
         max_replays=max_replays,

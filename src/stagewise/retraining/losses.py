@@ -82,23 +82,17 @@ def query_losses(point: Point, params: Tensor, queried: Groups, batching: Batchi
     """
     losses, weights = {}, {}
     for name in point.task.queries:
-        seen = _losses_and_weights(point, params, name, batching)
+        seen = _losses_and_weights(point, params, name, queried.widths.get(name, 0), batching)
         losses[name], weights[name] = seen[:, 0], seen[0, 1]
     return queried.mean(losses, weights)
 
 
-def query_weights(point: Point) -> dict[str, Tensor]:
-    """The weight of every query sample, by query set ``(samples,)``, float64: it depends on the data alone."""
-    place = point.vector.flatten(point.state)[None]
-    return {name: _losses_and_weights(point, place, name, "loop")[0, 1] for name in point.task.queries}
-
-
-def _losses_and_weights(point: Point, params: Tensor, query: str, batching: Batching) -> Tensor:
-    """``(replays, 2, samples)``, float64, on the CPU."""
+def _losses_and_weights(point: Point, params: Tensor, query: str, tokens: int, batching: Batching) -> Tensor:
+    """``(replays, 2, samples)``, or ``(replays, 2, samples * tokens)``; float64, on the CPU."""
     task = point.task
 
     def of_replays(batch: Batch) -> Tensor:
-        return over_rows(lambda row: torch.stack(point.sample_losses(row, batch, query)), params, batching)
+        return over_rows(lambda row: torch.stack(point.grouped_losses(row, batch, query, tokens)), params, batching)
 
     with torch.no_grad(), slow_path():
         parts = [of_replays(batch).cpu() for batch in task.queries[query].batches(task.forward_batch, task.device)]

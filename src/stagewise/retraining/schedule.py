@@ -78,9 +78,9 @@ class Schedule:
         return cls((Change(start, start + length, torch.as_tensor(samples, dtype=torch.long), weight, tokens),))
 
     @classmethod
-    def whole_run(cls, samples: Tensor | Sequence[int], weight: float) -> Schedule:
+    def whole_run(cls, samples: Tensor | Sequence[int], weight: float, tokens: int = 0) -> Schedule:
         """``samples`` have ``weight`` at every update, whenever the run starts and ends."""
-        return cls.window(samples, WHOLE_RUN.start, len(WHOLE_RUN), weight)
+        return cls.window(samples, WHOLE_RUN.start, len(WHOLE_RUN), weight, tokens)
 
     def weights(self, step: int, n: int) -> Tensor:
         """Weights of the ``n`` training samples in the update made at ``step``, float64.

@@ -27,7 +27,7 @@ from stagewise.during import check_during, during_attrs
 from stagewise.evaluate import Point, differentiable, directional_derivatives, in_any_mode, pull
 from stagewise.groups import Labels, query_groups, train_groups
 from stagewise.labelled import influence_dataset
-from stagewise.retraining.losses import Progress, query_weights
+from stagewise.retraining.losses import Progress
 from stagewise.retraining.schedule import LearningRate, Order, Schedule
 from stagewise.retraining.start import Start, check_moves, check_order, check_steps, start_at
 from stagewise.retraining.training import constant_spans, joined, sample_weights_of, slopes_of, weights_of
@@ -157,7 +157,7 @@ def unrolled_influence(
         >>> sw.unrolled_influence(task, start, sw.BatchOrder(4), [10], during=range(5, 10)).value.shape
         (1, 2, 1)
     """
-    chosen, trained = check_steps(start, steps), train_groups(task, groups, tokens=True)
+    chosen, trained = check_steps(start, steps), train_groups(task, groups)
     varied = check_during(during, [start.step, *chosen])
     # Weight 2 is the direction in which a weight grows from 1 at unit rate.
     schedules = [Schedule.window(index, varied.start, len(varied), 2.0, trained.tokens) for index in trained.indices]
@@ -178,7 +178,7 @@ def derivatives_along(
     state = start.state(len(schedules))
     zero = torch.zeros_like(state.params)
     tangent = TrainingState(zero, zero, zero, state.counts)
-    weights, derivatives = query_weights(point), []
+    derivatives = []
     for before, step in pairwise([start.step, *steps]):
         for span in constant_spans(range(before, step), schedules):
             directions = sample_weights_of(schedules, span.start, len(task.train), state.params) - 1
@@ -188,7 +188,7 @@ def derivatives_along(
                 along = directions[:, index.to(directions.device)]
                 slope, change, used = _gradients(point, state.params[0], batch, tangent.params, along)
                 state, tangent = _update(start.rule, state, tangent, slope, change, now, learning_rate, used)
-        derivatives.append(_query_derivatives(point, state.params[0], tangent.params, weights))
+        derivatives.append(_query_derivatives(point, state.params[0], tangent.params))
     return torch.stack(derivatives)
 
 
@@ -213,13 +213,13 @@ def _gradients(
     return slope.detach(), change.detach(), used
 
 
-def _query_derivatives(point: Point, params: Tensor, tangents: Tensor, weights: dict[str, Tensor]) -> Tensor:
+def _query_derivatives(point: Point, params: Tensor, tangents: Tensor) -> Tensor:
     """Derivative of every query group's mean loss along every tangent: ``(tangent, query)``, float64, on the CPU."""
-    along = {
-        name: directional_derivatives(point, params, tangents, data, name).cpu().double()
-        for name, data in point.task.queries.items()
-    }
-    return query_groups(point.task).mean(along, weights)
+    along, weights, queried = {}, {}, query_groups(point.task)
+    for name, data in point.task.queries.items():
+        tokens = queried.widths.get(name, 0)
+        along[name], weights[name] = directional_derivatives(point, params, tangents, data, name, tokens)
+    return queried.mean(along, weights)
 
 
 def _update(

@@ -29,7 +29,7 @@ def varied(task: Task, per: Per, groups: Labels | None, checkpoint: Callable[[],
         ValueError: there are no groups, ``groups`` where every sample or token is asked for, or losses without tokens.
     """
     if per == "group":
-        return train_groups(task, groups, tokens=True)
+        return train_groups(task, groups)
     if groups is not None:
         raise ValueError(f"groups= are for per='group'; with per={per!r} every {per} has an influence of its own")
     if per == "sample":
@@ -38,7 +38,7 @@ def varied(task: Task, per: Per, groups: Labels | None, checkpoint: Callable[[],
     counted = _counted_tokens(task, task.fitted(checkpoint()).params)
     tokens, places = counted.shape[1], counted.flatten().nonzero()
     labels = tuple(f"{place // tokens}/{place % tokens}" for place in places[:, 0].tolist())
-    return Groups(labels, (TRAIN,) * len(labels), tuple(places), tokens)
+    return Groups(labels, (TRAIN,) * len(labels), tuple(places), {TRAIN: tokens})
 
 
 def _counted_tokens(task: Task, params: Params) -> Tensor:

@@ -15,12 +15,13 @@ from torch import Tensor
 from stagewise.checkpoint import Checkpoint, tensors_digest
 from stagewise.checkpoints.batches import packed
 from stagewise.checkpoints.trajectory import Trajectory
-from stagewise.evaluate import chunks
+from stagewise.evaluate import Point, chunks
 from stagewise.groups import query_groups
 from stagewise.influence.damped import damped_influence
 from stagewise.influence.gradients import gradient_product
 from stagewise.results import DAMPED, EXACT
 from stagewise.retraining.ablation import window_ablation
+from stagewise.retraining.losses import query_losses
 from stagewise.retraining.orders import all_kinds, window_orders
 from stagewise.retraining.replay import replay
 from stagewise.retraining.schedule import BatchOrder, Order
@@ -30,8 +31,9 @@ from stagewise.retraining.window_influence import window_influence
 from stagewise.run.config import RunConfig
 from stagewise.run.kept import Kept
 from stagewise.run.progress import Progress
-from stagewise.task import Params, Samples, Task
+from stagewise.task import Task
 from stagewise.usable import at_usable, none_usable
+from stagewise.vector import ParameterVector
 
 _MOST_BINS = 24  # of time, in a picture
 
@@ -72,11 +74,12 @@ def mean_losses(task: Task, trajectory: Trajectory, steps: Sequence[int]) -> xr.
     groups = query_groups(task)
 
     def estimate(step: int) -> tuple[float, list[float]]:
-        state = task.fitted(trajectory.load(step)).params
-        losses, weights = _sample_losses(task, state, task.train)
-        found = {name: _sample_losses(task, state, data, name) for name, data in task.queries.items()}
-        values, shares = ({name: pair[k] for name, pair in found.items()} for k in (0, 1))
-        mean = groups.mean(values, shares)
+        state, vector = task.fitted(trajectory.load(step)).params, ParameterVector.of(task)
+        point, place = Point(task, vector, state), vector.flatten(state)
+        with torch.no_grad():
+            parts = [point.sample_losses(place, batch) for batch in chunks(task, task.train)]
+        losses, weights = (torch.cat(column).double() for column in zip(*parts, strict=True))
+        mean = query_losses(point, place[None], groups, "loop")[0]
         return ((losses * weights).sum() / weights.sum()).item(), mean.tolist()
 
     known = at_usable(trajectory, steps, estimate)
@@ -282,12 +285,3 @@ def spread(steps: Sequence[int], count: int) -> list[int]:
     """``count`` of the steps, evenly spread over their order."""
     index = np.unique(np.linspace(0, len(steps) - 1, count).round().astype(int))
     return [steps[i] for i in index]
-
-
-@torch.no_grad()
-def _sample_losses(
-    task: Task, state: Params, data: Samples, query: str | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and weight of every sample, on the CPU."""
-    parts = [task.sample_losses(state, batch, query) for batch in chunks(task, data)]
-    return torch.cat([loss for loss, _ in parts]).cpu(), torch.cat([weight for _, weight in parts]).cpu()

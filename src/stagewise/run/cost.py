@@ -187,7 +187,7 @@ def _times(tuning: Tuning, sampling: Chains) -> tuple[float, float]:
     for _ in range(3):
         gradient(u).potential.sum().item()
     middle = time.perf_counter()
-    Watch(density, batching, sampling.reflect).draw(u)
+    Watch(density, batching, sampling.reflect, sampling.single_tokens).draw(u)
     return (middle - start) / 3, time.perf_counter() - middle
 
 

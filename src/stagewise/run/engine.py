@@ -17,12 +17,13 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Literal, TypedDict, Unpack
 
+import numpy as np
 import torch
 
 from stagewise.checkpoints.trajectory import Trajectory, as_trajectory
 from stagewise.evaluate import in_any_mode
-from stagewise.groups import Labels
 from stagewise.identity import Probe, identity, probe
+from stagewise.labels import Labels, token_classes
 from stagewise.run.before import check_reusable, check_same_task, look
 from stagewise.run.progress import Progress, silent
 from stagewise.sampling.chains import Chains, sample_block, unusable_block
@@ -50,6 +51,7 @@ class ChainSettings(TypedDict, total=False):
     batch_size: int | None
     control_variate: bool
     reflect: bool
+    single_tokens: bool
     batching: Literal["auto", "stacked", "loop"]
     seed: int
 
@@ -198,7 +200,7 @@ def compute(work: Work, task: Task, workers: int = 1, progress: Progress = silen
     store.sweep()
     cells = work.cells
     todo = [cell for cell in cells if not store.is_complete(cell)]
-    store.write_labels(_of_candidates(task), task.query_groups)
+    store.write_labels(*_traced_labels(task, work.sampling))
     progress("sampling", len(cells) - len(todo), len(cells))
     for done, _ in enumerate(_computed(work, task, todo, workers), start=len(cells) - len(todo) + 1):
         progress("sampling", done, len(cells))
@@ -221,8 +223,19 @@ def _settings(posterior: LocalPosterior, sampling: Chains) -> dict[str, str]:
     }
 
 
-def _of_candidates(task: Task) -> Labels | None:
-    return None if task.train_groups is None else task.train_groups[task.candidates.numpy()]
+def _traced_labels(task: Task, sampling: Chains) -> tuple[Labels | None, dict[str, Labels | None]]:
+    """Labels of the traced losses of the candidates and of every query set.
+
+    Where losses were kept by sample and label, one row of labels for all samples.
+    """
+
+    def traced(path: str) -> Labels | None:
+        labels = task.label_sets[path]
+        if labels is None or labels.ndim == 1 or sampling.single_tokens:
+            return labels
+        return np.array([token_classes(labels)[0]])
+
+    return traced("train"), {name: traced(f"queries/{name}") for name in task.queries}
 
 
 def _computed(work: Work, task: Task, cells: Sequence[Cell], workers: int) -> Iterator[Cell]:

@@ -39,7 +39,8 @@ def exemplars(
     names = influence["query"].values[np.argsort(-change.values)][:queries].tolist()
     of_samples = samples(chosen, names)
     index = of_samples["train"].values.astype(int)
-    labels = task.train_groups if task.train_groups is not None else [""] * len(task.train)
+    groups = task.train_groups
+    labels = np.full(len(task.train), "") if groups is None or groups.ndim == 2 else groups
     found = []
     for query in names:
         for step in chosen:

@@ -39,6 +39,8 @@ class Chains:
             minibatches adds 1 % to the variances at most; where the whole training set costs less, it is used.
         control_variate: subtract each minibatch's gradient at the checkpoint.
         reflect: also record losses at the reflected point 2w* - w, for odd and even parts.
+        single_tokens: record the losses of single tokens where these have labels; by default only their means over the
+            tokens of a sample that have one label.
         batching: stack the chains or loop over them; ``"auto"`` stacks small models that allow it.
         seed: of the noise and the minibatches. Checkpoints share it, so that their differences are less
             noisy.
@@ -72,6 +74,7 @@ class Chains:
     batch_size: int | None = None
     control_variate: bool = True
     reflect: bool = True
+    single_tokens: bool = False
     batching: BatchingChoice = "auto"
     seed: int = 0
 
@@ -159,7 +162,8 @@ def _run(
     alive = torch.ones(sampling.chains, dtype=torch.bool, device=density.anchor.device)
     slow, _ = tuning.curvature.precision_range(density)
     farthest = _farthest(density, slow)
-    watch, softest, along = Watch(density, batching, sampling.reflect), tuning.curvature.softest, []
+    watch = Watch(density, batching, sampling.reflect, sampling.single_tokens)
+    softest, along = tuning.curvature.softest, []
     for step in range(-tuning.burn_in, sampling.draws * tuning.thinning):
         if step == -(tuning.burn_in // 2):
             state = sampler.freeze(state)
@@ -208,7 +212,7 @@ def _tree(
         }
         coords = {"chain": numbers} | ({"sample": candidates} if name == "train" else {})
         tree[name] = xr.Dataset(variables, coords)
-        for key in set(variables) - {"share"}:
+        for key in set(variables) - {"share", "tokens"}:
             tree[name][key].attrs["units"] = "nats"
     result = xr.DataTree.from_dict(tree)
     result.attrs = facts

@@ -5,17 +5,24 @@ from __future__ import annotations
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
+from stagewise.content import content_digest
 from stagewise.data import Batch, Samples
 from stagewise.evaluate import Batching, chunks, over_rows, sample_weights
+from stagewise.labels import token_classes
 from stagewise.sampling.posterior import LocalDensity
 
 
 class Seen(NamedTuple):
     """One data set as the chains have seen it.
+
+    Where tokens have labels, what stands for a token is the mean over all tokens of a sample that have one label, in
+    the order of :func:`stagewise.labels.token_classes`.
 
     Attributes:
         loss: ``(chain, draw, sample[, token])``, float64, as ``loss_anchor`` plus its change in float32.
@@ -23,12 +30,14 @@ class Seen(NamedTuple):
         loss_anchor: at the checkpoint ``(sample[, token])``, float64.
         share: of every loss in the mean over the data set ``(sample[, token])``, float64: in the training objective for
             candidates. 0 where the loss has no weight, and where a shorter sample is padded.
+        tokens: how many tokens with weight a mean is over ``(sample, token)``; None where each stands for itself.
     """
 
     loss: Tensor
     loss_reflected: Tensor | None
     loss_anchor: Tensor
     share: Tensor
+    tokens: Tensor | None
 
 
 class Watch:
@@ -38,19 +47,25 @@ class Watch:
         density: whose losses, in which coordinates.
         batching: stack the chains, or loop over them.
         reflect: also evaluate at the reflected points.
+        single_tokens: keep the losses of single tokens, also of those that have labels.
     """
 
-    def __init__(self, density: LocalDensity, batching: Batching, reflect: bool) -> None:
+    def __init__(self, density: LocalDensity, batching: Batching, reflect: bool, single_tokens: bool = False) -> None:
         self._density, self._batching = density, batching
         task = density.task
         sets = {"train": (task.candidate_samples, None)} | {
             f"queries/{name}": (data, name) for name, data in task.queries.items()
         }
+        labels = {
+            name: of_set if of_set is not None and of_set.ndim == 2 and not single_tokens else None
+            for name, of_set in task.label_sets.items()
+        }
         # Equal data have equal losses: a query set that is the training set is evaluated once.
         self._key = {
-            name: f"{data.digest}/{query if query in task.query_losses else ''}" for name, (data, query) in sets.items()
+            name: f"{data.digest}/{query if query in task.query_losses else ''}/{content_digest(labels[name])}"
+            for name, (data, query) in sets.items()
         }
-        self._sets = {self._key[name]: _Set(density, data, query) for name, (data, query) in sets.items()}
+        self._sets = {self._key[name]: _Set(density, data, query, labels[name]) for name, (data, query) in sets.items()}
         self._signs = (1.0, -1.0) if reflect else (1.0,)
         self._draws: dict[str, list[Tensor]] = {key: [] for key in self._sets}
 
@@ -70,7 +85,8 @@ class Watch:
         seen = {}
         for key, data in self._sets.items():
             draws = torch.stack(self._draws[key], 2) + data.anchor.cpu()  # (sign, chain, draw, ...)
-            seen[key] = Seen(draws[0], draws[1] if len(draws) > 1 else None, data.anchor.cpu(), data.share)
+            reflected = draws[1] if len(draws) > 1 else None
+            seen[key] = Seen(draws[0], reflected, data.anchor.cpu(), data.share.cpu(), data.tokens)
         total = float(sample_weights(self._density).sum())
         return {
             name: seen[key]._replace(share=seen[key].share / (total if name == "train" else seen[key].share.sum()))
@@ -81,21 +97,28 @@ class Watch:
 class _Set:
     """A data set in batches on the device, with its losses at the checkpoint."""
 
-    def __init__(self, density: LocalDensity, data: Samples, query: str | None) -> None:
+    def __init__(
+        self, density: LocalDensity, data: Samples, query: str | None, labels: NDArray[np.str_] | None
+    ) -> None:
         self._density, self._query = density, query
         self._batches: list[Batch] = list(chunks(density.task, data))
         with torch.no_grad():
             first = [density.losses(density.origin, batch, query) for batch in self._batches]
         self._width = max(losses.values.shape[1] if losses.values.ndim == 2 else 0 for losses in first)
         # float64 before anything is subtracted: losses may be large beside their fluctuations.
-        self.anchor = torch.cat([self._padded(losses.values) for losses in first]).double()
-        self.share = torch.cat([self._padded(density.task.shares(losses)) for losses in first]).double().cpu()
+        anchor = torch.cat([self._padded(losses.values) for losses in first]).double()
+        shares = torch.cat([self._padded(density.task.shares(losses)) for losses in first]).double()
+        self._classes = None if labels is None else _Classes.of(labels, shares)
+        self.anchor = anchor if self._classes is None else self._classes.means(anchor)
+        self.share = shares if self._classes is None else self._classes.total
+        self.tokens = None if self._classes is None else self._classes.sums((shares > 0).double()).cpu()
 
     @torch.no_grad()
     def losses(self, u: Tensor, batching: Batching) -> Tensor:
         """At ``u (chain, parameters)``: ``(chain, sample[, token])``, float64."""
         parts = [over_rows(partial(self._values, batch), u, batching) for batch in self._batches]
-        return torch.cat([self._padded(part) for part in parts], 1).double()
+        losses = torch.cat([self._padded(part) for part in parts], 1).double()
+        return losses if self._classes is None else self._classes.means(losses)
 
     def _values(self, batch: Batch, u: Tensor) -> Tensor:
         return self._density.losses(u, batch, self._query).values
@@ -103,3 +126,39 @@ class _Set:
     def _padded(self, values: Tensor) -> Tensor:
         """Losses of tokens as wide as those of the longest sample."""
         return pad(values, (0, self._width - values.shape[-1])) if self._width else values
+
+
+class _Classes(NamedTuple):
+    """The tokens of every sample by their labels.
+
+    Attributes:
+        places: the class of each token ``(sample, token)``.
+        shares: of every token in the objective ``(sample, token)``.
+        total: of every class ``(sample, class)``.
+    """
+
+    places: Tensor
+    shares: Tensor
+    total: Tensor
+
+    @classmethod
+    def of(cls, labels: NDArray[np.str_], shares: Tensor) -> _Classes:
+        """By the labels of every token.
+
+        Raises:
+            ValueError: there is not one label for each loss.
+        """
+        if shares.ndim != 2 or shares.shape != labels.shape:
+            raise ValueError(f"there are labels of shape {labels.shape}, but losses of shape {tuple(shares.shape)}")
+        names, places = token_classes(labels)
+        empty = cls(torch.from_numpy(places).to(shares.device), shares, shares.new_zeros(len(labels), len(names)))
+        return empty._replace(total=empty.sums(shares))
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Of values ``(..., sample, token)`` over the tokens of each class: ``(..., sample, class)``."""
+        sums = values.new_zeros(*values.shape[:-1], self.total.shape[-1])
+        return sums.scatter_add_(-1, self.places.expand(values.shape), values)
+
+    def means(self, values: Tensor) -> Tensor:
+        """By their shares; 0 where a sample has no token of a class."""
+        return self.sums(values * self.shares) / torch.where(self.total > 0, self.total, 1.0)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from stagewise.groups import Labels
+from stagewise.labels import Labels
 from stagewise.traces.cells import Cell, Facts, check_cell, join_blocks, join_facts, pack, unpack
 from stagewise.traces.files import PARTIAL, RunFolderError, explain_read, explain_write, fsync, write_text
 from stagewise.traces.identity import RunMismatchError, check_identity, read_identity, write_identity
@@ -216,8 +216,9 @@ class TraceStore:
         """Keep the group labels beside the traces; they decide no traced number and may change between runs.
 
         Args:
-            train: label of every training sample, or None.
-            queries: labels of every sample of each query set, or None, by name.
+            train: labels of the traced losses of the candidates ``(sample,)`` or ``(sample, token)``, or one row
+                ``(1, token)`` for all samples; None for none.
+            queries: the same of each query set, by name.
 
         Raises:
             RunFolderError: the folder cannot be written.
@@ -228,7 +229,7 @@ class TraceStore:
 
     @property
     def labels(self) -> dict[str, Any]:
-        """``{"train": labels or None, "queries": {name: labels or None}}``, empty where none were kept."""
+        """``{"train": labels or None, "queries": {name: labels or None}}`` as written, empty where none were kept."""
         path = self.root / "labels.json"
         if not path.exists():
             return {"train": None, "queries": {}}
@@ -291,4 +292,4 @@ class TraceStore:
 
 
 def _words(labels: Labels | None) -> list[str] | None:
-    return None if labels is None else [str(label) for label in labels]
+    return None if labels is None else np.asarray(labels).astype(str).tolist()

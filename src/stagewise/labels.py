@@ -1,0 +1,74 @@
+"""Labels as users give them, as text: of samples, or of the tokens of every sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+Labels = Sequence[Any] | np.ndarray[Any, Any]
+"""One label per sample, or a row of them, one per token: names, numbers, an array or a tensor; None for no group."""
+
+NONE = ""
+"""The text of no label: what has it is in no group."""
+
+
+def words(labels: Labels) -> NDArray[np.str_]:
+    """Labels as text, each on its own: in an array of its kind 1 beside 2.5 would become "1.0".
+
+    Raises:
+        ValueError: some are several labels.
+    """
+    if isinstance(labels, np.ndarray) and labels.ndim == 1 and labels.dtype.kind == "U":
+        return labels  # there may be as many as tokens
+    if several := [label for label in labels if _is_row(label)]:
+        raise ValueError(f"groups: expected one label for each sample, got {several[0]} for one")
+    return np.asarray([_text(label) for label in labels], dtype=np.str_)
+
+
+def as_labels(labels: Labels, length: int, name: str) -> NDArray[np.str_]:
+    """Labels of ``length`` samples ``(samples,)``, or of their tokens ``(samples, tokens)``.
+
+    Rows may be of different lengths, as sequences are: what is missing at their ends is in no group.
+
+    Raises:
+        ValueError: there is not one label, or one row of them, for each sample.
+    """
+    array = labels.numpy(force=True) if isinstance(labels, Tensor) else labels
+    if isinstance(array, np.ndarray) and array.ndim == 2 and array.dtype.kind == "U":
+        rows: NDArray[np.str_] = array
+    else:
+        each = list(array)
+        if not any(_is_row(label) for label in each):
+            rows = words(each)
+        elif all(_is_row(label) and np.ndim(label) == 1 for label in each):
+            rows = _even([words(list(row)) for row in each])
+        else:
+            raise ValueError(f"{name}: expected a label for each sample, or a row of labels for each, not both")
+    if len(rows) != length:
+        raise ValueError(f"{name}: expected one label for each of {length} samples, got shape {rows.shape}")
+    return rows
+
+
+def token_classes(labels: NDArray[np.str_]) -> tuple[list[str], NDArray[np.intp]]:
+    """The distinct labels of tokens, and which of them each token has ``(samples, tokens)``."""
+    names, places = np.unique(labels, return_inverse=True)
+    return names.tolist(), places.reshape(labels.shape)
+
+
+def _even(rows: Sequence[NDArray[np.str_]]) -> NDArray[np.str_]:
+    width = max(len(row) for row in rows)
+    return np.stack([np.concatenate([row, np.full(width - len(row), NONE)]) for row in rows])
+
+
+def _is_row(label: Any) -> bool:
+    return isinstance(label, list | tuple) or (isinstance(label, np.ndarray | Tensor) and label.ndim > 0)
+
+
+def _text(label: Any) -> str:
+    if label is None:
+        return NONE
+    return str(label.item() if isinstance(label, Tensor | np.generic) else label)
