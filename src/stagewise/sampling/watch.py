@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,10 +55,12 @@ class Watch:
         self._signs = (1.0, -1.0) if reflect else (1.0,)
         self._draws: dict[str, list[Tensor]] = {key: [] for key in self._sets}
 
-    def draw(self, u: Tensor) -> Tensor:
+    def draw(self, u: Tensor | Sequence[Tensor]) -> Tensor:
         """Record the losses at ``u (chain, parameters)``; returns whether they are finite ``(chain,)``."""
-        finite = torch.ones(len(u), dtype=torch.bool, device=u.device)
-        places = torch.cat([sign * u for sign in self._signs])
+        finite = torch.ones(len(u), dtype=torch.bool, device=u[0].device)
+        places: Tensor | Sequence[Tensor] = _Mirrored(u, self._signs)
+        if self._batching == "stacked" and isinstance(u, Tensor):
+            places = torch.cat([sign * u for sign in self._signs])
         for key, data in self._sets.items():
             losses = data.losses(places, self._batching)
             change = (losses - data.anchor.to(losses.device)).float()
@@ -78,6 +81,22 @@ class Watch:
         }
 
 
+class _Mirrored(Sequence[Tensor]):
+    """Rows and their reflections, made when they are asked for: of large models every copy counts."""
+
+    def __init__(self, rows: Tensor | Sequence[Tensor], signs: Sequence[float]) -> None:
+        self._rows, self._signs = rows, signs
+
+    def __len__(self) -> int:
+        return len(self._signs) * len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        sign, row = divmod(index, len(self._rows))
+        if sign >= len(self._signs):
+            raise IndexError(index)
+        return self._rows[row] if self._signs[sign] == 1 else self._signs[sign] * self._rows[row]
+
+
 class _Set:
     """A data set in batches on the device, with its losses at the checkpoint."""
 
@@ -92,7 +111,7 @@ class _Set:
         self.share = torch.cat([self._padded(density.task.shares(losses)) for losses in first]).double().cpu()
 
     @torch.no_grad()
-    def losses(self, u: Tensor, batching: Batching) -> Tensor:
+    def losses(self, u: Tensor | Sequence[Tensor], batching: Batching) -> Tensor:
         """At ``u (chain, parameters)``: ``(chain, sample[, token])``, float64."""
         parts = [over_rows(partial(self._values, batch), u, batching) for batch in self._batches]
         return torch.cat([self._padded(part) for part in parts], 1).double()
