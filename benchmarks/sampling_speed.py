@@ -24,7 +24,7 @@ from stagewise.evaluate import differentiable, gradient
 from stagewise.influence.bif import bif
 from stagewise.influence.trusted import TracesInMemory
 from stagewise.sampling.chains import Chains, sample_block
-from stagewise.sampling.gradient import batch_loss, potential_gradient
+from stagewise.sampling.gradient import BatchLoss, potential_gradient
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior
 from stagewise.sampling.tuning import SAMPLERS, tune
 from stagewise.studies.digits.training import record, task
@@ -37,7 +37,7 @@ console = Console(width=110)
 def one_gradient(density: LocalDensity, u: torch.Tensor, batch: object) -> torch.Tensor:
     """The gradient of one model: the floor."""
     with differentiable(u) as leaf:
-        return gradient(batch_loss(density)(leaf, batch), leaf)
+        return gradient(BatchLoss(density)(leaf, batch), leaf)
 
 
 def gradients(density: LocalDensity) -> None:

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stagewise import losses as losses
     from stagewise.baselines.source import source as source
     from stagewise.baselines.tracin import tracin as tracin
     from stagewise.checkpoint import Checkpoint as Checkpoint
@@ -110,10 +111,12 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "losses":
+        return import_module("stagewise.losses")
     if name not in _HOME:
         raise AttributeError(f"module 'stagewise' has no attribute {name!r}; it has {', '.join(_HOME)}")
     return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_HOME, "losses"})

@@ -71,6 +71,8 @@ def _check(task: Task, checkpoint: Checkpoint, curvature: bool) -> None:
     if checkpoint.digest not in task.checked:
         for data, query in _all(task):
             losses = check_finite(task, checkpoint.params, data, query)
+            if data is task.train and task.sample_weights is None:
+                task.sample_weights = losses[1].double()  # one pass over the data is enough
             if "steady" not in task.checked:
                 _check_steady(data, losses, check_finite(task, checkpoint.params, data, query))
         task.checked |= {checkpoint.digest, "steady"}

@@ -33,6 +33,10 @@ Batching = Literal["stacked", "loop"]
 CURVATURE_SAMPLES = 2048
 """Enough samples to see the spectrum; a larger training set is represented by this many of them."""
 
+_PRODUCT_COST = 2**36
+"""Parameters times losses behind one product with the curvature, of models so large that fewer samples must do."""
+
+_FEWEST = 8
 _GRADIENTS_AT_ONCE = 64
 
 in_any_mode = torch.inference_mode(False)
@@ -127,6 +131,15 @@ def spread_rows(count: int, n: int) -> Tensor:
     """``count`` of ``n`` samples, evenly spaced: data sets are often sorted, by class for instance."""
     count = min(count, n)
     return torch.arange(count) * n // count
+
+
+def represented(point: Point) -> Tensor:
+    """Training samples that stand for all of them: at most 2048, and of large models as many as can be paid for."""
+    task = point.task
+    with torch.no_grad():
+        values = task.losses(point.state, task.train.batch(slice(0, 1), task.device))
+    affordable = _PRODUCT_COST // (values.numel() * point.vector.size)
+    return spread_rows(min(CURVATURE_SAMPLES, max(_FEWEST, affordable)), len(task.train))
 
 
 def chunks(task: Task, data: Samples, rows: Tensor | None = None) -> Iterator[Batch]:
@@ -341,9 +354,9 @@ def dense(product: Product, like: Tensor, rows: int = 128) -> Tensor:
     return (matrix + matrix.mT) / 2
 
 
-def over_rows(function: Callable[[Tensor], Tensor], rows: Tensor, batching: Batching) -> Tensor:
+def over_rows(function: Callable[[Tensor], Tensor], rows: Tensor | Sequence[Tensor], batching: Batching) -> Tensor:
     """``function`` of every row of ``rows (k, parameters)``: ``(k, ...)``."""
-    if batching == "stacked" and len(rows) > 1:
+    if batching == "stacked" and isinstance(rows, Tensor) and len(rows) > 1:
         stacked: Tensor = vmap(function)(rows)
         return stacked
     return torch.stack([function(row) for row in rows])
@@ -353,7 +366,27 @@ def over_rows(function: Callable[[Tensor], Tensor], rows: Tensor, batching: Batc
 def differentiable(u: Tensor) -> Iterator[Tensor]:
     """A leaf at ``u``, in a context in which what is computed from it can be differentiated, whatever the caller's."""
     with slow_path(), torch.inference_mode(False), torch.enable_grad():
-        yield u.detach().clone().requires_grad_()
+        yield (u.clone() if u.is_inference() else u.detach()).requires_grad_()
+
+
+def slope_at(point: Point, u: Tensor, value: Callable[[Mapping[str, Tensor]], Tensor]) -> Tensor:
+    """Gradient at one place ``(parameters,)`` of a number that is computed from the parameters and buffers.
+
+    As through a leaf ``u``, with fewer vectors of its length in memory: for large models that is what counts.
+    """
+    with slow_path(), torch.inference_mode(False), torch.enable_grad():
+        with torch.no_grad():
+            params = point.params(u)
+        leaves = {name: params[name].detach().requires_grad_() for name in point.vector.names}
+        params.update(leaves)
+        found = value(params)
+        if not found.requires_grad:
+            return torch.zeros_like(u)
+        every = list(leaves.values())
+        slopes = torch.autograd.grad(found, every, allow_unused=True, materialize_grads=True)
+        del params, leaves, every
+    vector = torch.cat([slope.to(u.dtype).reshape(-1) for slope in slopes])
+    return vector if point.scale is None else vector.mul_(point.scale)
 
 
 def gradient(value: Tensor, leaf: Tensor, create_graph: bool = False) -> Tensor:

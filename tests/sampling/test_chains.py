@@ -8,10 +8,11 @@ from gaussian import Gaussian, Point
 from torch import nn
 
 from stagewise.checkpoint import Checkpoint
-from stagewise.sampling import SGLD, Chains, LocalPosterior, RMSpropSGLD, sample_block
+from stagewise.sampling import SGLD, Chains, LocalPosterior, RMSpropSGLD, block, sample_block, tuning
 from stagewise.sampling.tuning import tune
 from stagewise.task import Task
 from stagewise.traces.cells import check_cell
+from stagewise.traces.diagnostics import diagnose
 
 GAUSSIAN = Gaussian()
 POSTERIOR = LocalPosterior(gamma=3.0, n_beta=5.0)
@@ -295,3 +296,36 @@ def test_options_reach_the_sampler_and_unknown_ones_are_refused():
     assert tuning.sampler.start == 1
     with pytest.raises(ValueError, match=r"fraction.*friction"):
         Chains("underdamped", options={"fraction": 2.0})
+
+
+@pytest.mark.parametrize("sampler", ["underdamped", "sgld", "rmsprop_sgld"])
+@pytest.mark.parametrize("batch_size", [None, 3])
+@pytest.mark.parametrize("control_variate", [True, False])
+def test_chains_of_large_models_that_move_one_by_one_see_the_same(sampler, batch_size, control_variate, monkeypatch):
+    size = 64  # noise comes in sixteens: that of one chain after another is that of all together
+    data = (torch.randn(7, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),)
+    curved = torch.linspace(0.5, 1, size, dtype=torch.float64)
+    task, checkpoint = task_of(lambda m, b: bowl(m, b) + 0.5 * (curved * m() ** 2).sum(), Point(0 * curved), data)
+    sampling = Chains(
+        sampler, chains=3, draws=3, burn_in=4, thinning=2, batch_size=batch_size, control_variate=control_variate,
+        batching="loop",
+    )  # fmt: skip
+    posterior = LocalPosterior(gamma=100.0, n_beta=100.0)
+    together = sample(sampling, task, checkpoint, posterior)
+    monkeypatch.setattr(block, "_MOST_NUMBERS", 2 * size)
+    apart = sample(sampling, task, checkpoint, posterior)
+    for name in ("loss", "loss_reflected"):
+        np.testing.assert_allclose(apart["train"][name], together["train"][name], rtol=1e-6)
+    np.testing.assert_allclose(apart["chains"]["soft_spread"], together["chains"]["soft_spread"], rtol=1e-3)
+
+
+def test_curvature_is_not_looked_at_where_everything_is_given_and_the_facts_say_so(monkeypatch):
+    monkeypatch.setattr(tuning, "extreme_curvature", None)
+    by_hand = Chains(chains=4, draws=100, step_size=0.1, burn_in=20, thinning=5, batch_size=3)
+    posterior = LocalPosterior(gamma=3.0, n_beta=5.0, require_localised=False)
+    tree = sample(by_hand, posterior=posterior)
+    assert all(tree.attrs[name] is None for name in ("localised", "curvature_min", "heat", "stable_step"))
+    assert (tree["chains"]["status"] == "ok").all()
+    assert diagnose(tree)["verdict"] == "ok"
+    with pytest.raises(TypeError):
+        sample(by_hand, posterior=replace(posterior, require_localised=True))

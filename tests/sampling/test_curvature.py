@@ -5,11 +5,12 @@ import pytest
 import torch
 from torch import nn
 
+from stagewise import evaluate
 from stagewise.checkpoint import Checkpoint, Optimizer
 from stagewise.evaluate import dense, hessian_product, spread_rows
-from stagewise.sampling import Chains, LocalPosterior, sample_block
+from stagewise.sampling import Chains, LocalPosterior, curvature, sample_block
 from stagewise.sampling.curvature import extreme_curvature
-from stagewise.sampling.gradient import batch_loss
+from stagewise.sampling.gradient import BatchLoss
 from stagewise.task import Task
 
 
@@ -36,22 +37,32 @@ def network(hidden, seed=0, n=40):
 def dense_spectrum(density):
     batch = density.task.train.batch(slice(None))
     hessian = torch.autograd.functional.hessian(
-        lambda u: batch_loss(density)(u, batch), torch.zeros_like(density.anchor)
+        lambda u: BatchLoss(density)(u, batch), torch.zeros_like(density.anchor)
     )
     return hessian, torch.linalg.eigvalsh(hessian)
 
 
+@pytest.fixture(params=[True, False], ids=["stored", "recurring"])
+def stored(request, monkeypatch):
+    """Whether Lanczos keeps its vectors."""
+    if not request.param:
+        monkeypatch.setattr(curvature, "_STORED_LIMIT", 0)
+
+
 @pytest.mark.parametrize("hidden", [2, 5, 12, 60])
 @pytest.mark.parametrize("gamma", [0.1, 100.0])
+@pytest.mark.usefixtures("stored")
 def test_extremes_agree_with_the_dense_spectrum(hidden, gamma):
     density = LocalPosterior(gamma=gamma, n_beta=10.0, metric="adam").at(*network(hidden))
     assert (density.vector.size > 32) == (hidden > 5)
-    _, spectrum = dense_spectrum(density)
-    curvature = extreme_curvature(density)
+    hessian, spectrum = dense_spectrum(density)
+    found = extreme_curvature(density)
     precise = 0.01 * (density.damping + abs(spectrum[0].item()))
     assert spectrum[0] < -0.01
-    assert curvature.smallest == pytest.approx(spectrum[0].item(), abs=precise)
-    assert curvature.largest == pytest.approx(spectrum[-1].item(), rel=0.01)
+    assert found.smallest == pytest.approx(spectrum[0].item(), abs=precise)
+    assert found.largest == pytest.approx(spectrum[-1].item(), rel=0.01)
+    assert found.softest.norm() == pytest.approx(1)
+    assert (found.softest @ hessian @ found.softest).item() == pytest.approx(spectrum[0].item(), abs=precise)
 
 
 def test_hessian_product_is_the_hessian_in_whitened_coordinates():
@@ -73,16 +84,18 @@ def linear_task(rank, size=300):
 
 
 @pytest.mark.parametrize("rank", [0, 1, 5, 50, 200])
+@pytest.mark.usefixtures("stored")
 def test_flat_directions_are_found_flat(rank):
     task, checkpoint = linear_task(rank)
     density = LocalPosterior(gamma=3.0, n_beta=10.0).at(task, checkpoint)
-    curvature = extreme_curvature(density)
+    found = extreme_curvature(density)
     x = task.train.batch(slice(None))[0]
-    assert curvature.smallest == pytest.approx(0, abs=0.01 * density.damping)
-    assert curvature.largest == pytest.approx(torch.linalg.matrix_norm(x, 2).item() ** 2 / len(x), rel=0.01)
+    assert found.smallest == pytest.approx(0, abs=0.01 * density.damping)
+    assert found.largest == pytest.approx(torch.linalg.matrix_norm(x, 2).item() ** 2 / len(x), rel=0.01)
 
 
 @pytest.mark.parametrize("size", [5, 50])
+@pytest.mark.usefixtures("stored")
 def test_curvature_that_is_not_finite_is_refused(size):
     model = nn.Linear(size, 1, bias=False).double()
     model.weight.data.zero_()
@@ -132,3 +145,12 @@ def test_posterior_that_is_not_localised_is_sampled_when_asked_and_says_so():
     tree = sample_block(task, checkpoint, posterior, Chains(chains=2, draws=2, burn_in=2, thinning=1))
     assert tree.attrs["localised"] is False
     assert np.isfinite(tree["train"]["loss"]).all()
+
+
+def test_large_models_are_represented_by_fewer_samples(monkeypatch):
+    point = LocalPosterior(gamma=1.0).at(*network(4))
+    assert len(evaluate.represented(point)) == 40
+    monkeypatch.setattr(evaluate, "_PRODUCT_COST", 20 * point.vector.size)
+    assert len(evaluate.represented(point)) == 20
+    monkeypatch.setattr(evaluate, "_PRODUCT_COST", 1)
+    assert len(evaluate.represented(point)) == 8

@@ -8,7 +8,7 @@ from stagewise.checkpoint import Checkpoint
 from stagewise.influence.covariance import mean_and_stderr
 from stagewise.sampling import LocalPosterior, Underdamped
 from stagewise.sampling.gradient import (
-    batch_loss,
+    BatchLoss,
     chain_gradients,
     full_gradient,
     potential_gradient,
@@ -127,7 +127,7 @@ def classifier():
 def test_stacked_gradients_of_a_nonlinear_model_are_those_of_each_chain_alone():
     local, chains = classifier(), 3
     u = torch.randn(chains, local.vector.size, generator=generator(3), dtype=torch.float64)
-    stacked, looped = (chain_gradients(batch_loss(local), batching) for batching in ("stacked", "loop"))
+    stacked, looped = (chain_gradients(BatchLoss(local), batching) for batching in ("stacked", "loop"))
     for rows in (torch.arange(4), torch.tensor([5, 11])):
         batch = local.task.train.batch(rows)
         together = stacked(u, batch)
@@ -193,12 +193,12 @@ def test_stacked_gradient_of_torchs_attention_layer_is_not_lost_to_its_fused_for
     own = attention_density()
     u = 0.01 * torch.randn(3, own.vector.size, generator=generator())
     batch = own.task.train.batch(slice(None))
-    stacked, looped = (chain_gradients(batch_loss(own), batching)(u, batch) for batching in ("stacked", "loop"))
+    stacked, looped = (chain_gradients(BatchLoss(own), batching)(u, batch) for batching in ("stacked", "loop"))
     torch.testing.assert_close(stacked, looped)
 
 
 def test_stacked_gradient_does_not_depend_on_the_callers_gradient_mode():
-    gradient, batch = chain_gradients(batch_loss(density()), "stacked"), GAUSSIAN.task.train.batch(slice(None))
+    gradient, batch = chain_gradients(BatchLoss(density()), "stacked"), GAUSSIAN.task.train.batch(slice(None))
     expected = gradient(positions(2), batch)
     with torch.no_grad():
         torch.testing.assert_close(gradient(positions(2), batch), expected)

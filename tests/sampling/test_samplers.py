@@ -197,8 +197,8 @@ def test_paths_agree_with_the_library_posteriors_under_the_same_noise(scheme, mo
     else:
         ours, theirs = Underdamped(0.4, 0.7), baoa.build(log_density, lr=0.4, alpha=0.7)
         state = ours.init(position, random)._replace(momentum=momentum)
-        # their whole kick at the start of a step is our half kicks at the end of one step and the start of the next
-        kicked = momentum + 0.2 * gaussian_gradient(position).potential
+        # their whole kick is at the start of a step, ours at its end
+        kicked = momentum + 0.4 * gaussian_gradient(position).potential
         other = baoa.init(position, kicked)
     for shock in noise:
         monkeypatch.setattr(torch, "randn", lambda *_a, shock=shock, **_k: shock)

@@ -168,7 +168,7 @@ def _probe(density: LocalDensity, sampling: Chains) -> tuple[float, int]:
     start = time.perf_counter()
     tuning = tune(density, sampling)
     tuned = time.perf_counter() - start
-    if not tuning.localised and density.posterior.require_localised:
+    if tuning.localised is False and density.posterior.require_localised:
         return tuned, 0
     count = tuning.burn_in + sampling.draws * tuning.thinning
     gradient, draw = _times(tuning, sampling)

@@ -9,9 +9,12 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import torch
 import xarray as xr
+from torch import Tensor
 
 from stagewise.checkpoint import Checkpoint
-from stagewise.sampling.gradient import full_gradient, potential_gradient
+from stagewise.evaluate import mean_gradient, represented
+from stagewise.sampling.block import Block
+from stagewise.sampling.gradient import potential_gradient
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior, largest_window, size_range
 from stagewise.sampling.tuning import SAMPLERS, SamplerName, Tuning, generator, tune
 from stagewise.sampling.watch import Seen, Watch
@@ -118,9 +121,10 @@ def sample_block(
         ``own_loss``, true of one on which something else than the training loss is measured; group ``chains`` with
         the ``status`` of every chain, and its ``soft_spread``, the mean square displacement along the softest
         direction in units of the variance that the curvature at the checkpoint gives it; attributes with every
-        number that was chosen. A chain that left the posterior is ``"diverged"``, and its later draws are the losses
-        at the checkpoint. Where the posterior does not exist nothing is drawn and every chain's status is
-        ``"not_localised"``.
+        number that was chosen. Where all of them are given by hand and the posterior need not be localised, the
+        curvature is not looked at: ``localised``, the curvatures and what follows from them are None. A chain that
+        left the posterior is ``"diverged"``, and its later draws are the losses at the checkpoint. Where the posterior
+        does not exist nothing is drawn and every chain's status is ``"not_localised"``.
 
     Raises:
         ValueError: the losses are unusable (see ``Task.check``), or the checkpoint lacks what the posterior
@@ -130,7 +134,7 @@ def sample_block(
     tuning = tune(density, sampling)
     facts = _facts(tuning, sampling, checkpoint)
     numbers = np.arange(block * sampling.chains, (block + 1) * sampling.chains)
-    if not tuning.localised and posterior.require_localised:
+    if tuning.localised is False and posterior.require_localised:
         status = np.full(sampling.chains, "not_localised")
         return _tree({}, status, numbers, facts)
     traces, status, soft_spread = _run(tuning, sampling, block, on_step or (lambda: None))
@@ -158,26 +162,30 @@ def _run(
     gradient = potential_gradient(
         density, sampling.chains, tuning.batch_size, sampling.control_variate, batching, minibatches
     )
-    state = sampler.init(torch.zeros(sampling.chains, density.vector.size).to(density.anchor), noise)
+    chains = Block(density, sampler, gradient, noise, sampling.chains, batching == "loop")
     alive = torch.ones(sampling.chains, dtype=torch.bool, device=density.anchor.device)
-    slow, _ = tuning.curvature.precision_range(density)
-    farthest = _farthest(density, slow)
-    watch = Watch(density, batching, sampling.reflect, sampling.single_tokens)
-    softest, along = tuning.curvature.softest, []
+    farthest, softest = _farthest(density, tuning.slow), tuning.curvature.softest if tuning.curvature else None
+    watch, along = Watch(density, batching, sampling.reflect, sampling.single_tokens), []
     for step in range(-tuning.burn_in, sampling.draws * tuning.thinning):
         if step == -(tuning.burn_in // 2):
-            state = sampler.freeze(state)
+            chains.freeze()
         if alive.any():
-            state = sampler.step(state, gradient, noise)
-            alive &= state.position.square().sum(1) < farthest  # also False for NaN
+            chains.step()
+            alive &= chains.squared_distance() < farthest  # also False for NaN
         if step >= 0 and (step + 1) % tuning.thinning == 0:
-            alive &= watch.draw(torch.where(alive[:, None], state.position, 0.0))
-            along.append(state.position @ softest)
+            alive &= watch.draw(chains.places(alive))
+            along += [] if softest is None else [chains.along(softest)]
         on_step()
+    return watch.traces(), np.where(alive.cpu(), "ok", "diverged"), _soft_spread(along, alive.cpu(), tuning.slow)
+
+
+def _soft_spread(along: list[Tensor], alive: Tensor, slow: float) -> np.ndarray[Any, Any]:
+    """Of every chain, from its displacements along the softest direction; NaN where that is not known."""
+    if not along:
+        return np.full(len(alive), np.nan)
     soft = torch.stack(along, 1).double().cpu()
-    soft_spread = torch.where(alive.cpu(), slow * (soft - soft[alive.cpu()].mean()).square().mean(1), torch.nan)
-    status = np.where(alive.cpu().numpy(), "ok", "diverged")
-    return watch.traces(), status, soft_spread.numpy()
+    spread = slow * (soft - soft[alive].mean()).square().mean(1)
+    return torch.where(alive, spread, torch.nan).numpy()
 
 
 def _farthest(density: LocalDensity, slow: float) -> float:
@@ -189,7 +197,9 @@ def _farthest(density: LocalDensity, slow: float) -> float:
     spread = _DIVERGED * (density.vector.size / density.gamma + 4 / slow)
     if density.posterior.centred:
         return spread
-    return spread + _DIVERGED * float(density.n_beta * full_gradient(density).norm() / slow) ** 2
+    rows = represented(density)  # a bound needs no more
+    pull = mean_gradient(density, density.origin, density.task.train, rows).norm()
+    return spread + _DIVERGED * float(density.n_beta * pull / slow) ** 2
 
 
 def _tree(
@@ -223,7 +233,7 @@ def _facts(tuning: Tuning, sampling: Chains, checkpoint: Checkpoint) -> dict[str
     density, curvature = tuning.density, tuning.curvature
     optimizer, window, coming = density.optimizer, density.posterior.window, checkpoint.coming_rates
     largest = low = high = None
-    if optimizer and window:
+    if optimizer and window and curvature:
         largest = largest_window(curvature.smallest, optimizer, coming)
         low, high = size_range(density.damping, curvature.smallest, curvature.largest, window, optimizer, coming)
     return {
@@ -244,8 +254,8 @@ def _facts(tuning: Tuning, sampling: Chains, checkpoint: Checkpoint) -> dict[str
         "heat": tuning.heat,
         "stable_step": tuning.stable_step,
         "relaxation": tuning.relaxation,
-        "curvature_min": curvature.smallest,
-        "curvature_max": curvature.largest,
+        "curvature_min": curvature.smallest if curvature else None,
+        "curvature_max": curvature.largest if curvature else None,
         "damping": density.damping,
         "localised": tuning.localised,
         "largest_window": largest,

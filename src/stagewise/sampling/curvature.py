@@ -10,14 +10,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
-from stagewise.evaluate import CURVATURE_SAMPLES, hessian_product, spread_rows
+from stagewise.evaluate import Product, hessian_product, represented
+from stagewise.sampling.lanczos import ends
 from stagewise.sampling.posterior import MAX_NEGATIVE_CURVATURE, LocalDensity
 
 _DENSE_LIMIT = 32
 _RESTARTS = 100
+# Up to this many parameters ARPACK's twenty vectors in float64 are small, and its restarts are worth them.
+_STORED_LIMIT = 2**20
+_PRODUCTS = 300
+_PRECISE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,13 @@ class Curvature:
 
         The smallest is kept above a tenth of gamma: beyond that, anharmonic terms confine the chain first.
         """
-        slow = density.gamma * max(0.1, 1 + min(0.0, self.smallest) / density.damping)
+        slow = max(slowest(density), density.gamma * (1 + min(0.0, self.smallest) / density.damping))
         return slow, density.gamma + density.n_beta * max(0.0, self.largest)
+
+
+def slowest(density: LocalDensity) -> float:
+    """The least precision that a direction of a posterior is taken to have."""
+    return 0.1 * density.gamma
 
 
 def extreme_curvature(density: LocalDensity) -> Curvature:
@@ -58,37 +69,53 @@ def extreme_curvature(density: LocalDensity) -> Curvature:
     Raises:
         ValueError: the products are not finite, or Lanczos did not converge.
     """
-    rows = spread_rows(CURVATURE_SAMPLES, len(density.task.train))
-    product, size = hessian_product(density, density.origin, rows), density.vector.size
+    product, size = hessian_product(density, density.origin, represented(density)), density.vector.size
 
-    def checked(v: Tensor) -> np.ndarray:
-        image = product(v.to(density.anchor)).cpu().double().numpy()
-        if not np.isfinite(image).all():
+    def image(vectors: Tensor) -> Tensor:
+        found = product(vectors.to(density.anchor))
+        if not torch.isfinite(found).all():
             raise ValueError(
                 "the curvature of the training loss at this checkpoint is not finite: the loss is not twice "
                 "differentiable there, or overflows. Look at the checkpoint's weights and losses"
             )
-        return image
+        return found
 
     if size <= _DENSE_LIMIT:
-        dense = checked(torch.eye(size))
-        values, vectors = np.linalg.eigh((dense + dense.T) / 2)
-        return Curvature(float(values[0]), float(values[-1]), torch.from_numpy(vectors[:, 0]).to(density.anchor))
-    # Lanczos works to a precision relative to each eigenvalue, which those of H near zero would never reach.
-    # It is given H + shift, which takes zero to twice the damping, and the limit of localisation to it.
-    shift = 2 * density.damping
-    operator = LinearOperator(
-        (size, size),
-        matvec=lambda v: checked(torch.from_numpy(v.reshape(1, -1)))[0] + shift * v.reshape(-1),
-        dtype=np.float64,
-    )
+        dense = image(torch.eye(size)).cpu().double()
+        values, vectors = torch.linalg.eigh((dense + dense.mT) / 2)
+        return Curvature(float(values[0]), float(values[-1]), vectors[:, 0].to(density.anchor))
+    found = _stored(image, density) if size <= _STORED_LIMIT else _recurring(image, density)
+    if found is None:
+        raise ValueError(
+            "Lanczos did not find the extreme curvatures of the training loss; use a shorter window (a larger gamma), "
+            "or let fewer parameters move"
+        )
+    return found
+
+
+def _stored(image: Product, density: LocalDensity) -> Curvature | None:
+    """By ARPACK, which keeps twenty vectors.
+
+    It works to a precision relative to each eigenvalue, which those of H near zero would never reach. It is given
+    H + shift, which takes zero to twice the damping, and the limit of localisation to it.
+    """
+    shift, size = 2 * density.damping, density.vector.size
+
+    def shifted(v: NDArray[np.float64]) -> NDArray[np.float64]:
+        own: NDArray[np.float64] = image(torch.from_numpy(v.reshape(1, -1)))[0].cpu().double().numpy()
+        return own + shift * v.reshape(-1)
+
+    operator = LinearOperator((size, size), matvec=shifted, dtype=np.float64)
     start = np.random.default_rng(0).standard_normal(size)
     try:
-        values, vectors = eigsh(operator, k=2, which="BE", v0=start, tol=1e-2, maxiter=_RESTARTS)
-    except ArpackNoConvergence as error:
-        raise ValueError(
-            f"Lanczos did not find the extreme curvatures of the training loss in {_RESTARTS} restarts; "
-            "use a shorter window (a larger gamma), or let fewer parameters move"
-        ) from error
+        values, vectors = eigsh(operator, k=2, which="BE", v0=start, tol=_PRECISE, maxiter=_RESTARTS)
+    except ArpackNoConvergence:
+        return None
     softest = torch.from_numpy(vectors[:, values.argmin()]).to(density.anchor)
     return Curvature(float(values.min()) - shift, float(values.max()) - shift, softest)
+
+
+def _recurring(image: Product, density: LocalDensity) -> Curvature | None:
+    """With a few vectors in memory, and every product twice."""
+    found = ends(lambda v: image(v[None])[0], density.origin, _PRECISE, density.damping, _PRODUCTS)
+    return Curvature(found.smallest, found.largest, found.softest) if found else None

@@ -75,15 +75,18 @@ class RMSpropSGLD:
     def step(self, state: RMSpropSGLDState, gradient: GradientFunction, generator: Generator) -> RMSpropSGLDState:
         """One preconditioned Euler step of every chain."""
         u, v, updates = state.position, state.second_moment, state.updates
-        g = gradient(u)
+        slope, loss = gradient(u)
         if not state.frozen:
-            v = self.decay * v + (1 - self.decay) * g.loss**2
+            v = (self.decay * v).add_((1 - self.decay) * loss**2)
             updates = updates + 1
+        del loss  # of large models every copy counts
         # Frozen before the first gradient (no burn-in), V stays what it started as.
         corrected = v / (1 - self.decay**updates) if updates else v
-        eps = self.step_size / (corrected.sqrt() + self.stability)
+        eps = self.step_size / corrected.sqrt().add_(self.stability)
+        moved = u - slope.mul(eps / 2)
+        del slope, corrected
         noise = torch.randn(u.shape, generator=generator, dtype=u.dtype, device=u.device)
-        return RMSpropSGLDState(u - eps / 2 * g.potential + eps.sqrt() * noise, v, updates, state.frozen)
+        return RMSpropSGLDState(moved.add_(eps.sqrt_() * noise), v, updates, state.frozen)
 
     def freeze(self, state: RMSpropSGLDState) -> RMSpropSGLDState:
         """Stop adapting V."""

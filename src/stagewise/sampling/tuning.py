@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Generator, Tensor
 
-from stagewise.evaluate import CURVATURE_SAMPLES, Batching, spread_rows
+from stagewise.evaluate import Batching, represented, spread_rows
 from stagewise.sampling.base import Sampler
-from stagewise.sampling.curvature import Curvature, extreme_curvature
+from stagewise.sampling.curvature import Curvature, extreme_curvature, slowest
 from stagewise.sampling.gradient import potential_gradient
 from stagewise.sampling.heat import epoch_correlation, gradient_noise, quiet
 from stagewise.sampling.pilot import pilot
@@ -48,11 +48,13 @@ class Tuning:
         thinning: steps per draw.
         batch_size: samples per gradient; None is the training set.
         batching: stack the chains or loop over them.
-        heat: share of the variance that comes from minibatches, at most.
-        stable_step: the step size that the curvature and the minibatches ask for.
+        heat: share of the variance that comes from minibatches, at most; None where it was not measured.
+        stable_step: the step size that the curvature and the minibatches ask for; None where it was not looked at.
         relaxation: steps in which the slowest direction forgets where it was.
-        curvature: the extremes of the whitened Hessian.
-        localised: whether the posterior exists, and is not far from what the window does.
+        slow: precision of the slowest direction, or less.
+        curvature: the extremes of the whitened Hessian; None where nothing depends on them.
+        localised: whether the posterior exists, and is not far from what the window does; None where that was not
+            looked at.
     """
 
     density: LocalDensity
@@ -62,28 +64,30 @@ class Tuning:
     thinning: int
     batch_size: int | None
     batching: Batching
-    heat: float
-    stable_step: float
+    heat: float | None
+    stable_step: float | None
     relaxation: float
-    curvature: Curvature
-    localised: bool
+    slow: float
+    curvature: Curvature | None
+    localised: bool | None
 
 
 def tune(density: LocalDensity, sampling: Chains) -> Tuning:
     """Choose n_beta, step size, burn-in and thinning at a checkpoint, unless they are given.
 
     The step follows from the curvature, and from the noise of minibatches where there are any; n_beta from what the
-    chains of a pilot see.
+    chains of a pilot see. Where nothing is to be chosen neither is looked at.
     """
+    if _all_given(density, sampling):
+        return _by_hand(density, sampling)
     curvature, n = extreme_curvature(density), len(density.task.train)
-    localised = curvature.localised(density)
-    size = sampling.batch_size if sampling.batch_size and sampling.batch_size < n else None
+    localised, size = curvature.localised(density), _minibatch(sampling, n)
     batching = decided(density, sampling.batching, sampling.chains, size)
     usual = density.n_beta
     free = density.posterior.n_beta is None and density.posterior.window is not None
     sampler, noise, correlation = _sampler(density, curvature, sampling), 0.0, epoch_correlation(n, size or n)
     if (free or size) and (localised or not density.posterior.require_localised):
-        rows = spread_rows(_PILOT_BATCHES * size if size else CURVATURE_SAMPLES, n)
+        rows = spread_rows(_PILOT_BATCHES * size, n) if size else represented(density)
         random = generator(sampling.seed, 0, "pilot", density.anchor.device)
         density, positions = pilot(density, curvature, rows, batching, random, free)
         sampler = _sampler(density, curvature, sampling)
@@ -107,8 +111,42 @@ def tune(density: LocalDensity, sampling: Chains) -> Tuning:
         heat=sampler.heating(noise, fast, correlation),
         stable_step=stable,
         relaxation=relaxation,
+        slow=slow,
         curvature=curvature,
         localised=localised,
+    )
+
+
+def _minibatch(sampling: Chains, n: int) -> int | None:
+    return sampling.batch_size if sampling.batch_size and sampling.batch_size < n else None
+
+
+def _all_given(density: LocalDensity, sampling: Chains) -> bool:
+    """Whether the curvature would decide nothing."""
+    posterior = density.posterior
+    settings = (sampling.step_size, sampling.burn_in, sampling.thinning, posterior.n_beta)
+    return None not in settings and not posterior.require_localised
+
+
+def _by_hand(density: LocalDensity, sampling: Chains) -> Tuning:
+    """Everything as it was given; by the localisation alone where even that leaves a choice."""
+    size, slow = _minibatch(sampling, len(density.task.train)), slowest(density)
+    sampler = SAMPLERS[sampling.sampler].tuned(density.gamma, density.gamma, **sampling.options)
+    sampler = replace(cast(Any, sampler), step_size=sampling.step_size)
+    return Tuning(
+        density,
+        None,
+        sampler,
+        burn_in=cast(int, sampling.burn_in),
+        thinning=cast(int, sampling.thinning),
+        batch_size=size,
+        batching=decided(density, sampling.batching, sampling.chains, size),
+        heat=None,
+        stable_step=None,
+        relaxation=sampler.relaxation(density.gamma),
+        slow=slow,
+        curvature=None,
+        localised=None,
     )
 
 

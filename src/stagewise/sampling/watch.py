@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -69,10 +70,12 @@ class Watch:
         self._signs = (1.0, -1.0) if reflect else (1.0,)
         self._draws: dict[str, list[Tensor]] = {key: [] for key in self._sets}
 
-    def draw(self, u: Tensor) -> Tensor:
+    def draw(self, u: Tensor | Sequence[Tensor]) -> Tensor:
         """Record the losses at ``u (chain, parameters)``; returns whether they are finite ``(chain,)``."""
-        finite = torch.ones(len(u), dtype=torch.bool, device=u.device)
-        places = torch.cat([sign * u for sign in self._signs])
+        finite = torch.ones(len(u), dtype=torch.bool, device=u[0].device)
+        places: Tensor | Sequence[Tensor] = _Mirrored(u, self._signs)
+        if self._batching == "stacked" and isinstance(u, Tensor):
+            places = torch.cat([sign * u for sign in self._signs])
         for key, data in self._sets.items():
             losses = data.losses(places, self._batching)
             change = (losses - data.anchor.to(losses.device)).float()
@@ -92,6 +95,22 @@ class Watch:
             name: seen[key]._replace(share=seen[key].share / (total if name == "train" else seen[key].share.sum()))
             for name, key in self._key.items()
         }
+
+
+class _Mirrored(Sequence[Tensor]):
+    """Rows and their reflections, made when they are asked for: of large models every copy counts."""
+
+    def __init__(self, rows: Tensor | Sequence[Tensor], signs: Sequence[float]) -> None:
+        self._rows, self._signs = rows, signs
+
+    def __len__(self) -> int:
+        return len(self._signs) * len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        sign, row = divmod(index, len(self._rows))
+        if sign >= len(self._signs):
+            raise IndexError(index)
+        return self._rows[row] if self._signs[sign] == 1 else self._signs[sign] * self._rows[row]
 
 
 class _Set:
@@ -114,7 +133,7 @@ class _Set:
         self.tokens = None if self._classes is None else self._classes.sums((shares > 0).double()).cpu()
 
     @torch.no_grad()
-    def losses(self, u: Tensor, batching: Batching) -> Tensor:
+    def losses(self, u: Tensor | Sequence[Tensor], batching: Batching) -> Tensor:
         """At ``u (chain, parameters)``: ``(chain, sample[, token])``, float64."""
         parts = [over_rows(partial(self._values, batch), u, batching) for batch in self._batches]
         losses = torch.cat([self._padded(part) for part in parts], 1).double()

@@ -72,10 +72,10 @@ def diagnose(tree: xr.DataTree) -> xr.Dataset:
         "chains_ok": int(ok.sum()),
         "chains_failed": int((~ok).sum()),
         "draws": groups["train"].sizes["draw"] if drawn else 0,
-        "localised": bool(tree.attrs.get("localised", True)),
+        "localised": tree.attrs.get("localised", True) is not False,  # None: not looked at
     }
     numbers = _numbers(groups) if drawn else {}
-    if drawn and "soft_spread" in chains:
+    if drawn and "soft_spread" in chains and chains["soft_spread"].notnull().any():
         numbers["soft_spread"] = float(chains["soft_spread"].values[ok].mean())
     numbers |= {name: float(tree.attrs[name]) for name in ("size_low", "size_high") if tree.attrs.get(name) is not None}
     loosest = _loosest(groups) if drawn else None

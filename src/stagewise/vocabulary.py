@@ -1,0 +1,140 @@
+"""Cross entropy over a large vocabulary, from hidden states, without its logits.
+
+    l_t = log sum_v exp(z_tv) - z_ty,   z_t = W h_t + b
+
+The logits z of all tokens may be larger than everything else together. Here those of a few tokens exist at a time, and
+are computed again where a derivative needs them. Derivatives are written out, first and second:
+
+    with cotangents c_t of the losses, p = softmax(z) and d_t = c_t (p_t - e_y):
+        to h_t: W^T d_t        to W: sum_t d_t h_t^T        to b: sum_t d_t
+
+    with cotangents a_t, A, s of these three, q_t = W a_t + A h_t + s and r_t = c_t p_t (q_t - p_t.q_t):
+        to c_t: p_t.q_t - q_ty        to h_t: W^T r_t + A^T d_t
+        to W: sum_t r_t h_t^T + d_t a_t^T        to b: sum_t r_t
+
+because the sum of all cotangents times derivatives is  sum_t c_t (p_t.q_t - q_ty).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Logits at a time: large enough for matrix products at full speed, a few times 16 MB in float32.
+_NUMBERS = 2**22
+
+
+def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """Loss of every token, at least float32, twice differentiable in ``hidden``, ``weight`` and ``bias``.
+
+    Args:
+        hidden: ``(..., width)``.
+        weight: of the head ``(vocabulary, width)``.
+        bias: of the head ``(vocabulary,)``, if it has one.
+        targets: the tokens that came ``(...)``.
+    """
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    bias = weight.new_zeros(()) if bias is None else bias
+    flat = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
+    losses: Tensor = _Losses.apply(flat, weight.to(dtype), bias.to(dtype), targets.reshape(-1))[0]  # type: ignore[no-untyped-call]
+    return losses.reshape(targets.shape)
+
+
+def _pieces(count: int, vocabulary: int) -> Iterator[slice]:
+    size = max(1, _NUMBERS // vocabulary)
+    return (slice(start, start + size) for start in range(0, count, size))
+
+
+def _onto(total: Tensor | None, part: Tensor) -> Tensor:
+    """A sum, in place: its first part is a tensor of its own."""
+    return part if total is None else total.add_(part)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    logits = hidden @ weight.mT
+    return logits + bias if bias.ndim else logits
+
+
+def _to_bias(slopes: Tensor, bias: Tensor) -> Tensor:
+    return slopes.sum(0) if bias.ndim else torch.zeros_like(bias)
+
+
+class _Losses(torch.autograd.Function):
+    """Losses, and the logarithm of the sum of exponentials of every token's logits."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        losses, totals = [], []
+        for piece in _pieces(len(hidden), len(weight)):
+            logits = _logits(hidden[piece], weight, bias)
+            totals.append(logits.logsumexp(1))
+            losses.append(totals[-1] - logits.gather(1, targets[piece, None])[:, 0])
+        return torch.cat(losses), torch.cat(totals)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs, output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_Slopes.apply(cotangent, *ctx.saved_tensors), None)  # type: ignore[no-untyped-call]
+
+
+class _Slopes(torch.autograd.Function):
+    """Cotangents of the losses to those of hidden states, weight and bias."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        cotangent: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, totals: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        to_hidden, to_weight, to_bias = [], None, None
+        for piece in _pieces(len(hidden), len(weight)):
+            shares = _shares(hidden[piece], weight, bias, totals[piece])
+            slopes = _slopes(shares, cotangent[piece], targets[piece])
+            to_hidden.append(slopes @ weight)
+            to_weight = _onto(to_weight, slopes.mT @ hidden[piece])
+            to_bias = _onto(to_bias, _to_bias(slopes, bias))
+        return torch.cat(to_hidden), torch.as_tensor(to_weight), torch.as_tensor(to_bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        del output
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, along: Tensor, weight_along: Tensor, bias_along: Tensor) -> tuple[Tensor | None, ...]:
+        cotangent, hidden, weight, bias, targets, totals = ctx.saved_tensors
+        to_cotangent, to_hidden, to_weight, to_bias = [], [], None, None
+        for piece in _pieces(len(hidden), len(weight)):
+            h, a, c, y = hidden[piece], along[piece], cotangent[piece], targets[piece, None]
+            shares = _shares(h, weight, bias, totals[piece])
+            change = _logits(a, weight, bias_along) + h @ weight_along.mT
+            mean = (shares * change).sum(1)
+            to_cotangent.append(mean - change.gather(1, y)[:, 0])
+            bends = (change - mean[:, None]) * shares * c[:, None]
+            slopes = _slopes(shares, c, y[:, 0])
+            to_hidden.append(bends @ weight + slopes @ weight_along)
+            to_weight = _onto(to_weight, bends.mT @ h + slopes.mT @ a)
+            to_bias = _onto(to_bias, _to_bias(bends, bias))
+        return torch.cat(to_cotangent), torch.cat(to_hidden), to_weight, to_bias, None, None
+
+
+def _shares(hidden: Tensor, weight: Tensor, bias: Tensor, totals: Tensor) -> Tensor:
+    """Probability of every word."""
+    return (_logits(hidden, weight, bias) - totals[:, None]).exp()
+
+
+def _slopes(shares: Tensor, cotangent: Tensor, targets: Tensor) -> Tensor:
+    """Of the weighted losses, by logit: c (p - e)."""
+    slopes = shares * cotangent[:, None]
+    return slopes.scatter_add(1, targets[:, None], -cotangent[:, None])
