@@ -61,6 +61,8 @@ if TYPE_CHECKING:
     from stagewise.sampling.chains import Chains as Chains
     from stagewise.sampling.posterior import LocalPosterior as LocalPosterior
     from stagewise.task import Task as Task
+    from stagewise.text import token_kinds as token_kinds
+    from stagewise.text import token_labels as token_labels
     from stagewise.traces.diagnostics import diagnose_run as diagnose_run
     from stagewise.traces.store import TraceStore as TraceStore
 
@@ -102,6 +104,7 @@ _ROOMS = {
     "stagewise.sampling.chains": ("Chains",),
     "stagewise.sampling.posterior": ("LocalPosterior",),
     "stagewise.task": ("Task",),
+    "stagewise.text": ("token_kinds", "token_labels"),
     "stagewise.traces.diagnostics": ("diagnose_run",),
     "stagewise.traces.store": ("TraceStore",),
 }

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.func import vmap
-from torch.nn.functional import pad
+from torch.nn.functional import one_hot, pad
 
 from stagewise.attention import plain_attention, slow_path
 from stagewise.check import check
@@ -292,7 +292,7 @@ def _along(losses: Tensor, leaf: Tensor, directions: Tensor) -> Tensor:
     """
 
     def by_gradients(rows: Tensor) -> Tensor:
-        pieces = torch.split(torch.eye(len(losses)).to(losses)[rows], _GRADIENTS_AT_ONCE)
+        pieces = (one_hot(piece, len(losses)).to(losses) for piece in torch.split(rows, _GRADIENTS_AT_ONCE))
         return torch.cat([directions @ pull([losses], [leaf], [piece])[0].mT for piece in pieces], 1)
 
     few = torch.arange(min(2, len(losses)))

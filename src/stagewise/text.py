@@ -52,8 +52,8 @@ def token_kinds(
 
     * ``word start``: a space and letters; ``word part``: letters that go on in the next token; ``word end``: letters
       that do not. A word without a space before it, as at the beginning of a line, is one of the last two.
-    * ``left delimiter``: ends with an opening bracket or quotation mark; ``right delimiter``: begins with a closing one.
-      Straight quotation marks are neither, alone.
+    * ``left delimiter``: ends with an opening bracket or quotation mark; ``right delimiter``: begins with a closing
+      one. Straight quotation marks are neither, alone.
     * ``numeric``: digits. ``formatting``: line breaks, tabs, signs of markup. ``spacing``: white space only.
     * ``induction pattern``: v in  ... u v ... u v: the pair was there before in this sequence, without overlap, and v
       follows u at most one time in twenty in the reference, so that only this context tells. Not of white space alone.
@@ -71,7 +71,7 @@ def token_kinds(
 
     Example:
         >>> texts = {0: "(", 1: " dog", 2: "s", 3: ")", 4: "\n"}
-        >>> kinds = token_kinds([[0, 1, 2, 3, 4]], texts.__getitem__)
+        >>> kinds = sw.token_kinds([[0, 1, 2, 3, 4]], texts.__getitem__)
         >>> [name for name, members in kinds.items() if members[0, 2]], kinds["word end"].tolist()
         (['right delimiter'], [[False, True, False, False]])
     """
@@ -105,6 +105,11 @@ def token_labels(kinds: Mapping[str, NDArray[np.bool_]]) -> NDArray[np.str_]:
     Returns:
         ``(sequence, token)``, the first of :data:`EXCLUSIVE` that a token is of, else of the others in their order; of
         none, "", which is in no group.
+
+    Example:
+        >>> kinds = {"spacing": np.array([[True, False, False]]), "first": np.array([[True, True, False]])}
+        >>> sw.token_labels(kinds).tolist()
+        [['spacing', 'first', '']]
     """
     names = [name for name in EXCLUSIVE if name in kinds] + [name for name in kinds if name not in EXCLUSIVE]
     labels = np.full(next(iter(kinds.values())).shape, NONE, dtype=f"<U{max(map(len, names))}")

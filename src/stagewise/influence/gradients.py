@@ -23,6 +23,9 @@ from stagewise.sampling.posterior import LocalDensity, LocalPosterior
 from stagewise.task import Task
 from stagewise.usable import at_usable
 
+# So many gradients of groups are cheaper than a second derivative along one direction.
+_FEW = 4
+
 
 class Directions(NamedTuple):
     """What the losses of the candidates are differentiated along, at one checkpoint.
@@ -145,10 +148,13 @@ def first_order(
 
 def scores(density: LocalDensity, directions: Directions, trained: Groups) -> Tensor:
     """-(1/n) (a_i / mean a) grad l_i . x, the mean over every train group: ``(train, direction)``, float64, CPU."""
-    task, each = density.task, trained.tokens or 1
+    task, n = density.task, len(density.task.train)
     place, along = density.origin if directions.place is None else directions.place, directions.mean
+    if len(trained) <= _FEW * len(along):
+        return -(group_gradients(density, place, trained) @ along.mT).cpu().double() / n
+    each = trained.tokens or 1
     derivatives, weights = directional_derivatives(density, place, along, task.candidate_samples, tokens=trained.tokens)
-    weighted = torch.zeros(len(along), len(task.train), each, dtype=torch.float64)
+    weighted = torch.zeros(len(along), n, each, dtype=torch.float64)
     relative = weights / sample_weights(density).mean()
     weighted[:, task.candidates] = (derivatives * relative).reshape(len(along), -1, each)
-    return -trained.mean({TRAIN: weighted.flatten(1)}).T / len(task.train)
+    return -trained.mean({TRAIN: weighted.flatten(1)}).T / n

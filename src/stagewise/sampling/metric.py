@@ -12,17 +12,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from stagewise.checkpoint import Checkpoint, Optimizer
-from stagewise.evaluate import Point, chunks, differentiable, gradient, mean_gradient, sample_weights, spread_rows
+from stagewise.evaluate import Point, chunks, differentiable, mean_gradient, pull, sample_weights, spread_rows
 from stagewise.vector import ParameterVector
 
 _PROBES = 4
 # A larger training set is represented by this many samples; then nothing is known of what the others touch.
 _MOST_SAMPLES = 8192
+
+_SQUARED: WeakKeyDictionary[Point, dict[int | None, tuple[Tensor, Tensor]]] = WeakKeyDictionary()
+"""Kept by :func:`squared_gradient` as long as a point is."""
 
 
 def relative_rates(vector: ParameterVector, optimizer: Optimizer) -> Tensor | None:
@@ -79,8 +83,16 @@ def squared_gradient(point: Point, batch_size: int | None) -> tuple[Tensor, Tens
     """Mean square of the gradient of one update, and where any sample has a gradient; ``(parameters,)`` each.
 
     With batches of m of n samples it is  g^2 + (1/m - 1/n) (mean of g_i^2 - g^2).  The mean of squares comes from sums
-    with random signs: exact where one sample has a gradient, right on average elsewhere.
+    with random signs: exact where one sample has a gradient, right on average elsewhere. Metric, clipping and
+    localisation ask for the same of a point.
     """
+    known = _SQUARED.setdefault(point, {})
+    if batch_size not in known:
+        known[batch_size] = _squared_gradient(point, batch_size)
+    return known[batch_size]
+
+
+def _squared_gradient(point: Point, batch_size: int | None) -> tuple[Tensor, Tensor]:
     task, at = point.task, point.vector.flatten(point.state)
     n, rows = len(task.train), spread_rows(_MOST_SAMPLES, len(task.train))
     mean_weight = float(sample_weights(point).mean())
@@ -92,8 +104,8 @@ def squared_gradient(point: Point, batch_size: int | None) -> tuple[Tensor, Tens
             losses, weights = point.sample_losses(leaf, batch)
             for probe in range(_PROBES):
                 signs = torch.randint(0, 2, losses.shape, generator=generator).to(losses) * 2 - 1
-                value = (signs * weights * losses).sum() / mean_weight
-                signed[probe] += gradient(value, leaf, create_graph=probe + 1 < _PROBES).detach()
+                side = (signs * weights).detach()[None] / mean_weight
+                signed[probe] += pull([losses], [leaf], [side], keep=probe + 1 < _PROBES)[0][0]
     squares = signed.square().mean(0) / len(rows)
     size = min(batch_size or n, n)
     squared = full.square() + (1 / size - 1 / n) * (squares - full.square()).clamp(min=0)
@@ -108,7 +120,8 @@ def clip_factor(point: Point, optimizer: Optimizer) -> float:
     """
     if optimizer.clip_norm is None:
         return 1.0
-    whole = replace(point, vector=ParameterVector.of(point.task))
+    vector = ParameterVector.of(point.task)
+    whole = point if vector.names == point.vector.names else replace(point, vector=vector)
     squared, _ = squared_gradient(whole, optimizer.batch_size)
     return min(1.0, optimizer.clip_norm / max(math.sqrt(float(squared.sum())), 1e-30))
 
