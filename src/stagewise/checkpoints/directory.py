@@ -10,8 +10,8 @@ Read as well:
 
 * state dicts: ``model_500.safetensors``, or ``.pt``, ``.pth``, ``.bin``, ``.ckpt`` from ``torch.save``, where the
   state dict may sit under ``model``, ``state_dict`` or ``model_state_dict``;
-* Hugging Face: ``checkpoint-500/`` or ``step512/`` with ``model.safetensors`` or ``pytorch_model.bin``
-  inside.
+* Hugging Face: ``checkpoint-500/`` or ``step512/`` with ``model.safetensors`` or ``pytorch_model.bin`` inside, or their
+  parts with an index.
 
 The step is the integer behind ``step``, ``checkpoint``, ``ckpt``, ``iter`` or ``iteration`` in the name of the file or
 subfolder, or the only integer there.
@@ -38,16 +38,18 @@ from torch import Tensor
 
 from stagewise.checkpoint import Checkpoint, CheckpointError, Optimizer, ParameterGroup
 from stagewise.checkpoints.batches import is_packed, packed, unpacked
-from stagewise.checkpoints.weights import read_weights, reason_of
+from stagewise.checkpoints.hub_cache import refuse_hub_cache
+from stagewise.checkpoints.weights import INSIDE_FOLDER, read_weights, reason_of
 
 FORMAT = "stagewise-checkpoint-1"
 
 _RATES = "learning_rates"
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-_INSIDE_SUBFOLDER = ("model.safetensors", "pytorch_model.bin")
 # What trainers put beside the weights under the same suffixes.
 _NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state\w*)\.(bin|pt|pth)")
+# One of several files of a checkpoint.
+_PART = re.compile(r".*-\d+-of-\d+\.(safetensors|bin)")
 # The word, any separator and the integer that is the step.
 _STEP = re.compile(
     r"(?<![a-z])(?:global[-_]?)?(?:step|checkpoint|ckpt|iter(?:ation)?)s?[-_=. ]*([0-9]+)", re.IGNORECASE
@@ -159,6 +161,7 @@ def scan(path: str | Path) -> dict[int, Path]:
         raise FileNotFoundError(f"no such folder of checkpoints: {path}")
     if not path.is_dir():
         raise CheckpointError(f"{path} is a file, expected the folder that holds the checkpoints")
+    refuse_hub_cache(path)
     files: dict[int, Path] = {}
     for entry, file in _weights_in(path):
         step = _step_of(entry)
@@ -193,14 +196,19 @@ def _weights_in(folder: Path) -> Iterator[tuple[Path, Path]]:
         if entry.name.startswith((".", "tmp-")) or _NOT_WEIGHTS.fullmatch(entry.name):
             continue
         if entry.is_dir():
-            inside = [entry / name for name in _INSIDE_SUBFOLDER if (entry / name).is_file()]
+            inside = [entry / name for name in INSIDE_FOLDER if (entry / name).is_file()]
             if inside:
                 yield entry, inside[0]
             elif re.fullmatch(r"(checkpoint|step)[-_]?\d+", entry.name):
                 raise CheckpointError(
-                    f"{entry} holds neither {' nor '.join(_INSIDE_SUBFOLDER)}; adapters and weights split "
-                    "over several files are not read: save the whole model in one file, or remove the folder"
+                    f"{entry} holds neither model.safetensors nor pytorch_model.bin, nor an index of their parts; "
+                    "adapters are not read: save the whole model, or remove the folder"
                 )
+        elif _PART.fullmatch(entry.name):
+            raise CheckpointError(
+                f"{entry} is one part of a checkpoint; put all parts and their index into a folder with the step in "
+                "its name, e.g. step_500, and pass the folder that holds it"
+            )
         elif entry.suffix in _SUFFIXES:
             yield entry, entry
 

@@ -69,6 +69,47 @@ class Trajectory:
         files = scan(Path(path))
         return cls(tuple(files), partial(_read, files))
 
+    @classmethod
+    def from_hub(
+        cls,
+        repository: str,
+        steps: Iterable[int] | None = None,
+        revision: str = "step{step}",
+        *,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Trajectory:
+        """A run whose checkpoints are revisions of a repository on the Hugging Face Hub, as those of Pythia are.
+
+        Weights are fetched when they are asked for, into the hub's own cache (``HF_HOME``), and under the model's own
+        names once a task meets them. Published runs have no optimiser state: windows in training steps need it, see
+        :func:`stagewise.estimated_second_moment`. A step whose file is that of another step in the cache is refused, as
+        published runs have such steps; step 0 and step 1 may be equal.
+
+        Args:
+            repository: ``organisation/name``.
+            steps: which; None lists the revisions of the repository, or without a network those of the cache.
+            revision: how a step's branch or tag is called; ``*`` stands for anything, as in OLMo's
+                ``"step{step}-tokens*"``, which is looked up among all revisions.
+            cache_dir: the hub's cache, if it is elsewhere.
+            local_files_only: use no network, as ``HF_HUB_OFFLINE=1`` does.
+
+        Raises:
+            ImportError: huggingface_hub is missing; it comes with ``stagewise[hf]``.
+            ValueError: ``revision`` has no ``{step}``, or no step is asked for.
+            CheckpointError: the revisions had to be listed and could not, or none is as asked for.
+
+        Example:
+            >>> import stagewise as sw
+            >>> run = sw.Trajectory.from_hub("EleutherAI/pythia-14m", steps=[0, 512, 143000])
+            >>> run.steps
+            (0, 512, 143000)
+        """
+        from stagewise.checkpoints.hub import hub_run
+
+        run = hub_run(repository, steps, revision, cache_dir, local_files_only)
+        return cls(tuple(run.revisions), run.load)
+
 
 def as_trajectory(source: Trajectory | str | Path) -> Trajectory:
     """A trajectory as it is, or that of a folder of checkpoints.
