@@ -163,7 +163,8 @@ def _asked(repository: str, revision: str | None, ask: Callable[[], Any]) -> Any
     """What the hub answers; that it cannot is said in one line."""
     from huggingface_hub import errors
 
-    http_error = errors.HfHubHTTPError.__bases__[0]  # of the HTTP library, which is another from version to version
+    # The client's HTTP library is another from version to version.
+    http_error: Any = errors.HfHubHTTPError.__bases__[0]
     at = f"{repository} at revision {revision!r}" if revision else repository
     try:
         return ask()
