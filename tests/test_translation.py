@@ -132,3 +132,11 @@ def test_what_is_missing_is_refused_as_before():
 def test_models_that_are_not_of_transformers_keep_their_names():
     with pytest.raises(CheckpointError, match="has 'embed_out.weight'"):
         fitted(PureModel(torch.nn.Linear(2, 2)), Checkpoint(0, {"embed_out.weight": torch.zeros(2, 2)}))
+
+
+def test_moments_of_parameters_that_the_model_does_not_have_are_not_dropped_in_silence():
+    model = torch.nn.Linear(2, 2)
+    moments = {"weight": torch.ones(2, 2), "other": torch.ones(2)}
+    checkpoint = Checkpoint(3, model.state_dict(), Optimizer("adam", 0.1), moments, moments)
+    with pytest.raises(CheckpointError, match="its optimizer has 'other', which the model does not"):
+        fitted(PureModel(model), checkpoint)

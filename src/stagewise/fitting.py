@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stagewise.checkpoint import Checkpoint, CheckpointError
 from stagewise.functional import PureModel
+from stagewise.numbered import with_names
 from stagewise.translation import is_of_transformers, translated
 
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -28,11 +29,13 @@ def fitted(model: PureModel, checkpoint: Checkpoint) -> Checkpoint:
     where = f"checkpoint at step {checkpoint.step}"
     if is_of_transformers(model.module):
         checkpoint = _translated(model, checkpoint, where)
+    checkpoint = with_names(model.module, checkpoint)
     own = _own_names(model, checkpoint, where)
+    remembered = _remembered_names(model, checkpoint, where)
     for name, ours in own.items():
         _check_tensor(checkpoint.params[name], model.state[ours], name, where)
     _check_complete(model, set(own.values()), where)
-    known = checkpoint.renamed(_remembered_names(model, checkpoint) | own)
+    known = checkpoint.renamed(remembered | own)
     device = next(iter(model.state.values())).device
     params = {
         name: known.params.get(name, tensor).detach().to(device, _lifted_type(tensor))
@@ -86,10 +89,12 @@ def _own_names(model: PureModel, checkpoint: Checkpoint, where: str) -> dict[str
     return {name: ours for ours, name in first.items()}
 
 
-def _remembered_names(model: PureModel, checkpoint: Checkpoint) -> dict[str, str]:
+def _remembered_names(model: PureModel, checkpoint: Checkpoint, where: str) -> dict[str, str]:
     """The same for what the optimiser remembers, which may know a tied weight by another name."""
     bare = {name: _bare(name, model.canonical) for name in _remembered(checkpoint)}
-    return {name: model.canonical[short] for name, short in bare.items() if short in model.canonical}
+    if unknown := [name for name, short in bare.items() if short not in model.canonical]:
+        raise CheckpointError(f"{where}: its optimizer has {_some(unknown)}, which the model does not")
+    return {name: model.canonical[short] for name, short in bare.items()}
 
 
 def _remembered(checkpoint: Checkpoint) -> list[str]:

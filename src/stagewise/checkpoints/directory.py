@@ -11,7 +11,8 @@ Read as well:
 * state dicts: ``model_500.safetensors``, or ``.pt``, ``.pth``, ``.bin``, ``.ckpt`` from ``torch.save``, where the
   state dict may sit under ``model``, ``state_dict`` or ``model_state_dict``;
 * Hugging Face: ``checkpoint-500/`` or ``step512/`` with ``model.safetensors`` or ``pytorch_model.bin`` inside, or their
-  parts with an index.
+  parts with an index, and what the Trainer or accelerate saved of the optimiser, see
+  :mod:`stagewise.checkpoints.trainer`.
 
 The step is the integer behind ``step``, ``checkpoint``, ``ckpt``, ``iter`` or ``iteration`` in the name of the file or
 subfolder, or the only integer there.
@@ -39,6 +40,7 @@ from torch import Tensor
 from stagewise.checkpoint import Checkpoint, CheckpointError, Optimizer, ParameterGroup
 from stagewise.checkpoints.batches import is_packed, packed, unpacked
 from stagewise.checkpoints.hub_cache import refuse_hub_cache
+from stagewise.checkpoints.trainer import with_optimizer
 from stagewise.checkpoints.weights import INSIDE_FOLDER, read_weights, reason_of
 
 FORMAT = "stagewise-checkpoint-1"
@@ -106,7 +108,7 @@ def write_checkpoint(directory: str | Path, checkpoint: Checkpoint) -> Path:
     return path
 
 
-def read_checkpoint(path: str | Path, step: int) -> Checkpoint:
+def read_checkpoint(path: str | Path, step: int, clip_norm: float | None = None) -> Checkpoint:
     """Read one file found by :func:`scan`.
 
     Half precision becomes float32; other dtypes are kept bit for bit. Names that share one tensor in a
@@ -116,6 +118,7 @@ def read_checkpoint(path: str | Path, step: int) -> Checkpoint:
     Args:
         path: the file.
         step: number of updates made before it was saved.
+        clip_norm: the norm to which a Trainer's run clipped gradients, 0 if it did not; None: as the folder says.
 
     Raises:
         CheckpointError: the file is missing, damaged, not weights, of another step, or holds values that are
@@ -125,7 +128,8 @@ def read_checkpoint(path: str | Path, step: int) -> Checkpoint:
     path = Path(path)
     tensors, metadata = read_weights(path)
     if not metadata.get("format", "").startswith("stagewise-checkpoint"):
-        return Checkpoint(step, tensors)
+        checkpoint = Checkpoint(step, tensors)
+        return with_optimizer(path.parent, checkpoint, clip_norm) if path.name in INSIDE_FOLDER else checkpoint
     checkpoint = _from_tensors(tensors, metadata, path)
     if checkpoint.step != step:
         raise CheckpointError(f"{path} holds step {checkpoint.step}, not {step}; was it renamed?")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -62,12 +63,26 @@ class Trajectory:
         return cls(tuple(sorted(by_step)), partial(_recall, by_step))
 
     @classmethod
-    def from_directory(cls, path: str | Path) -> Trajectory:
-        """A folder of checkpoints, in one of the layouts of :mod:`stagewise.checkpoints.directory`."""
+    def from_directory(cls, path: str | Path, *, clip_norm: float | None = None) -> Trajectory:
+        """A folder of checkpoints, in one of the layouts of :mod:`stagewise.checkpoints.directory`.
+
+        Args:
+            path: the folder.
+            clip_norm: for folders of a Hugging Face Trainer or of accelerate, the norm to which the run clipped
+                gradients, 0 if it did not. None: as ``training_args.bin`` in them says; where it is missing, the
+                optimiser is not known. Checkpoints that stagewise recorded say it themselves.
+
+        Raises:
+            FileNotFoundError: the folder is missing, or holds no checkpoint.
+            CheckpointError: the folder cannot be understood.
+            ValueError: ``clip_norm`` is negative or not finite.
+        """
         from stagewise.checkpoints.directory import scan
 
+        if clip_norm is not None and not 0 <= clip_norm < math.inf:
+            raise ValueError(f"clip_norm must be positive, or 0 for no clipping, got {clip_norm}")
         files = scan(Path(path))
-        return cls(tuple(files), partial(_read, files))
+        return cls(tuple(files), partial(_read, files, clip_norm))
 
     @classmethod
     def from_hub(
@@ -141,13 +156,13 @@ def _recall(by_step: Mapping[int, Checkpoint], step: int) -> Checkpoint:
     )
 
 
-def _read(files: Mapping[int, Path], step: int) -> Checkpoint:
+def _read(files: Mapping[int, Path], clip_norm: float | None, step: int) -> Checkpoint:
     from stagewise.checkpoints.directory import read_batches, read_checkpoint, read_learning_rates
 
     if step not in files:
         raise KeyError(f"no checkpoint of step {step}; there are {sorted(files)}")
     return _followed(
-        read_checkpoint(files[step], step),
+        read_checkpoint(files[step], step, clip_norm),
         sorted(files),
         lambda later: read_learning_rates(files[later]),
         lambda later: read_batches(files[later]),
