@@ -58,4 +58,4 @@ def _unexpected(module: Any, names: set[str]) -> set[str]:
     """Those that the model does not pass over when it is loaded."""
     info = SimpleNamespace(missing_keys=set(), unexpected_keys=set(names))
     module._adjust_missing_and_unexpected_keys(info)
-    return info.unexpected_keys
+    return set(info.unexpected_keys)

@@ -92,6 +92,7 @@ def write_checkpoint(directory: str | Path, checkpoint: Checkpoint) -> Path:
         "optimizer": json.dumps(optimizer),
         "update_counts": json.dumps(dict(checkpoint.update_counts)),
         "train_mode": json.dumps(checkpoint.train_mode),
+        "estimated": json.dumps(checkpoint.estimated),
     }
     try:
         partial.touch()
@@ -285,6 +286,7 @@ def _from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], pa
             train_mode=tuple(json.loads(metadata.get("train_mode", "[]"))),
             learning_rates=tuple(rates),
             batches=unpacked(tensors),
+            estimated=json.loads(metadata.get("estimated", "false")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} claims the format {FORMAT} but does not follow it: {error!r}") from error

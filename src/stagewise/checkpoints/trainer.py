@@ -167,12 +167,12 @@ def _arguments(file: Path) -> dict[str, float]:
     try:
         with zipfile.ZipFile(file) as archive:
             [name] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            operations = [(op.name, value) for op, value, _ in pickletools.genops(archive.read(name))]
+            listed = pickletools.genops(archive.read(name))
+            plain = [(op.name, value) for op, value, _ in listed if op.name not in _MEMO]
     except (OSError, ValueError, zipfile.BadZipFile):
         return {}
-    plain = [operation for operation in operations if operation[0] not in _MEMO]
     found: dict[str, set[float]] = {}
-    for (kind, name), (after, value) in pairwise(plain):
+    for (kind, text), (after, value) in pairwise(plain):
         if kind in _TEXT and after in _NUMBER:
-            found.setdefault(str(name), set()).add(float(value))
+            found.setdefault(str(text), set()).add(float(str(value)))
     return {name: values.pop() for name, values in found.items() if len(values) == 1}
