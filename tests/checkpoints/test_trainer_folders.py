@@ -226,3 +226,10 @@ def test_names_in_the_file_are_used(tmp_path):
     got = fitted(PureModel(model), read_checkpoint(tmp_path / "step_1" / "pytorch_model.bin", 1, clip_norm=0))
     assert {name: tensor.shape for name, tensor in got.second_moment.items()} == {"weight": (2, 3), "bias": (2,)}
     assert got.optimizer.updated == {"weight", "bias"}
+
+
+def test_the_model_a_trainer_saves_when_done_is_no_checkpoint_of_unknown_step(tmp_path):
+    folder, _ = saved(tmp_path)
+    tiny_gpt2().save_pretrained(folder)
+    torch.save({}, folder / "training_args.bin")
+    assert Trajectory.from_directory(folder).steps == (2, 4)

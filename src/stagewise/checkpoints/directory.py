@@ -50,6 +50,7 @@ _RATES = "learning_rates"
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 # What trainers put beside the weights under the same suffixes.
 _NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state\w*)\.(bin|pt|pth)")
+_TRAINERS = re.compile(r"checkpoint-\d+")
 # One of several files of a checkpoint.
 _PART = re.compile(r".*-\d+-of-\d+\.(safetensors|bin)")
 # The word, any separator and the integer that is the step.
@@ -197,9 +198,13 @@ def make_folder(directory: str | Path) -> Path:
 
 def _weights_in(folder: Path) -> Iterator[tuple[Path, Path]]:
     """Every entry that carries a step in its name, with its file of weights: itself, or one inside."""
-    for entry in sorted(folder.iterdir()):
+    entries = sorted(folder.iterdir())
+    of_trainer = any(_TRAINERS.fullmatch(entry.name) for entry in entries)
+    for entry in entries:
         if entry.name.startswith((".", "tmp-")) or _NOT_WEIGHTS.fullmatch(entry.name):
             continue
+        if of_trainer and (entry.name in INSIDE_FOLDER or _PART.fullmatch(entry.name)):
+            continue  # the model that a Trainer saves when it is done, beside its checkpoints
         if entry.is_dir():
             inside = [entry / name for name in INSIDE_FOLDER if (entry / name).is_file()]
             if inside:
