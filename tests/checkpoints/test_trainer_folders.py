@@ -1,14 +1,17 @@
 """Folders that a real Trainer saves, against what the recorder wrote at the same steps of the same run."""
 
 import importlib
+import json
+import pickle
 import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_huggingface import assert_same, tiny_gpt2, tiny_neox, train
 
 from stagewise.checkpoint import Checkpoint, Optimizer, ParameterGroup
-from stagewise.checkpoints import CheckpointError, Trajectory, read_checkpoint
+from stagewise.checkpoints import CheckpointError, Trajectory, read_checkpoint, write_checkpoint
 from stagewise.fitting import fitted
 from stagewise.functional import PureModel
 from stagewise.numbered import place, with_names
@@ -233,3 +236,57 @@ def test_the_model_a_trainer_saves_when_done_is_no_checkpoint_of_unknown_step(tm
     tiny_gpt2().save_pretrained(folder)
     torch.save({}, folder / "training_args.bin")
     assert Trajectory.from_directory(folder).steps == (2, 4)
+
+
+def change_file(folder, change):
+    file = folder / "checkpoint-2" / "optimizer.pt"
+    torch.save(change(torch.load(file, weights_only=True)), file)
+
+
+def test_files_of_an_older_torch_have_the_decay_of_the_trainers_adamw(tmp_path):
+    folder, recorded = saved(tmp_path, weight_decay=0.1)
+    newer = ("decoupled_weight_decay", "fused")
+
+    def older(content):
+        groups = [{key: value for key, value in g.items() if key not in newer} for g in content["param_groups"]]
+        return content | {"param_groups": groups}
+
+    change_file(folder, older)
+    assert_known_as_recorded(
+        known(tiny_gpt2, Trajectory.from_directory(folder).load(2)), known(tiny_gpt2, recorded.load(2))
+    )
+    (folder / "checkpoint-2" / "trainer_state.json").unlink()  # then whose decay it is, nobody says
+    with pytest.warns(UserWarning, match="does not say whether it is of Adam or AdamW"):
+        assert Trajectory.from_directory(folder).load(2).optimizer is None
+
+
+@pytest.mark.parametrize("kind", ["NAdam", "RAdam", "Adamax", "RMSprop", "ASGD"])
+def test_relatives_of_adam_and_sgd_are_not_taken_for_them(tmp_path, kind):
+    folder, _ = saved(tmp_path)
+    model = tiny_gpt2()
+    optimizer = getattr(torch.optim, kind)(model.parameters())
+    model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    optimizer.step()
+    change_file(folder, lambda _: optimizer.state_dict())
+    with pytest.warns(UserWarning, match="is none of torch's SGD, Adam and AdamW"):
+        assert Trajectory.from_directory(folder).load(2).optimizer is None
+
+
+def test_weights_in_parts_have_their_optimizer_too_and_travel_to_workers(tmp_path):
+    folder, recorded = saved(tmp_path)
+    here = folder / "checkpoint-2"
+    weights = load_file(here / "model.safetensors")
+    (here / "model.safetensors").unlink()
+    files = {name: f"model-{number}.safetensors" for number, name in enumerate(weights)}
+    for name, file in files.items():
+        save_file({name: weights[name]}, here / file)
+    (here / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    run = pickle.loads(pickle.dumps(Trajectory.from_directory(folder)))
+    assert_known_as_recorded(known(tiny_gpt2, run.load(2)), known(tiny_gpt2, recorded.load(2)))
+
+
+def test_a_recorded_copy_of_a_folder_keeps_its_numbers_until_a_model_names_them(tmp_path):
+    folder, recorded = saved(tmp_path, weight_decay=0.1)
+    write_checkpoint(tmp_path / "copy", Trajectory.from_directory(folder).load(2))
+    copied = Trajectory.from_directory(tmp_path / "copy").load(2)
+    assert_known_as_recorded(known(tiny_gpt2, copied), known(tiny_gpt2, recorded.load(2)))

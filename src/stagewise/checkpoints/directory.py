@@ -25,9 +25,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ from torch import Tensor
 
 from stagewise.checkpoint import Checkpoint, CheckpointError, Optimizer, ParameterGroup
 from stagewise.checkpoints.batches import is_packed, packed, unpacked
+from stagewise.checkpoints.entries import step_of, weights_in
 from stagewise.checkpoints.hub_cache import refuse_hub_cache
 from stagewise.checkpoints.trainer import with_optimizer
 from stagewise.checkpoints.weights import INSIDE_FOLDER, read_weights, reason_of
@@ -47,16 +47,6 @@ FORMAT = "stagewise-checkpoint-1"
 
 _RATES = "learning_rates"
 
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-# What trainers put beside the weights under the same suffixes.
-_NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state\w*)\.(bin|pt|pth)")
-_TRAINERS = re.compile(r"checkpoint-\d+")
-# One of several files of a checkpoint.
-_PART = re.compile(r".*-\d+-of-\d+\.(safetensors|bin)")
-# The word, any separator and the integer that is the step.
-_STEP = re.compile(
-    r"(?<![a-z])(?:global[-_]?)?(?:step|checkpoint|ckpt|iter(?:ation)?)s?[-_=. ]*([0-9]+)", re.IGNORECASE
-)
 _LOOKED_FOR = (
     "step_00000042.safetensors, other .safetensors, .pt, .pth, .bin or .ckpt files with the step in their name, "
     "and subfolders such as checkpoint-500 or step512 with model.safetensors or pytorch_model.bin"
@@ -169,8 +159,8 @@ def scan(path: str | Path) -> dict[int, Path]:
         raise CheckpointError(f"{path} is a file, expected the folder that holds the checkpoints")
     refuse_hub_cache(path)
     files: dict[int, Path] = {}
-    for entry, file in _weights_in(path):
-        step = _step_of(entry)
+    for entry, file in weights_in(path):
+        step = step_of(entry)
         if step in files:
             raise CheckpointError(f"{files[step]} and {file} are both of step {step}; keep one")
         files[step] = file
@@ -194,50 +184,6 @@ def make_folder(directory: str | Path) -> Path:
     if not os.access(path, os.W_OK | os.X_OK):
         raise CheckpointError(f"cannot write checkpoints to {path}: permission denied")
     return path
-
-
-def _weights_in(folder: Path) -> Iterator[tuple[Path, Path]]:
-    """Every entry that carries a step in its name, with its file of weights: itself, or one inside."""
-    entries = sorted(folder.iterdir())
-    of_trainer = any(_TRAINERS.fullmatch(entry.name) for entry in entries)
-    for entry in entries:
-        if entry.name.startswith((".", "tmp-")) or _NOT_WEIGHTS.fullmatch(entry.name):
-            continue
-        if of_trainer and (entry.name in INSIDE_FOLDER or _PART.fullmatch(entry.name)):
-            continue  # the model that a Trainer saves when it is done, beside its checkpoints
-        if entry.is_dir():
-            inside = [entry / name for name in INSIDE_FOLDER if (entry / name).is_file()]
-            if inside:
-                yield entry, inside[0]
-            elif re.fullmatch(r"(checkpoint|step)[-_]?\d+", entry.name):
-                raise CheckpointError(
-                    f"{entry} holds neither model.safetensors nor pytorch_model.bin, nor an index of their parts; "
-                    "adapters are not read: save the whole model, or remove the folder"
-                )
-        elif _PART.fullmatch(entry.name):
-            raise CheckpointError(
-                f"{entry} is one part of a checkpoint; put all parts and their index into a folder with the step in "
-                "its name, e.g. step_500, and pass the folder that holds it"
-            )
-        elif entry.suffix in _SUFFIXES:
-            yield entry, entry
-
-
-def _step_of(entry: Path) -> int:
-    suffix = entry.suffix if entry.suffix in _SUFFIXES else ""
-    name = entry.name.removesuffix(suffix)
-    integers = {int(number) for number in re.findall(r"[0-9]+", name)}
-    steps = {int(number) for number in _STEP.findall(name)} or integers
-    if len(steps) == 1:
-        return steps.pop()
-    if not integers:
-        raise CheckpointError(
-            f"{entry} has no step in its name; rename it to e.g. step_500{suffix}, or move it elsewhere"
-        )
-    raise CheckpointError(
-        f"{entry} could be of step {' or '.join(map(str, sorted(steps)))}; rename it to e.g. "
-        f"step_{max(steps)}{suffix}, so that one integer stands behind 'step', or move it elsewhere"
-    )
 
 
 def _read_some(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
