@@ -12,6 +12,7 @@ from test_huggingface import assert_same, tiny_gpt2, tiny_neox, train
 
 from stagewise.checkpoint import Checkpoint, Optimizer, ParameterGroup
 from stagewise.checkpoints import CheckpointError, Trajectory, read_checkpoint, write_checkpoint
+from stagewise.checkpoints.trainer import logged_rates
 from stagewise.fitting import fitted
 from stagewise.functional import PureModel
 from stagewise.numbered import place, with_names
@@ -290,3 +291,57 @@ def test_a_recorded_copy_of_a_folder_keeps_its_numbers_until_a_model_names_them(
     write_checkpoint(tmp_path / "copy", Trajectory.from_directory(folder).load(2))
     copied = Trajectory.from_directory(tmp_path / "copy").load(2)
     assert_known_as_recorded(known(tiny_gpt2, copied), known(tiny_gpt2, recorded.load(2)))
+
+
+LOGGED = {"logging_strategy": "steps", "logging_steps": 1}
+
+
+@pytest.mark.parametrize("settings", [{}, {"lr_scheduler_type": "constant"}, {"warmup_steps": 3}])
+def test_rates_of_coming_updates_are_known_where_each_was_logged(tmp_path, settings):
+    folder, recorded = saved(tmp_path, **LOGGED, **settings)
+    run = Trajectory.from_directory(folder)
+    assert run.load(2).coming_rates == recorded.load(2).coming_rates
+    assert run.load(4).learning_rates[-2:] == recorded.load(4).learning_rates[-2:]
+    assert len(run.load(2).coming_rates) == (0 if settings.get("lr_scheduler_type") else 2)
+
+
+def test_rates_that_were_not_all_logged_are_not_known(tmp_path):
+    folder, _ = saved(tmp_path, logging_strategy="steps", logging_steps=2)
+    assert Trajectory.from_directory(folder).load(2).coming_rates == ()
+
+
+def state_of_rates(folder, logged, following):
+    folder.mkdir()
+    history = [{"step": step, "learning_rate": rate, "loss": 1.0} for step, rate in logged.items()]
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": max(logged), "log_history": history}))
+    torch.save({"_last_lr": [following, following]}, folder / "scheduler.pt")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("logged", "following", "certain"),
+    [
+        ({1: 4.0, 2: 3.0, 3: 2.0}, 1.0, (4.0, 3.0, 2.0)),  # of the update just made
+        ({1: 3.0, 2: 2.0, 3: 1.0}, 1.0, ()),  # of the next one, or a schedule that has come to rest
+        ({1: 3.0, 2: 1.0, 3: 1.0}, 1.0, (1.0,)),
+        ({1: 1.0, 2: 1.0, 3: 1.0}, 1.0, (1.0, 1.0)),
+        ({1: 4.0, 3: 2.0}, 1.0, (2.0,)),
+    ],
+)
+def test_of_logged_rates_those_are_believed_that_do_not_hang_on_the_version(tmp_path, logged, following, certain):
+    assert logged_rates(state_of_rates(tmp_path / "checkpoint-3", logged, following)) == certain
+
+
+def test_names_in_the_place_of_numbers_are_names(tmp_path):
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    names, content = ["weight", "bias"], optimizer.state_dict()
+    content["state"] = {names[number]: kept for number, kept in content["state"].items()}
+    content["param_groups"][0]["params"] = names
+    (tmp_path / "step_1").mkdir()
+    torch.save(model.state_dict(), tmp_path / "step_1" / "pytorch_model.bin")
+    torch.save(content, tmp_path / "step_1" / "optimizer.bin")
+    got = fitted(PureModel(model), Trajectory.from_directory(tmp_path, clip_norm=0).load(1))
+    assert torch.equal(got.second_moment["bias"], optimizer.state[model.bias]["exp_avg_sq"])

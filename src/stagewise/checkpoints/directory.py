@@ -40,7 +40,7 @@ from stagewise.checkpoint import Checkpoint, CheckpointError, Optimizer, Paramet
 from stagewise.checkpoints.batches import is_packed, packed, unpacked
 from stagewise.checkpoints.entries import step_of, weights_in
 from stagewise.checkpoints.hub_cache import refuse_hub_cache
-from stagewise.checkpoints.trainer import with_optimizer
+from stagewise.checkpoints.trainer import logged_rates, with_optimizer
 from stagewise.checkpoints.weights import INSIDE_FOLDER, read_weights, reason_of
 
 FORMAT = "stagewise-checkpoint-1"
@@ -130,6 +130,8 @@ def read_checkpoint(path: str | Path, step: int, clip_norm: float | None = None)
 
 def read_learning_rates(path: Path) -> tuple[float, ...]:
     """``learning_rates`` of one file found by :func:`scan`, without its weights; none where it has none."""
+    if path.name in INSIDE_FOLDER:
+        return logged_rates(path.parent)
     return tuple(rate for rates in _read_some(path, _RATES.__eq__).values() for rate in rates.tolist())
 
 

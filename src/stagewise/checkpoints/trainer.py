@@ -1,9 +1,9 @@
 """What a Hugging Face Trainer, or accelerate, saves of the optimiser beside the weights.
 
 ``optimizer.pt`` (``optimizer.bin`` of accelerate) has moments, counts, rates and decays by the number of a parameter;
-the model gives them names, see :mod:`stagewise.numbered`. ``trainer_state.json`` has the step and the batch. The norm
-to which gradients were clipped stands in ``training_args.bin`` alone, a pickle of classes that is never loaded: its
-numbers are read off the list of its opcodes, which runs nothing.
+the model gives them names, see :mod:`stagewise.numbered`. ``trainer_state.json`` has the step, the batch and what was
+logged. The norm to which gradients were clipped stands in ``training_args.bin`` alone, a pickle of classes that is never
+loaded: its numbers are read off the list of its opcodes, which runs nothing.
 
 Weights are good without an optimiser: what cannot be read, or has no words here, is a warning.
 """
@@ -11,12 +11,13 @@ Weights are good without an optimiser: what cannot be read, or has no words here
 from __future__ import annotations
 
 import json
+import math
 import pickletools
 import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from stagewise.checkpoints.weights import load_tensors_only, reason_of, usable
 from stagewise.numbered import place
 
 _OPTIMIZERS = ("optimizer.pt", "optimizer.bin")
-_STATE, _ARGUMENTS = "trainer_state.json", "training_args.bin"
+_STATE, _SCHEDULE, _ARGUMENTS = "trainer_state.json", "scheduler.pt", "training_args.bin"
 
 # All that a group of torch's own says; others are of another optimiser.
 _ANY = {"params", "param_names", "lr", "initial_lr", "weight_decay", "maximize", "foreach", "differentiable", "fused"}
@@ -68,6 +69,27 @@ def with_optimizer(folder: Path, checkpoint: Checkpoint, clip_norm: float | None
         return checkpoint
 
 
+def logged_rates(folder: Path) -> tuple[float, ...]:
+    """Learning rates of the last updates that led to a Trainer's checkpoint, as far back as each of them was logged.
+
+    Some versions log the rate of the update just made, others that of the next one, which the schedule's own file has
+    too. Where it cannot be told which, the rates that are the same either way are returned.
+    """
+    try:
+        state, schedule = _state(folder), load_tensors_only(folder / _SCHEDULE)
+        step, following = int(state["global_step"]), {float(rate) for rate in schedule["_last_lr"]}
+        entries = [entry for entry in state["log_history"] if "learning_rate" in entry]
+        logged = {int(entry["step"]): float(entry["learning_rate"]) for entry in entries}
+    except (CheckpointError, KeyError, TypeError, ValueError):
+        return ()
+    if len(following) > 1:  # groups of their own: one rate does not tell them
+        return ()
+    known = [logged[s] for s in takewhile(logged.__contains__, range(step, 0, -1))]
+    if known and known[0] in following:
+        known = list(takewhile(following.__contains__, known))[1:]
+    return tuple(reversed(known))
+
+
 def _with_optimizer(
     file: Path, checkpoint: Checkpoint, clip_norm: float | None, state: Mapping[str, Any]
 ) -> Checkpoint:
@@ -84,7 +106,8 @@ def _with_optimizer(
             "Trajectory.from_directory(..., clip_norm=1.0) as is the Trainer's default, or 0 if they were not"
         )
     rates = [float(group["lr"]) for group in optimizer.param_groups]
-    rule = optimizers.describe(optimizer, names, rates, _batch_size(file.parent, state, known), clip_norm or None)
+    clipped = clip_norm if 0 < clip_norm < math.inf else None
+    rule = optimizers.describe(optimizer, names, rates, _batch_size(file.parent, state, known), clipped)
     if not rule.groups:  # whether these are all of the model's, it will tell
         rule = replace(rule, groups=(ParameterGroup(tuple(names.values()), rule.learning_rate, rule.weight_decay),))
     counts = optimizers.update_counts(optimizer, names)
@@ -94,6 +117,7 @@ def _with_optimizer(
         first_moment=_usable(optimizers.moments(optimizer, names, "momentum_buffer", "exp_avg"), file),
         second_moment=_usable(optimizers.moments(optimizer, names, "exp_avg_sq"), file),
         update_counts={name: count for name, count in counts.items() if count != checkpoint.step},
+        learning_rates=logged_rates(file.parent),
     )
 
 
@@ -109,7 +133,8 @@ def _rebuilt(content: Any, file: Path, is_trainers: bool) -> tuple[torch.optim.O
         names: dict[Tensor, str] = {}
         for index, (ours, theirs) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
             ours.update({key: value for key, value in theirs.items() if key != "params"})
-            places = [place(index, number) for number in theirs["params"]]
+            # Sharded training saves names in the place of numbers.
+            places = [number if isinstance(number, str) else place(index, number) for number in theirs["params"]]
             names |= zip(ours["params"], theirs.get("param_names") or places, strict=True)
         optimizer.state.update({parameters[number]: dict(kept) for number, kept in memory.items()})
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
