@@ -2,8 +2,8 @@
 
 ``optimizer.pt`` (``optimizer.bin`` of accelerate) has moments, counts, rates and decays by the number of a parameter;
 the model gives them names, see :mod:`stagewise.numbered`. ``trainer_state.json`` has the step, the batch and what was
-logged. The norm to which gradients were clipped stands in ``training_args.bin`` alone, a pickle of classes that is never
-loaded: its numbers are read off the list of its opcodes, which runs nothing.
+logged. The norm to which gradients were clipped stands in ``training_args.bin`` alone, a pickle of classes that is
+never loaded: its numbers are read off the list of its opcodes, which runs nothing.
 
 Weights are good without an optimiser: what cannot be read, or has no words here, is a warning.
 """
