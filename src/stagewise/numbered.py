@@ -60,14 +60,14 @@ def _names(model: nn.Module, checkpoint: Checkpoint, places: Sequence[str]) -> d
     groups: dict[int, list[str]] = {}
     for name in sorted(places, key=lambda name: [int(number) for number in name[1:].split(".")]):
         groups.setdefault(int(name[1:].split(".")[0]), []).append(name)
-    shapes = {n: t.shape for moment in (checkpoint.first_moment, checkpoint.second_moment) for n, t in moment.items()}
+    shapes = [(n, t.shape) for part in (checkpoint.first_moment, checkpoint.second_moment) for n, t in part.items()]
     parameters = dict(model.named_parameters())
     found: list[dict[str, str]] = []
     for guess in _guesses(model, len(groups)):
         if [len(names) for names in guess] != [len(numbers) for numbers in groups.values()]:
             continue
         names = dict(zip(chain(*groups.values()), chain(*guess), strict=True))
-        if names not in found and all(parameters[names[n]].shape == shape for n, shape in shapes.items()):
+        if names not in found and all(parameters[names[n]].shape == shape for n, shape in shapes):
             found.append(names)
     if len(found) != 1:
         sizes = " and ".join(str(len(numbers)) for numbers in groups.values())

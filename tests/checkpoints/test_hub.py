@@ -52,6 +52,11 @@ def in_parts(step, suffix):
     }
 
 
+@pytest.fixture(autouse=True)
+def whatever_this_machine_is_set_to(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+
 @pytest.fixture
 def cache(tmp_path):
     for step in (0, 16, 143000):

@@ -150,6 +150,16 @@ def test_a_pickle_that_would_run_code_is_refused_and_weights_are_read(tmp_path, 
         (lambda content: {"state": content["state"]}, "does not hold the state of a torch optimizer"),
         (lambda content: content | {"state": {999: content["state"][0]}}, "in none of its groups"),
         (lambda content: content | {"state": {0: content["state"][0] | {"exp_avg": torch.tensor([torch.nan])}}}, "NaN"),
+        (
+            lambda content: content | {"state": {0: {"exp_avg": torch.zeros(1)}}},
+            "lacks one of exp_avg, exp_avg_sq, step of",
+        ),
+        (
+            lambda content: (
+                content | {"param_groups": [{k: v for k, v in g.items() if k != "lr"} for g in content["param_groups"]]}
+            ),
+            "is none of torch's",
+        ),
         (lambda _: [1, 2], "does not hold the state of a torch optimizer"),
     ],
 )

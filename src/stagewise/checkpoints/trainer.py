@@ -33,10 +33,12 @@ from stagewise.numbered import place
 _OPTIMIZERS = ("optimizer.pt", "optimizer.bin")
 _STATE, _SCHEDULE, _ARGUMENTS = "trainer_state.json", "scheduler.pt", "training_args.bin"
 
-# All that a group of torch's own says; others are of another optimiser.
-_ANY = {"params", "param_names", "lr", "initial_lr", "weight_decay", "maximize", "foreach", "differentiable", "fused"}
-_ADAM = _ANY | {"betas", "eps", "amsgrad", "capturable", "decoupled_weight_decay"}
-_SGD = _ANY | {"momentum", "dampening", "nesterov"}
+# What a group of torch's own must say and may say; others are of another optimiser.
+_ADAM = {"params", "lr", "weight_decay", "betas", "eps", "amsgrad"}
+_SGD = {"params", "lr", "weight_decay", "momentum", "dampening", "nesterov"}
+_MAYBE = {"param_names", "initial_lr", "maximize", "foreach", "differentiable", "fused"}
+_MAYBE_ADAM = _MAYBE | {"capturable", "decoupled_weight_decay"}
+_ADAM_KEEPS = {"step", "exp_avg", "exp_avg_sq"}
 
 _MEMO = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
 _TEXT = {"UNICODE", "BINUNICODE", "SHORT_BINUNICODE"}
@@ -128,6 +130,8 @@ def _rebuilt(content: Any, file: Path, is_trainers: bool) -> tuple[torch.optim.O
         if not {number for group in groups for number in group["params"]} >= set(memory):
             raise CheckpointError(f"{file} remembers parameters that are in none of its groups")
         kind = _kind(groups, file, is_trainers)
+        if kind is not SGD and (lacking := [n for n, kept in memory.items() if not set(kept) >= _ADAM_KEEPS]):
+            raise CheckpointError(f"{file} lacks one of {', '.join(sorted(_ADAM_KEEPS))} of parameter {lacking[0]}")
         parameters = {number: _placeholder(memory.get(number, {})) for group in groups for number in group["params"]}
         optimizer = kind([{"params": [parameters[number] for number in group["params"]]} for group in groups], lr=0.0)
         names: dict[Tensor, str] = {}
@@ -146,10 +150,10 @@ def _rebuilt(content: Any, file: Path, is_trainers: bool) -> tuple[torch.optim.O
 
 def _kind(groups: list[dict[str, Any]], file: Path, is_trainers: bool) -> type[SGD] | type[Adam]:
     keys = {key for group in groups for key in group}
-    if keys <= _SGD and "nesterov" in keys:
+    if all(_SGD <= set(group) <= _SGD | _MAYBE for group in groups):
         return SGD
-    if not (keys <= _ADAM and "amsgrad" in keys):
-        unknown = ", ".join(sorted(keys - _ADAM)[:3]) or "other settings"
+    if not all(_ADAM <= set(group) <= _ADAM | _MAYBE_ADAM for group in groups):
+        unknown = ", ".join(sorted(keys - _ADAM - _MAYBE_ADAM)[:3]) or "other settings"
         raise CheckpointError(f"{file} is none of torch's SGD, Adam and AdamW, it has {unknown}")
     if "decoupled_weight_decay" in keys:
         return Adam
