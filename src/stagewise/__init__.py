@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from stagewise.run.engine import sample as sample
     from stagewise.run.pipeline import report as report
     from stagewise.sampling.chains import Chains as Chains
+    from stagewise.sampling.estimated import estimated_second_moment as estimated_second_moment
     from stagewise.sampling.posterior import LocalPosterior as LocalPosterior
     from stagewise.task import Task as Task
     from stagewise.text import token_kinds as token_kinds
@@ -102,6 +103,7 @@ _ROOMS = {
     "stagewise.run.engine": ("sample",),
     "stagewise.run.pipeline": ("report",),
     "stagewise.sampling.chains": ("Chains",),
+    "stagewise.sampling.estimated": ("estimated_second_moment",),
     "stagewise.sampling.posterior": ("LocalPosterior",),
     "stagewise.task": ("Task",),
     "stagewise.text": ("token_kinds", "token_labels"),

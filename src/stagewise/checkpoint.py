@@ -122,6 +122,8 @@ class Checkpoint:
             recorded before, the last one made last; sizes may differ. Empty where they were not recorded.
         coming_batches: of the updates that follow, as far as the run's later checkpoints know them; a trajectory fills
             them in.
+        estimated: the second moment is not what the run had, but an estimate, see
+            :func:`stagewise.estimated_second_moment`.
 
     Example:
         >>> import torch, stagewise as sw
@@ -142,6 +144,7 @@ class Checkpoint:
     coming_rates: tuple[float, ...] = ()
     batches: tuple[Tensor, ...] = ()
     coming_batches: tuple[Tensor, ...] = ()
+    estimated: bool = False
 
     def __post_init__(self) -> None:
         for name in ("params", "first_moment", "second_moment"):

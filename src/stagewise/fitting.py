@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from stagewise.checkpoint import Checkpoint, CheckpointError
 from stagewise.functional import PureModel
+from stagewise.numbered import with_names
+from stagewise.translation import is_of_transformers, translated
 
 _WRAPPERS = ("module.", "_orig_mod.")
 
@@ -18,23 +20,57 @@ def fitted(model: PureModel, checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint under the model's own names, on its device, in at least float32.
 
     Any name of a tied weight will do (several if they are equal), and the prefixes of ``torch.compile`` and data
-    parallelism are taken off. Persistent buffers are required, others come from the model.
+    parallelism are taken off. Names in the files of transformers become those of its models. Persistent buffers are
+    required, others come from the model.
 
     Raises:
         CheckpointError: parameters or buffers are missing, unknown, or of another shape or a wider type.
     """
     where = f"checkpoint at step {checkpoint.step}"
+    if is_of_transformers(model.module):
+        checkpoint = _translated(model, checkpoint, where)
+    checkpoint = with_names(model.module, checkpoint)
     own = _own_names(model, checkpoint, where)
+    remembered = _remembered_names(model, checkpoint, where)
     for name, ours in own.items():
         _check_tensor(checkpoint.params[name], model.state[ours], name, where)
     _check_complete(model, set(own.values()), where)
-    known = checkpoint.renamed(_remembered_names(model, checkpoint) | own)
+    known = checkpoint.renamed(remembered | own)
     device = next(iter(model.state.values())).device
     params = {
         name: known.params.get(name, tensor).detach().to(device, _lifted_type(tensor))
         for name, tensor in model.state.items()
     }
     return replace(known, params=params)
+
+
+def _translated(model: PureModel, checkpoint: Checkpoint, where: str) -> Checkpoint:
+    """The checkpoint as transformers would read it, where its names are not the model's as they are."""
+    known = [model.canonical.get(_bare(name, model.canonical)) for name in checkpoint.params]
+    if None not in known and model.persistent <= set(known):
+        return checkpoint
+    names = [*checkpoint.params, *_remembered(checkpoint)]
+    short = {name: _without_wrappers(name, model.canonical) for name in names}
+    ours = translated(model.module, set(short.values()))
+    target = {name: ours[short[name]] for name in names if short[name] in ours}
+    _check_rotary(model, {name: t for name, t in checkpoint.params.items() if name not in target}, where)
+    first: dict[str, str] = {}
+    for name in checkpoint.params:
+        other = first.setdefault(target.get(name, name), name)
+        if not torch.equal(checkpoint.params[name], checkpoint.params[other]):
+            raise CheckpointError(f"{where}: {other!r} and {name!r} are both {target[name]!r} of the model, but differ")
+    return checkpoint.renamed(target)
+
+
+def _check_rotary(model: PureModel, passed_over: Mapping[str, Tensor], where: str) -> None:
+    """Frequencies come from the model's configuration, of which no shape of a weight says that it is the run's."""
+    own = {tuple(tensor.shape) for name, tensor in model.state.items() if name.endswith("rotary_emb.inv_freq")}
+    for name, tensor in passed_over.items():
+        if own and name.endswith("rotary_emb.inv_freq") and tuple(tensor.shape) not in own:
+            raise CheckpointError(
+                f"{where}: {name!r} has {len(tensor)} rotary frequencies, the model {sorted(own)[0][0]}; is "
+                "its configuration the run's (number of heads, rotary share)?"
+            )
 
 
 def _own_names(model: PureModel, checkpoint: Checkpoint, where: str) -> dict[str, str]:
@@ -53,12 +89,18 @@ def _own_names(model: PureModel, checkpoint: Checkpoint, where: str) -> dict[str
     return {name: ours for ours, name in first.items()}
 
 
-def _remembered_names(model: PureModel, checkpoint: Checkpoint) -> dict[str, str]:
+def _remembered_names(model: PureModel, checkpoint: Checkpoint, where: str) -> dict[str, str]:
     """The same for what the optimiser remembers, which may know a tied weight by another name."""
+    bare = {name: _bare(name, model.canonical) for name in _remembered(checkpoint)}
+    if unknown := [name for name, short in bare.items() if short not in model.canonical]:
+        raise CheckpointError(f"{where}: its optimizer has {_some(unknown)}, which the model does not")
+    return {name: model.canonical[short] for name, short in bare.items()}
+
+
+def _remembered(checkpoint: Checkpoint) -> list[str]:
     names = [*checkpoint.first_moment, *checkpoint.second_moment, *checkpoint.update_counts]
-    names += [name for group in checkpoint.optimizer.groups for name in group.names] if checkpoint.optimizer else []
-    bare = {name: _bare(name, model.canonical) for name in names}
-    return {name: model.canonical[short] for name, short in bare.items() if short in model.canonical}
+    groups = checkpoint.optimizer.groups if checkpoint.optimizer else ()
+    return names + [name for group in groups for name in group.names]
 
 
 def _check_tensor(tensor: Tensor, expected: Tensor, name: str, where: str) -> None:
@@ -90,10 +132,15 @@ def _lifted_type(tensor: Tensor) -> torch.dtype:
 
 def _bare(name: str, known: Mapping[str, str]) -> str:
     """The name without the wrappers' prefixes, wherever they stand, and without Lightning's in front."""
+    name = _without_wrappers(name, known)
+    return name if name in known else name.removeprefix("model.")
+
+
+def _without_wrappers(name: str, known: Mapping[str, str]) -> str:
     for prefix in _WRAPPERS:
         if name not in known:
             name = name.replace(prefix, "")
-    return name if name in known else name.removeprefix("model.")
+    return name
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,5 +1,7 @@
 """Folders that people already have, and what of their names and files can be understood without a guess."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file, save_model
@@ -228,3 +230,49 @@ def test_a_folder_may_be_written_with_a_tilde(tmp_path, monkeypatch):
     write_checkpoint("~/run", Checkpoint(1, tensors()))
     assert Trajectory.from_directory("~/run").steps == (1,)
     assert list(tmp_path.iterdir()) == [tmp_path / "run"]
+
+
+@pytest.mark.parametrize(
+    ("stem", "suffix", "save"), [("model", "safetensors", save_file), ("pytorch_model", "bin", torch.save)]
+)
+def test_weights_in_parts_are_those_of_one_file(tmp_path, stem, suffix, save):
+    folder = in_parts(tmp_path / "checkpoint-500", stem, suffix, save)
+    run = Trajectory.from_directory(tmp_path)
+    assert run.steps == (500,)
+    assert_same(run.load(500).params, tensors())
+    (folder / f"{stem}-2.{suffix}").unlink()
+    with pytest.raises(CheckpointError, match=rf"{stem}-2.{suffix}, is it damaged"):
+        run.load(500)
+
+
+def in_parts(folder, stem="model", suffix="safetensors", save=save_file):
+    folder.mkdir()
+    files = {}
+    for number, (name, tensor) in enumerate(tensors().items()):
+        files[name] = f"{stem}-{number}.{suffix}"
+        save({name: tensor}, folder / files[name])
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": files}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"layer.weight": "model-1.safetensors"}, "model-1.safetensors holds 'layer.weight', but it does not"),
+        ({"layer.weight": "../model-0.safetensors"}, "must name files of weights"),
+        ({"layer.weight": "optimizer.pt"}, "must name files of weights"),
+        ({}, "must name files of weights"),
+        (None, "as an index of weights"),
+    ],
+)
+def test_an_index_that_is_not_true_is_refused(tmp_path, files, said):
+    folder = in_parts(tmp_path / "step5")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    with pytest.raises(CheckpointError, match=said):
+        Trajectory.from_directory(tmp_path).load(5)
+
+
+def test_a_part_of_a_checkpoint_is_no_checkpoint(tmp_path):
+    save_file(tensors(), tmp_path / "model-00001-of-00001.safetensors")
+    with pytest.raises(CheckpointError, match="is one part of a checkpoint; put all parts and their index"):
+        scan(tmp_path)

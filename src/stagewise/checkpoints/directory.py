@@ -10,8 +10,9 @@ Read as well:
 
 * state dicts: ``model_500.safetensors``, or ``.pt``, ``.pth``, ``.bin``, ``.ckpt`` from ``torch.save``, where the
   state dict may sit under ``model``, ``state_dict`` or ``model_state_dict``;
-* Hugging Face: ``checkpoint-500/`` or ``step512/`` with ``model.safetensors`` or ``pytorch_model.bin``
-  inside.
+* Hugging Face: ``checkpoint-500/`` or ``step512/`` with ``model.safetensors`` or ``pytorch_model.bin`` inside, or their
+  parts with an index, and what the Trainer or accelerate saved of the optimiser, see
+  :mod:`stagewise.checkpoints.trainer`.
 
 The step is the integer behind ``step``, ``checkpoint``, ``ckpt``, ``iter`` or ``iteration`` in the name of the file or
 subfolder, or the only integer there.
@@ -24,9 +25,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,20 +38,15 @@ from torch import Tensor
 
 from stagewise.checkpoint import Checkpoint, CheckpointError, Optimizer, ParameterGroup
 from stagewise.checkpoints.batches import is_packed, packed, unpacked
-from stagewise.checkpoints.weights import read_weights, reason_of
+from stagewise.checkpoints.entries import step_of, weights_in
+from stagewise.checkpoints.hub_cache import refuse_hub_cache
+from stagewise.checkpoints.trainer import logged_rates, with_optimizer
+from stagewise.checkpoints.weights import INSIDE_FOLDER, read_weights, reason_of
 
 FORMAT = "stagewise-checkpoint-1"
 
 _RATES = "learning_rates"
 
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-_INSIDE_SUBFOLDER = ("model.safetensors", "pytorch_model.bin")
-# What trainers put beside the weights under the same suffixes.
-_NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state\w*)\.(bin|pt|pth)")
-# The word, any separator and the integer that is the step.
-_STEP = re.compile(
-    r"(?<![a-z])(?:global[-_]?)?(?:step|checkpoint|ckpt|iter(?:ation)?)s?[-_=. ]*([0-9]+)", re.IGNORECASE
-)
 _LOOKED_FOR = (
     "step_00000042.safetensors, other .safetensors, .pt, .pth, .bin or .ckpt files with the step in their name, "
     "and subfolders such as checkpoint-500 or step512 with model.safetensors or pytorch_model.bin"
@@ -88,6 +83,7 @@ def write_checkpoint(directory: str | Path, checkpoint: Checkpoint) -> Path:
         "optimizer": json.dumps(optimizer),
         "update_counts": json.dumps(dict(checkpoint.update_counts)),
         "train_mode": json.dumps(checkpoint.train_mode),
+        "estimated": json.dumps(checkpoint.estimated),
     }
     try:
         partial.touch()
@@ -104,7 +100,7 @@ def write_checkpoint(directory: str | Path, checkpoint: Checkpoint) -> Path:
     return path
 
 
-def read_checkpoint(path: str | Path, step: int) -> Checkpoint:
+def read_checkpoint(path: str | Path, step: int, clip_norm: float | None = None) -> Checkpoint:
     """Read one file found by :func:`scan`.
 
     Half precision becomes float32; other dtypes are kept bit for bit. Names that share one tensor in a
@@ -114,6 +110,7 @@ def read_checkpoint(path: str | Path, step: int) -> Checkpoint:
     Args:
         path: the file.
         step: number of updates made before it was saved.
+        clip_norm: the norm to which a Trainer's run clipped gradients, 0 if it did not; None: as the folder says.
 
     Raises:
         CheckpointError: the file is missing, damaged, not weights, of another step, or holds values that are
@@ -123,7 +120,8 @@ def read_checkpoint(path: str | Path, step: int) -> Checkpoint:
     path = Path(path)
     tensors, metadata = read_weights(path)
     if not metadata.get("format", "").startswith("stagewise-checkpoint"):
-        return Checkpoint(step, tensors)
+        checkpoint = Checkpoint(step, tensors)
+        return with_optimizer(path.parent, checkpoint, clip_norm) if path.name in INSIDE_FOLDER else checkpoint
     checkpoint = _from_tensors(tensors, metadata, path)
     if checkpoint.step != step:
         raise CheckpointError(f"{path} holds step {checkpoint.step}, not {step}; was it renamed?")
@@ -132,6 +130,8 @@ def read_checkpoint(path: str | Path, step: int) -> Checkpoint:
 
 def read_learning_rates(path: Path) -> tuple[float, ...]:
     """``learning_rates`` of one file found by :func:`scan`, without its weights; none where it has none."""
+    if path.name in INSIDE_FOLDER:
+        return logged_rates(path.parent)
     return tuple(rate for rates in _read_some(path, _RATES.__eq__).values() for rate in rates.tolist())
 
 
@@ -159,9 +159,10 @@ def scan(path: str | Path) -> dict[int, Path]:
         raise FileNotFoundError(f"no such folder of checkpoints: {path}")
     if not path.is_dir():
         raise CheckpointError(f"{path} is a file, expected the folder that holds the checkpoints")
+    refuse_hub_cache(path)
     files: dict[int, Path] = {}
-    for entry, file in _weights_in(path):
-        step = _step_of(entry)
+    for entry, file in weights_in(path):
+        step = step_of(entry)
         if step in files:
             raise CheckpointError(f"{files[step]} and {file} are both of step {step}; keep one")
         files[step] = file
@@ -185,41 +186,6 @@ def make_folder(directory: str | Path) -> Path:
     if not os.access(path, os.W_OK | os.X_OK):
         raise CheckpointError(f"cannot write checkpoints to {path}: permission denied")
     return path
-
-
-def _weights_in(folder: Path) -> Iterator[tuple[Path, Path]]:
-    """Every entry that carries a step in its name, with its file of weights: itself, or one inside."""
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith((".", "tmp-")) or _NOT_WEIGHTS.fullmatch(entry.name):
-            continue
-        if entry.is_dir():
-            inside = [entry / name for name in _INSIDE_SUBFOLDER if (entry / name).is_file()]
-            if inside:
-                yield entry, inside[0]
-            elif re.fullmatch(r"(checkpoint|step)[-_]?\d+", entry.name):
-                raise CheckpointError(
-                    f"{entry} holds neither {' nor '.join(_INSIDE_SUBFOLDER)}; adapters and weights split "
-                    "over several files are not read: save the whole model in one file, or remove the folder"
-                )
-        elif entry.suffix in _SUFFIXES:
-            yield entry, entry
-
-
-def _step_of(entry: Path) -> int:
-    suffix = entry.suffix if entry.suffix in _SUFFIXES else ""
-    name = entry.name.removesuffix(suffix)
-    integers = {int(number) for number in re.findall(r"[0-9]+", name)}
-    steps = {int(number) for number in _STEP.findall(name)} or integers
-    if len(steps) == 1:
-        return steps.pop()
-    if not integers:
-        raise CheckpointError(
-            f"{entry} has no step in its name; rename it to e.g. step_500{suffix}, or move it elsewhere"
-        )
-    raise CheckpointError(
-        f"{entry} could be of step {' or '.join(map(str, sorted(steps)))}; rename it to e.g. "
-        f"step_{max(steps)}{suffix}, so that one integer stands behind 'step', or move it elsewhere"
-    )
 
 
 def _read_some(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
@@ -273,6 +239,7 @@ def _from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], pa
             train_mode=tuple(json.loads(metadata.get("train_mode", "[]"))),
             learning_rates=tuple(rates),
             batches=unpacked(tensors),
+            estimated=json.loads(metadata.get("estimated", "false")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} claims the format {FORMAT} but does not follow it: {error!r}") from error

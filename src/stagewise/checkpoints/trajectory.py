@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -62,12 +63,67 @@ class Trajectory:
         return cls(tuple(sorted(by_step)), partial(_recall, by_step))
 
     @classmethod
-    def from_directory(cls, path: str | Path) -> Trajectory:
-        """A folder of checkpoints, in one of the layouts of :mod:`stagewise.checkpoints.directory`."""
+    def from_directory(cls, path: str | Path, *, clip_norm: float | None = None) -> Trajectory:
+        """A folder of checkpoints, in one of the layouts of :mod:`stagewise.checkpoints.directory`.
+
+        Args:
+            path: the folder.
+            clip_norm: for folders of a Hugging Face Trainer or of accelerate, the norm to which the run clipped
+                gradients, 0 if it did not. None: as ``training_args.bin`` in them says; where it is missing, the
+                optimiser is not known. Checkpoints that stagewise recorded say it themselves.
+
+        Raises:
+            FileNotFoundError: the folder is missing, or holds no checkpoint.
+            CheckpointError: the folder cannot be understood.
+            ValueError: ``clip_norm`` is negative or not finite.
+        """
         from stagewise.checkpoints.directory import scan
 
+        if clip_norm is not None and not 0 <= clip_norm < math.inf:
+            raise ValueError(f"clip_norm must be positive, or 0 for no clipping, got {clip_norm}")
         files = scan(Path(path))
-        return cls(tuple(files), partial(_read, files))
+        return cls(tuple(files), partial(_read, files, clip_norm))
+
+    @classmethod
+    def from_hub(
+        cls,
+        repository: str,
+        steps: Iterable[int] | None = None,
+        revision: str = "step{step}",
+        *,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Trajectory:
+        """A run whose checkpoints are revisions of a repository on the Hugging Face Hub, as those of Pythia are.
+
+        Weights are fetched when they are asked for, into the hub's own cache (``HF_HOME``), and under the model's own
+        names once a task meets them. Published runs have no optimiser state: windows in training steps need it, see
+        :func:`stagewise.estimated_second_moment`. A step whose file is that of another step in the cache is refused, as
+        published runs have such steps; step 0 and step 1 may be equal.
+
+        Args:
+            repository: ``organisation/name``.
+            steps: which; None lists the revisions of the repository, or without a network those of the cache.
+            revision: how a step's branch or tag is called; ``*`` stands for anything, as in OLMo's
+                ``"step{step}-tokens*"``, which is looked up among all revisions.
+            cache_dir: the hub's cache, if it is elsewhere.
+            local_files_only: use no network, as ``HF_HUB_OFFLINE=1`` does.
+
+        Raises:
+            ImportError: huggingface_hub is missing; it comes with ``stagewise[hf]``.
+            ValueError: ``revision`` has no ``{step}``, or no step is asked for.
+            CheckpointError: the revisions had to be listed and could not, or none is as asked for.
+
+        Example:
+            >>> import stagewise as sw
+            >>> run = sw.Trajectory.from_hub("EleutherAI/pythia-14m", steps=[0, 512, 143000])
+            >>> run.steps
+            (0, 512, 143000)
+        """
+        from stagewise.checkpoints.hub import hub_run
+
+        run = hub_run(repository, steps, revision, cache_dir, local_files_only)
+        return cls(tuple(run.revisions), run.load)
 
 
 def as_trajectory(source: Trajectory | str | Path) -> Trajectory:
@@ -100,13 +156,13 @@ def _recall(by_step: Mapping[int, Checkpoint], step: int) -> Checkpoint:
     )
 
 
-def _read(files: Mapping[int, Path], step: int) -> Checkpoint:
+def _read(files: Mapping[int, Path], clip_norm: float | None, step: int) -> Checkpoint:
     from stagewise.checkpoints.directory import read_batches, read_checkpoint, read_learning_rates
 
     if step not in files:
         raise KeyError(f"no checkpoint of step {step}; there are {sorted(files)}")
     return _followed(
-        read_checkpoint(files[step], step),
+        read_checkpoint(files[step], step, clip_norm),
         sorted(files),
         lambda later: read_learning_rates(files[later]),
         lambda later: read_batches(files[later]),

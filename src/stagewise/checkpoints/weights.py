@@ -1,10 +1,11 @@
-"""One file of weights, whoever wrote it, as named tensors that can be used.
+"""One file of weights, whoever wrote it, as named tensors that can be used; or several, by their index.
 
 Pickles are read as weights only: unpickling anything else would run the code it holds.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,24 +20,70 @@ from stagewise.checkpoint import CheckpointError
 
 _STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict")
 
+INSIDE_FOLDER = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""The files that the weights of a Hugging Face folder are read from, the best one first."""
+
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Named tensors on the CPU, at least float32, and the header of a safetensors file (empty for others).
 
+    Args:
+        path: the file, or the index of files that stand beside it (``model.safetensors.index.json``).
+
     Raises:
-        CheckpointError: the file is missing, damaged, refused, holds no state dict, or values that are not
-            finite.
+        CheckpointError: the file, or one of an index, is missing, damaged, refused, holds no state dict, other tensors
+            than the index says, or values that are not finite.
     """
+    if path.suffix == ".json":
+        return _read_all(path), {}
     if path.suffix == ".safetensors":
         tensors, metadata = _read_safetensors(path)
     else:
-        tensors, metadata = _read_pickle(path), {}
-    return {name: _usable(tensor, name, path) for name, tensor in tensors.items()}, metadata
+        tensors, metadata = _state_dict_in(load_tensors_only(path), path), {}
+    return {name: usable(tensor, name, path) for name, tensor in tensors.items()}, metadata
+
+
+def shards_of(index: Path) -> dict[str, list[str]]:
+    """The files that an index names, and the tensors each of them holds.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or names files elsewhere.
+    """
+    try:
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards: dict[str, list[str]] = {}
+        for name, file in files.items():
+            shards.setdefault(file, []).append(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"cannot read {index} as an index of weights: {reason_of(error)}") from error
+    suffix = "." + index.name.split(".")[1]
+    if not shards or not all(isinstance(f, str) and Path(f).name == f and f.endswith(suffix) for f in shards):
+        raise CheckpointError(f"{index} must name files of weights ({suffix}) that stand beside it")
+    return shards
 
 
 def reason_of(error: Exception) -> str:
     """The first line of what went wrong, without the path that the message around it already gives."""
     return getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
+
+
+def _read_all(index: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file, names in shards_of(index).items():
+        part, _ = read_weights(index.with_name(file))
+        if lacking := [name for name in names if name not in part]:
+            raise CheckpointError(
+                f"{index} says that {file} holds {lacking[0]!r}, but it does not; is it of another run?"
+            )
+        if twice := [name for name in part if name in tensors]:
+            raise CheckpointError(f"{twice[0]!r} is in several of the files that {index} names; which is right?")
+        tensors |= part
+    return tensors
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -47,9 +94,14 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"cannot read {path}, is it damaged or cut off? {reason_of(error)}") from error
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def load_tensors_only(path: Path) -> Any:
+    """What ``torch.save`` wrote, of tensors and plain values; whatever would run code is refused.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or refused.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         holds = f"it asks for {asked[1]}" if asked else "it is damaged, or a pickle of something else"
@@ -59,6 +111,9 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # torch.load fails in many ways on a damaged file, none of which names the file
         raise CheckpointError(f"cannot read {path}, is it damaged or cut off? {reason_of(error)}") from error
+
+
+def _state_dict_in(content: Any, path: Path) -> dict[str, Tensor]:
     candidates = [content]
     if isinstance(content, dict):
         candidates += [content[key] for key in _STATE_DICT_KEYS if key in content]
@@ -89,7 +144,12 @@ def _without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensors[name] for name in first.values()}
 
 
-def _usable(tensor: Tensor, name: str, path: Path) -> Tensor:
+def usable(tensor: Tensor, name: str, path: Path) -> Tensor:
+    """The tensor in at least float32.
+
+    Raises:
+        CheckpointError: it holds NaN or plus infinity.
+    """
     if not tensor.is_floating_point():
         return tensor
     tensor = tensor.float() if tensor.dtype.itemsize < 4 else tensor

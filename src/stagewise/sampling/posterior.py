@@ -137,7 +137,7 @@ class LocalPosterior:
             scale=scale,
             gamma=gamma,
             n_beta=n_beta,
-            metric=metric,
+            metric="adam, second moment estimated" if metric == "adam" and checkpoint.estimated else metric,
             posterior=self,
             checkpoint=checkpoint,
         )
@@ -183,7 +183,7 @@ class LocalDensity(Point):
         scale: square root of the metric P ``(parameters,)``; 0 along parameters that do not move.
         gamma: precision of the localisation of ``u``.
         n_beta: inverse temperature times the number of samples.
-        metric: name of the metric.
+        metric: name of the metric, and whether it rests on an estimate.
         posterior: the settings this came from.
         checkpoint: what is recorded of the run there, under the model's own names.
     """
@@ -192,7 +192,7 @@ class LocalDensity(Point):
     scale: Tensor
     gamma: float
     n_beta: float
-    metric: Metric
+    metric: str
     posterior: LocalPosterior
     checkpoint: Checkpoint
 
