@@ -6,11 +6,12 @@ PIP_VERSION := 26.3
 # Bytecode is kept whatever the environment says: tests start many processes, and each would compile all of it again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test test-studies lint format bench clean
 
 help:
 	@echo "make demo     real handwritten digits: train, sample, analyse, report (a few minutes)"
-	@echo "make test     all tests"
+	@echo "make test     all tests but those of the studies"
+	@echo "make test-studies   the studies in miniature, against their exact answers"
 	@echo "make lint     format check, lint and type check"
 	@echo "make bench    accuracy against measured effects, and cost (long)"
 
@@ -39,8 +40,13 @@ $(VENV)/.installed-baselines: $(VENV)/.installed-test
 demo: $(VENV)/.installed
 	$(BIN)/stagewise demo
 
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.installed-test
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) --ignore=tests/studies
+
+test-studies: $(VENV)/.installed-test
+	$(PYTEST) tests/studies
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .

@@ -1,11 +1,9 @@
 """An ordinary Trainer; the callback is all that stagewise adds to it."""
 
-from text import TRAIN, data, model
+from text import STEPS, TRAIN, data, model
 from transformers import Trainer, TrainingArguments, set_seed
 
 import stagewise as sw
-
-STEPS = 200
 
 
 def main() -> None:
