@@ -26,7 +26,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(copy)
     monkeypatch.syspath_prepend(copy)
     text = importlib.import_module("text")
-    text.TRAIN, text.TEST, text.STEPS = slice(0, 60), slice(60, 75), 20
+    text.TRAIN, text.TEST, text.STEPS = slice(0, 40), slice(40, 50), 20
     yield copy
     del sys.modules["text"]
 
