@@ -3,8 +3,8 @@
     python benchmarks/language_memory.py
 
 A model of the shape of Pythia-14M (50,304 words, 14 million parameters, random weights), contexts of 256 tokens,
-batches of 8, 4 chains. Memory is the peak of the resident set of a process that does nothing else, libraries included. A draw
-is timed beside its forward and backward passes alone, both in turn in one run.
+batches of 8, 4 chains. Memory is the peak of the resident set of a process that does nothing else, libraries included.
+A draw is timed beside its forward and backward passes alone, both in turn in one run.
 """
 
 from __future__ import annotations
