@@ -315,18 +315,22 @@ def differentiable(u: Tensor) -> Iterator[Tensor]:
         yield (u.clone() if u.is_inference() else u.detach()).requires_grad_()
 
 
-def slope_at(point: Point, u: Tensor, value: Callable[[Mapping[str, Tensor]], Tensor]) -> Tensor:
-    """Gradient at one place ``(parameters,)`` of a number that is computed from the parameters and buffers.
+def slope_at(point: Point, u: Tensor, values: Sequence[Callable[[Mapping[str, Tensor]], Tensor]]) -> Tensor:
+    """Gradient at one place ``(parameters,)`` of a sum of numbers that are computed from the parameters and buffers.
 
-    As through a leaf ``u``, with fewer vectors of its length in memory: for large models that is what counts.
+    As through a leaf ``u``, with fewer vectors of its length in memory, and what one number needs for its backward pass
+    is gone before the next: for large models that is what counts.
     """
+    slopes: list[Tensor] = []
     with slow_path(), _leaves(point, u) as (params, leaves):
-        found = value(params)
-        if not found.requires_grad:
-            return torch.zeros_like(u)
-        slopes = torch.autograd.grad(found, leaves, allow_unused=True, materialize_grads=True)
+        for value in values:
+            if (found := value(params)).requires_grad:
+                more = list(torch.autograd.grad(found, leaves, allow_unused=True, materialize_grads=True))
+                for place in range(len(slopes)):
+                    more[place] = slopes[place] + more[place]
+                slopes = more
     del params, leaves
-    return _joined(point, u, slopes)
+    return _joined(point, u, slopes) if slopes else torch.zeros_like(u)
 
 
 @contextmanager
