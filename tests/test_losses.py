@@ -60,7 +60,7 @@ def plain(model, batch):
 @pytest.fixture(autouse=True)
 def few_at_a_time(monkeypatch):
     """Two tokens at a time: pieces that do not divide the tokens."""
-    monkeypatch.setattr(vocabulary, "_NUMBERS", 2 * VOCABULARY)
+    monkeypatch.setattr(vocabulary, "_BYTES", 2 * 8 * VOCABULARY)
 
 
 def both(tied, form):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stagewise.attention import slow_path
 from stagewise.checkpoint import Checkpoint
 from stagewise.data import Samples
-from stagewise.differences import check_differences
+from stagewise.differences import check_differences, is_large
 from stagewise.double import InDouble, doubled
 from stagewise.memory import give_back, out_of_memory
 from stagewise.plain import cannot, objective, plain_losses
@@ -65,7 +65,7 @@ def _check(task: Task, checkpoint: Checkpoint, curvature: bool) -> None:
         task.checked.add("model")
     if curvature and "curvature" not in task.checked:
         give_back()
-        rows = task.train.few(min(_FEW, task.forward_batch))  # in float64, with a graph of second order
+        rows = task.train.few(1 if is_large(task) else min(_FEW, task.forward_batch))  # with a graph of second order
         check_differences(task, _moved(task, checkpoint.params), task.train.batch(rows, task.device))
         task.checked.add("curvature")
     if checkpoint.digest not in task.checked:

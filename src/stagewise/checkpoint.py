@@ -153,9 +153,17 @@ class Checkpoint:
 
     def followed_by(self, rates: Sequence[float], batches: Sequence[Tensor] = ()) -> Checkpoint:
         """The same, with the learning rates and the samples of the updates that follow."""
-        known = copy.copy(self)
+        known = copy.copy(self)  # and its digest, if that is known: it is of what stays
         object.__setattr__(known, "coming_rates", tuple(rates))
         object.__setattr__(known, "coming_batches", tuple(batches))
+        return known
+
+    def holding(self, **fields: Any) -> Checkpoint:
+        """The same with other fields, whose tensors are taken as they are: of large models every copy counts."""
+        known = copy.copy(self)
+        vars(known).pop("digest", None)
+        for name, value in fields.items():
+            object.__setattr__(known, name, value)
         return known
 
     def changing_rates(self, window: int) -> tuple[float, ...]:
@@ -182,8 +190,7 @@ class Checkpoint:
         if optimizer is not None and optimizer.groups:
             groups = (replace(g, names=tuple(names[n] for n in g.names if n in names)) for g in optimizer.groups)
             optimizer = replace(optimizer, groups=tuple(groups))
-        return replace(
-            self,
+        return self.holding(
             params=kept(self.params),
             optimizer=optimizer,
             first_moment=kept(self.first_moment),

@@ -325,14 +325,35 @@ def hessian_product(point: Point, u: Tensor, rows: Tensor | None = None) -> Prod
     def exact(vectors: Tensor) -> Tensor:
         image, weight = torch.zeros_like(vectors), 0.0
         for batch in chunks(point.task, point.task.train, rows):
-            with plain_attention(), differentiable(u) as leaf:
-                losses, weights = point.sample_losses(leaf, batch)
-                slope = gradient((weights * losses).sum(), leaf, create_graph=True)
-                image += pull([slope], [leaf], [vectors])[0]
+            part, weights = _curved(point, u, vectors, batch)
+            image += part
             weight += float(weights.sum())
-        return image / weight
+        return image.div_(weight)
 
     return product
+
+
+def _curved(point: Point, u: Tensor, vectors: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Products of the curvature of a batch's weighted sum of losses, and its weights."""
+    with plain_attention():
+        if len(vectors) > 1:
+            with differentiable(u) as leaf:
+                losses, weights = point.sample_losses(leaf, batch)
+                slope = gradient((weights * losses).sum(), leaf, create_graph=True)
+                return pull([slope], [leaf], [vectors])[0], weights
+        with _leaves(point, u) as (params, leaves):  # fewer copies of a large model
+            losses, weights = point.task.sample_losses(params, batch)
+            total, along = (weights * losses).sum(), point.vector.unflatten(_scaled(point, vectors[0]))
+            if not total.requires_grad:
+                return torch.zeros_like(vectors), weights
+            slopes = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True, materialize_grads=True)
+            live = [(slope, side) for slope, side in zip(slopes, along.values(), strict=True) if slope.requires_grad]
+            if not live:
+                return torch.zeros_like(vectors), weights
+            kept, sides = zip(*live, strict=True)
+            del slopes, live
+            bends = torch.autograd.grad(kept, leaves, sides, allow_unused=True, materialize_grads=True)
+    return _joined(point, u, bends)[None], weights
 
 
 def _bend(point: Point, u: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
@@ -369,22 +390,41 @@ def differentiable(u: Tensor) -> Iterator[Tensor]:
         yield (u.clone() if u.is_inference() else u.detach()).requires_grad_()
 
 
-def slope_at(point: Point, u: Tensor, value: Callable[[Mapping[str, Tensor]], Tensor]) -> Tensor:
-    """Gradient at one place ``(parameters,)`` of a number that is computed from the parameters and buffers.
+def slope_at(point: Point, u: Tensor, values: Sequence[Callable[[Mapping[str, Tensor]], Tensor]]) -> Tensor:
+    """Gradient at one place ``(parameters,)`` of a sum of numbers that are computed from the parameters and buffers.
 
-    As through a leaf ``u``, with fewer vectors of its length in memory: for large models that is what counts.
+    As through a leaf ``u``, with fewer vectors of its length in memory, and what one number needs for its backward pass
+    is gone before the next: for large models that is what counts.
     """
-    with slow_path(), torch.inference_mode(False), torch.enable_grad():
+    slopes: list[Tensor] = []
+    with slow_path(), _leaves(point, u) as (params, leaves):
+        for value in values:
+            if (found := value(params)).requires_grad:
+                more = list(torch.autograd.grad(found, leaves, allow_unused=True, materialize_grads=True))
+                for place in range(len(slopes)):
+                    more[place] = slopes[place] + more[place]
+                slopes = more
+    del params, leaves
+    return _joined(point, u, slopes) if slopes else torch.zeros_like(u)
+
+
+@contextmanager
+def _leaves(point: Point, u: Tensor) -> Iterator[tuple[dict[str, Tensor], list[Tensor]]]:
+    """All parameters and buffers at one place, and those that move, to differentiate by."""
+    with torch.inference_mode(False), torch.enable_grad():
         with torch.no_grad():
             params = point.params(u)
         leaves = {name: params[name].detach().requires_grad_() for name in point.vector.names}
         params.update(leaves)
-        found = value(params)
-        if not found.requires_grad:
-            return torch.zeros_like(u)
-        every = list(leaves.values())
-        slopes = torch.autograd.grad(found, every, allow_unused=True, materialize_grads=True)
-        del params, leaves, every
+        yield params, list(leaves.values())
+
+
+def _scaled(point: Point, vector: Tensor) -> Tensor:
+    return vector if point.scale is None else point.scale * vector
+
+
+def _joined(point: Point, u: Tensor, slopes: Sequence[Tensor]) -> Tensor:
+    """Derivatives by the parameters as one by ``u``."""
     vector = torch.cat([slope.to(u.dtype).reshape(-1) for slope in slopes])
     return vector if point.scale is None else vector.mul_(point.scale)
 

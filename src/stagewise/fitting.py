@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from stagewise.checkpoint import Checkpoint, CheckpointError
+from stagewise.checkpoint import Checkpoint, CheckpointError, lifted
 from stagewise.functional import PureModel
 from stagewise.numbered import with_names
 from stagewise.translation import is_of_transformers, translated
@@ -38,10 +37,11 @@ def fitted(model: PureModel, checkpoint: Checkpoint) -> Checkpoint:
     known = checkpoint.renamed(remembered | own)
     device = next(iter(model.state.values())).device
     params = {
-        name: known.params.get(name, tensor).detach().to(device, _lifted_type(tensor))
+        # what the checkpoint lacks is the model's own, which may change
+        name: (known.params[name] if name in known.params else lifted(tensor)).to(device, _lifted_type(tensor))
         for name, tensor in model.state.items()
     }
-    return replace(known, params=params)
+    return known.holding(params=params)
 
 
 def _translated(model: PureModel, checkpoint: Checkpoint, where: str) -> Checkpoint:

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logits at a time: large enough for matrix products at full speed, a few times 16 MB in float32.
-_NUMBERS = 2**22
+# Bytes of logits at a time, of which there are a few copies: large enough for matrix products at full speed.
+_BYTES = 2**24
 
 
 def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -44,9 +44,9 @@ def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: T
     return losses.reshape(targets.shape)
 
 
-def _pieces(count: int, vocabulary: int) -> Iterator[slice]:
-    size = max(1, _NUMBERS // vocabulary)
-    return (slice(start, start + size) for start in range(0, count, size))
+def _pieces(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    size = max(1, _BYTES // (len(weight) * weight.element_size()))
+    return (slice(start, start + size) for start in range(0, len(hidden), size))
 
 
 def _onto(total: Tensor | None, part: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class _Losses(torch.autograd.Function):
     @staticmethod
     def forward(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         losses, totals = [], []
-        for piece in _pieces(len(hidden), len(weight)):
+        for piece in _pieces(hidden, weight):
             logits = _logits(hidden[piece], weight, bias)
             totals.append(logits.logsumexp(1))
             losses.append(totals[-1] - logits.gather(1, targets[piece, None])[:, 0])
@@ -97,7 +97,7 @@ class _Slopes(torch.autograd.Function):
         cotangent: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, totals: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         to_hidden, to_weight, to_bias = [], None, None
-        for piece in _pieces(len(hidden), len(weight)):
+        for piece in _pieces(hidden, weight):
             shares = _shares(hidden[piece], weight, bias, totals[piece])
             slopes = _slopes(shares, cotangent[piece], targets[piece])
             to_hidden.append(slopes @ weight)
@@ -115,14 +115,16 @@ class _Slopes(torch.autograd.Function):
     def backward(ctx: Any, along: Tensor, weight_along: Tensor, bias_along: Tensor) -> tuple[Tensor | None, ...]:
         cotangent, hidden, weight, bias, targets, totals = ctx.saved_tensors
         to_cotangent, to_hidden, to_weight, to_bias = [], [], None, None
-        for piece in _pieces(len(hidden), len(weight)):
+        for piece in _pieces(hidden, weight):
             h, a, c, y = hidden[piece], along[piece], cotangent[piece], targets[piece, None]
             shares = _shares(h, weight, bias, totals[piece])
             change = _logits(a, weight, bias_along) + h @ weight_along.mT
             mean = (shares * change).sum(1)
             to_cotangent.append(mean - change.gather(1, y)[:, 0])
             bends = (change - mean[:, None]) * shares * c[:, None]
+            del change  # pieces are what takes memory here
             slopes = _slopes(shares, c, y[:, 0])
+            del shares
             to_hidden.append(bends @ weight + slopes @ weight_along)
             to_weight = _onto(to_weight, bends.mT @ h + slopes.mT @ a)
             to_bias = _onto(to_bias, _to_bias(bends, bias))
@@ -131,7 +133,7 @@ class _Slopes(torch.autograd.Function):
 
 def _shares(hidden: Tensor, weight: Tensor, bias: Tensor, totals: Tensor) -> Tensor:
     """Probability of every word."""
-    return (_logits(hidden, weight, bias) - totals[:, None]).exp()
+    return (_logits(hidden, weight, bias) - totals[:, None]).exp_()
 
 
 def _slopes(shares: Tensor, cotangent: Tensor, targets: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from stagewise.checkpoints.directory import write_checkpoint
 from stagewise.run import cost
 from stagewise.run.config import make_config
-from stagewise.run.cost import Cost, answered, estimate, sampling_cost
+from stagewise.run.cost import Cost, answered, copies, estimate, sampling_cost
 from stagewise.sampling.chains import Chains
 from stagewise.sampling.curvature import extreme_curvature
 from stagewise.sampling.posterior import LocalPosterior, largest_window
@@ -72,7 +72,12 @@ def test_memory_and_disk_follow_the_number_of_losses_that_are_kept(clock, loss, 
     found = predicted(springs.task(loss), sampling)
     traces = 4 * 5 * 7 * SAMPLES * numbers  # float32
     assert found.disk == pytest.approx(0.9 * traces * 6)
-    assert found.memory == pytest.approx(4 * traces + 4 * 2 * 5 * 8)  # eight vectors of two parameters for every chain
+    # vectors of two parameters: six of the model and the posterior, eight of every chain
+    assert found.memory == pytest.approx(4 * traces + 4 * 2 * (6 + 5 * 8))
+
+
+def test_chains_of_a_large_model_need_few_copies_of_it():
+    assert copies(SAMPLING, 10**7) == 6 + 8 + 2 * 5
 
 
 def test_a_checkpoint_without_a_posterior_costs_its_tuning_only(clock):

@@ -93,7 +93,12 @@ def test_adaptation_stops_halfway_through_burn_in(monkeypatch):
     assert seen == [False] * 3 + [True] * (3 + 4 * 2)
 
 
-@pytest.mark.parametrize("sampler", ["underdamped", "sgld", "rmsprop_sgld"])
+def test_sampler_that_adapts_in_burn_in_refuses_to_have_none():
+    with pytest.raises(ValueError, match="burn_in=0"):
+        Chains("rmsprop_sgld", burn_in=0)
+
+
+@pytest.mark.parametrize("sampler", ["underdamped", "sgld"])
 def test_no_burn_in_is_possible(sampler):
     tree = sample(replace(SHORT, sampler=sampler, burn_in=0))
     assert (tree["chains"]["status"] == "ok").all()

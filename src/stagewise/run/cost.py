@@ -19,6 +19,7 @@ from stagewise.run.config import RunConfig
 from stagewise.run.engine import default_workers
 from stagewise.run.preflight import preflight
 from stagewise.run.task_file import load_task
+from stagewise.sampling.block import move_apart
 from stagewise.sampling.chains import Chains
 from stagewise.sampling.curvature import extreme_curvature
 from stagewise.sampling.gradient import potential_gradient
@@ -31,6 +32,8 @@ from stagewise.usable import chosen_steps
 # Cells are stored as zstd-compressed float32, which keeps about this share of the bytes of loss traces.
 _COMPRESSED = 0.9
 _PROBES = 3
+# Vectors of the parameters' length: of the model and the posterior, of one chain while it moves and while it waits.
+_FIXED, _MOVING, _KEPT = 6, 8, 2
 _CURVATURES = 12
 
 
@@ -115,7 +118,7 @@ def sampling_cost(
     traces = 4.0 * sampling.chains * sampling.draws * samples * _tokens(task) * (2 if sampling.reflect else 1)
     parameters = sum(p.numel() for p in task.model.parameters())
     # Traces are kept as float32 changes, and put together as float64 at the end.
-    memory = 4 * traces + 4.0 * parameters * sampling.chains * 8
+    memory = 4 * traces + 4.0 * copies(sampling, parameters) * parameters
     return Cost(
         cells,
         per_cell * cells / min(workers, cells),
@@ -124,6 +127,13 @@ def sampling_cost(
         workers,
         round(per_cell_steps * cells),
     )
+
+
+def copies(sampling: Chains, parameters: int) -> int:
+    """Of the parameters, in one worker: the model's, the checkpoint's, and those of chains on their way."""
+    if move_apart(sampling.chains, parameters) and sampling.batching != "stacked":
+        return _FIXED + _MOVING + _KEPT * sampling.chains
+    return _FIXED + _MOVING * sampling.chains
 
 
 def exact_cost(task: Task, trajectory: Trajectory, config: RunConfig, steps: Sequence[int]) -> str:

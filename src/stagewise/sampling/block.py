@@ -16,6 +16,11 @@ _MOST_NUMBERS = 2**22
 noise) is a few times as large; of chains that move one by one it is needed for one of them only."""
 
 
+def move_apart(chains: int, parameters: int) -> bool:
+    """Whether looped chains of so many parameters move one by one."""
+    return chains * parameters > _MOST_NUMBERS
+
+
 class Block:
     """Chains from the checkpoint on.
 
@@ -38,7 +43,7 @@ class Block:
         apart: bool,
     ) -> None:
         self._sampler, self._gradient, self._noise = sampler, gradient, noise
-        sizes = [1] * chains if apart and chains * density.vector.size > _MOST_NUMBERS else [chains]
+        sizes = [1] * chains if apart and move_apart(chains, density.vector.size) else [chains]
         self._states: list[Any] = [sampler.init(density.origin.repeat(size, 1), noise) for size in sizes]
 
     def step(self) -> None:

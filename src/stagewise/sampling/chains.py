@@ -93,6 +93,8 @@ class Chains:
             raise ValueError(f"options {unknown} are not of sampler {self.sampler!r}, which has {valid}")
         if self.burn_in is not None and self.burn_in < 0:
             raise ValueError(f"burn_in must not be negative, got {self.burn_in}")
+        if self.burn_in == 0 and self.sampler == "rmsprop_sgld":
+            raise ValueError("rmsprop_sgld adapts in the first half of burn_in, and with burn_in=0 never; use 'sgld'")
 
 
 def sample_block(

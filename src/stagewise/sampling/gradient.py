@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Generator, Tensor
@@ -29,6 +30,19 @@ def full_gradient(density: LocalDensity) -> Tensor:
     return mean_gradient(density, density.origin, density.task.train)
 
 
+Pieces = Sequence[tuple[float, Batch]]
+"""A batch in pieces that fit in memory, each with its share of the samples."""
+
+
+def pieces_of(density: LocalDensity, rows: Tensor) -> Pieces:
+    """The training samples ``rows``, as many at a time as the task allows."""
+    task = density.task
+    parts = torch.split(rows, task.forward_batch)
+    shares = [len(part) / len(rows) for part in parts]
+    shares[-1] = 1 - sum(shares[:-1])
+    return [(share, train) for share, train in zip(shares, chunks(task, task.train, rows), strict=True)]
+
+
 class BatchLoss:
     """The map from a displacement ``(parameters,)`` and a batch to its estimate of the mean training loss, nats.
 
@@ -45,7 +59,16 @@ class BatchLoss:
 
     def gradient(self, u: Tensor, batch: Batch) -> Tensor:
         """At one place, ``(parameters,)``."""
-        return slope_at(self._density, u, lambda params: self._of(params, batch))
+        return self.mean_gradient(u, [(1.0, batch)])
+
+    def mean_gradient(self, u: Tensor, pieces: Pieces) -> Tensor:
+        """The same of a batch in pieces."""
+        values = [partial(self._share, share, batch) for share, batch in pieces]
+        return slope_at(self._density, u, values)
+
+    def _share(self, share: float, batch: Batch, params: Mapping[str, Tensor]) -> Tensor:
+        value = self._of(params, batch)
+        return value if share == 1 else share * value
 
     def _of(self, params: Mapping[str, Tensor], batch: Batch) -> Tensor:
         losses, weights = self._density.task.sample_losses(params, batch)
@@ -68,23 +91,48 @@ def chain_gradients(loss: BatchLoss, batching: Batching) -> Callable[[Tensor, Ba
     return apply
 
 
+def piecewise_gradients(loss: BatchLoss, batching: Batching) -> Callable[[Tensor, Pieces], Tensor]:
+    """The same on a batch in pieces."""
+    whole = chain_gradients(loss, batching)
+
+    def apply(u: Tensor, pieces: Pieces) -> Tensor:
+        if batching == "loop":
+            return _rows([loss.mean_gradient(row, pieces) for row in u])
+        if len(pieces) == 1:
+            return whole(u, pieces[0][1])
+        total = torch.zeros_like(u)
+        for share, batch in pieces:
+            total += share * whole(u, batch)
+        return total
+
+    return apply
+
+
 def _rows(rows: list[Tensor]) -> Tensor:
     """As one tensor; a single one is not copied."""
     return rows[0][None] if len(rows) == 1 else torch.stack(rows)
 
 
-def _own_gradients(loss: BatchLoss, batching: Batching) -> Callable[[Tensor, list[Batch]], Tensor]:
-    """The same, every chain on a batch of its own; stacked where the batches are tensors of equal shapes."""
+def _own_gradients(density: LocalDensity, batching: Batching) -> Callable[[Tensor, list[Tensor]], Tensor]:
+    """The same, every chain on samples of its own; stacked where the batches are tensors of equal shapes."""
+    loss, task = BatchLoss(density), density.task
 
-    def apply(u: Tensor, batches: list[Batch]) -> Tensor:
+    def apply(u: Tensor, rows: list[Tensor]) -> Tensor:
+        def one_by_one() -> Tensor:
+            pairs = zip(u, rows, strict=True)
+            return _rows([loss.mean_gradient(row, pieces_of(density, own)) for row, own in pairs])
+
+        if batching == "loop":
+            return one_by_one()
+        batches = [task.train.batch(own, task.device) for own in rows]
         flat = [tree_flatten(batch)[0] for batch in batches]
         same = all(
             isinstance(leaf, Tensor) and leaf.shape == first.shape
             for leaves in flat
             for leaf, first in zip(leaves, flat[0], strict=False)
         )
-        if batching == "loop" or not same:
-            return _rows([loss.gradient(row, batch) for row, batch in zip(u, batches, strict=True)])
+        if not same:
+            return one_by_one()
         stacked = tree_map(lambda *leaves: torch.stack(leaves), *batches)
         with differentiable(u) as leaf:
             return gradient(vmap(loss)(leaf, stacked).sum(), leaf)
@@ -107,21 +155,11 @@ def exact_gradient(density: LocalDensity, batching: Batching, rows: Tensor | Non
     """The gradient of U for a block of chains without noise, on some training samples, default all."""
     train = density.task.train
     rows = torch.arange(len(train)) if rows is None else rows
-    per_chain = chain_gradients(BatchLoss(density), batching)
-    batches = list(chunks(density.task, train, rows))
-    shares = [min(density.task.forward_batch, len(rows)) / len(rows)] * len(batches)
-    shares[-1] = 1 - sum(shares[:-1])
-
-    def loss_gradient(u: Tensor) -> Tensor:
-        total = torch.zeros_like(u)
-        for share, batch in zip(shares, batches, strict=True):
-            total += share * per_chain(u, batch)
-        return total
-
-    anchor_gradient = loss_gradient(density.origin[None]) if density.posterior.centred else None
+    slopes, pieces = piecewise_gradients(BatchLoss(density), batching), pieces_of(density, rows)
+    anchor_gradient = slopes(density.origin[None], pieces) if density.posterior.centred else None
 
     def exact(u: Tensor) -> Gradient:
-        return _of_potential(density, u, loss_gradient(u), anchor_gradient)
+        return _of_potential(density, u, slopes(u, pieces), anchor_gradient)
 
     return exact
 
@@ -170,35 +208,35 @@ def potential_gradient(
         batching: stack the chains, or loop over them.
         generator: draws the minibatches.
     """
-    train, device = density.task.train, density.task.device
+    train = density.task.train
     if batch_size is None or batch_size >= len(train):
         return exact_gradient(density, batching)
     loss, centred = BatchLoss(density), density.posterior.centred
     turn = _Turns(chains)
 
     if control_variate:
-        indices, per_chain = reshuffled(len(train), batch_size, generator), chain_gradients(loss, batching)
+        indices, slopes = reshuffled(len(train), batch_size, generator), piecewise_gradients(loss, batching)
         anchor_gradient = None if centred else full_gradient(density)
 
-        current: list[tuple[Batch, Tensor]] = []
+        current: list[tuple[Pieces, Tensor]] = []
 
         def anchored(u: Tensor) -> Gradient:
             if turn(len(u)).start == 0:
                 current.clear()
-                batch = train.batch(next(indices), device)
-                still = loss.gradient(density.origin, batch)
-                current.append((batch, still if anchor_gradient is None else still.sub_(anchor_gradient)))
-            batch, still = current[0]
-            return _of_potential(density, u, per_chain(u, batch), still)
+                pieces = pieces_of(density, next(indices))
+                still = loss.mean_gradient(density.origin, pieces)
+                current.append((pieces, still if anchor_gradient is None else still.sub_(anchor_gradient)))
+            pieces, still = current[0]
+            return _of_potential(density, u, slopes(u, pieces), still)
 
         return anchored
 
     own = [reshuffled(len(train), batch_size, generator) for _ in range(chains)]
-    of_chains = _own_gradients(loss, batching)
+    of_chains = _own_gradients(density, batching)
     anchor_gradient = full_gradient(density) if centred else None
 
     def plain(u: Tensor) -> Gradient:
-        slope = of_chains(u, [train.batch(next(indices), device) for indices in own[turn(len(u))]])
+        slope = of_chains(u, [next(indices) for indices in own[turn(len(u))]])
         return _of_potential(density, u, slope, anchor_gradient)
 
     return plain

@@ -117,13 +117,14 @@ class LocalPosterior:
         optimizer = checkpoint.optimizer
         metric = self.metric_for(optimizer)
         gamma = self._gamma(n_beta, checkpoint, point)
-        scale = torch.ones_like(anchor)
+        scale = anchor.new_ones(()).expand_as(anchor)  # no memory of its own
         if metric == "adam":
             scale = adam_metric(point, checkpoint, self.window).sqrt().to(anchor)
         rates = relative_rates(point.vector, optimizer) if optimizer and self.window else None
         if rates is not None:
             scale = scale * rates.sqrt().to(anchor)
-        scale = scale * _moving(point, anchor)
+        if point.task.pure.still:
+            scale = scale * _moving(point, anchor)
         if not (scale > 0).any():
             raise ValueError(
                 f"at step {checkpoint.step} no parameter moves: no training sample has a gradient there, or every "
