@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import xarray as xr
 
 from stagewise.groups import Labels
@@ -94,6 +95,8 @@ def bif(
     traces = as_traces(traces)
     labels = carried_labels(traces, train_groups, query_groups or {}, grouped)
 
+    by_token = tokens or (labels[0] is not None and np.ndim(labels[0]) == 2)
+
     def estimate(_step: int, tree: xr.DataTree) -> xr.Dataset:
         sides = data_sets(tree, labels, grouped, part, tokens, self_pairs)
         return _at_checkpoint(sides, tree, kind, centring)
@@ -110,6 +113,8 @@ def bif(
         "units": units,
         "sign": "negative = helpful: more weight on the training data lowers the query loss",
     }
+    if by_token:
+        stacked.attrs["member"] = "token"
     for variable in stacked.data_vars.values():
         variable.attrs["units"] = units
     return stacked

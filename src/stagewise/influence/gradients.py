@@ -19,6 +19,7 @@ from torch import Tensor
 from stagewise.checkpoints.trajectory import Trajectory, as_trajectory
 from stagewise.evaluate import directional_derivatives, group_gradients, sample_weights
 from stagewise.groups import TRAIN, Groups, query_groups, train_groups
+from stagewise.labelled import member_of
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior
 from stagewise.task import Task
 from stagewise.usable import at_usable
@@ -142,7 +143,8 @@ def first_order(
     variables = {"value": (dims, value, units), "stderr": (dims, stderr, units)}
     about = {"window": posterior.window} if posterior.window else {"gamma": density.gamma}
     sign = {"sign": "negative = helpful: more weight on the training data lowers the query loss"}
-    attrs = {"estimator": estimator} | units | sign | {"metric": density.metric} | about | found.attrs
+    attrs = {"estimator": estimator} | units | sign | member_of(trained)
+    attrs |= {"metric": density.metric} | about | found.attrs
     return xr.Dataset(variables, coords, attrs)
 
 

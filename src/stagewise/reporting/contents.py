@@ -96,15 +96,20 @@ def _beside(results: Results) -> tuple[xr.Dataset | None, str]:
     return None, ""
 
 
+def member_of(influence: xr.Dataset) -> str:
+    """Of what unit weight is: a sample, or a token."""
+    return str(influence.attrs.get("member", "sample"))
+
+
 def _curves_caption(influence: xr.Dataset) -> str:
-    shown, queries = len(figures.strongest_queries(influence)), influence.sizes["query"]
+    shown, queries, member = len(figures.strongest_queries(influence)), influence.sizes["query"], member_of(influence)
     which = "each query" if shown == queries else f"the {shown} most influenced of {queries} queries"
     most = min(figures.MAX_CURVES, influence.sizes["train"])
     groups = "the train group" if most == 1 else f"the {most} train groups that reach furthest from zero"
     own = "" if others(influence).all() else " (that of a group on itself, always large, is in the next figure)"
     return (
         f"Influence on {which} of {groups}{own}. Below zero a group is helpful: more weight on it lowers the loss of "
-        "the query. Values are means over pairs of one training sample and one query sample; bands are pointwise 95% "
+        f"the query. Values are means over pairs of one training {member} and one of the query; bands are pointwise 95% "
         "intervals. Diamonds mark sign flips, triangles peaks that noise cannot have made; the bar through a mark is "
         "the 95% interval of its step."
     )
@@ -233,7 +238,8 @@ def _size_checks(results: Results) -> Iterator[Plate | Table]:
 
 def write_report(results: Results, folder: Path | str) -> Path:
     """Write the report of a run into the folder; see :func:`stagewise.reporting.page.write_page`."""
-    window = None if results.answered is None else results.answered.attrs.get("window")
+    influence = results.answered
+    window = None if influence is None else influence.attrs.get("window")
     page = Page(
         results.title,
         f"during the {window} training steps after a checkpoint" if window else "around a checkpoint",
@@ -241,5 +247,6 @@ def write_report(results: Results, folder: Path | str) -> Path:
         sections(results),
         results.config,
         results.provenance,
+        "sample" if influence is None else member_of(influence),
     )
     return write_page(page, folder)

@@ -50,6 +50,7 @@ class Page:
         sections: figures and tables.
         configuration: plain values.
         provenance: the same.
+        member: of what unit weight is: a sample, or a token.
     """
 
     title: str
@@ -58,6 +59,7 @@ class Page:
     sections: Sequence[Section]
     configuration: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    member: str = "sample"
 
 
 def write_page(page: Page, folder: Path | str) -> Path:
