@@ -1,0 +1,98 @@
+"""Runs, and influence between classes of tokens, on a study so small that it takes seconds."""
+
+import numpy as np
+import pytest
+import torch
+
+from stagewise.checkpoints.trajectory import Trajectory
+from stagewise.retraining.schedule import BatchOrder
+from stagewise.retraining.window_influence import window_influence
+from stagewise.studies.induction.classes import CLASSES
+from stagewise.studies.induction.experiments.class_influence import class_influence
+from stagewise.studies.induction.lab import Lab
+from stagewise.studies.induction.network import loss
+from stagewise.studies.induction.settings import REDUCED
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return Lab(tmp_path_factory.mktemp("lab"), REDUCED)
+
+
+def test_a_run_records_the_batches_it_was_trained_on(small):
+    order = BatchOrder(REDUCED.sequences, REDUCED.batch_size, 1)
+    coming = small.run(1).load(0).coming_batches
+    assert len(coming) == REDUCED.last
+    assert all(torch.equal(batch, order(step)) for step, batch in enumerate(coming))
+
+
+def test_a_run_is_that_of_a_plain_loop_and_leaves_the_tasks_model_as_it_is(small):
+    task, run = small.task(0), small.run(0)
+    model = task.pure.reference({})
+    optimizer = torch.optim.Adam(model.parameters(), lr=REDUCED.rate)
+    for samples in run.load(0).coming_batches[:5]:
+        optimizer.zero_grad()
+        loss(model, small.data.train[samples]).mean().backward()
+        optimizer.step()
+    recorded, start = run.load(5).params, run.load(0).params
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(recorded[name], tensor)
+        torch.testing.assert_close(start[name], task.state()[name])
+
+
+def test_runs_of_two_seeds_share_their_data_and_nothing_else(small):
+    first, second = (small.run(seed).load(0) for seed in (0, 1))
+    assert not torch.equal(first.params["embedding.weight"], second.params["embedding.weight"])
+    assert not torch.equal(first.coming_batches[0], second.coming_batches[0])
+    assert torch.equal(small.task(0).train.batch(slice(3)), small.task(1).train.batch(slice(3)))
+
+
+def test_a_recorded_run_is_read_and_not_made_again(small):
+    small.run(0)
+    before = {path: path.stat().st_mtime_ns for path in (small.folder / "seed-0").iterdir()}
+    again = Lab(small.folder, REDUCED)
+    assert isinstance(again.run(0), Trajectory)
+    assert before == {path: path.stat().st_mtime_ns for path in (small.folder / "seed-0").iterdir()}
+
+
+def test_probes_and_queries_are_not_of_the_training_set(small):
+    seen = {tuple(row) for row in small.data.train.tolist()}
+    assert not seen & {tuple(row) for row in small.data.probes.tokens.tolist()}
+    assert not seen & {tuple(row) for row in small.data.queries.tolist()}
+
+
+def test_the_loss_of_a_query_class_is_the_mean_over_its_tokens_alone(small):
+    task, data = small.task(0), small.data
+    every = loss(task.model, data.queries).detach().numpy()
+    for name in CLASSES:
+        values, weights = task.weighted_losses({}, task.queries[name].batch(slice(None)), name)
+        mean = (values * weights).sum() / weights.sum()
+        assert mean.item() == pytest.approx(every[data.query_classes == name].mean(), rel=1e-5)
+
+
+def test_stages_have_every_measure_at_every_checkpoint_and_the_network_learns(small):
+    found = small.stages(0)
+    assert found["step"].values.tolist() == list(REDUCED.steps)
+    assert all(np.isfinite(found[name].values).all() and "description" in found[name].attrs for name in found)
+    assert found["kl_unigram"][-1] < found["kl_unigram"][0] / 2
+
+
+@pytest.fixture(scope="module")
+def between_classes(small):
+    return class_influence(small)
+
+
+def test_exact_influence_of_a_class_is_what_a_small_change_of_its_weight_does(between_classes):
+    for name in ("correlation", "slope"):
+        np.testing.assert_allclose(between_classes.agreement[name], 1, atol=0.03)
+    assert between_classes.exact.attrs["batches"] == between_classes.measured.attrs["batches"] == "recorded"
+    assert set(between_classes.exact["train"].values) == set(between_classes.exact["query"].values) == set(CLASSES)
+
+
+def test_influence_of_a_class_is_the_mean_of_that_of_its_tokens(small, between_classes):
+    step = REDUCED.window_starts[0]
+    single = window_influence(small.task(0), small.run(0), window=REDUCED.window, per="token", steps=[step])
+    of_tokens, classes = single["value"].sel(step=step).values, small.data.classes.ravel()
+    for name in CLASSES:
+        expected = between_classes.exact["value"].sel(step=step, train=name).values
+        np.testing.assert_allclose(of_tokens[classes == name].mean(0), expected, rtol=1e-3, atol=1e-9)
