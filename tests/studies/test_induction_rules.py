@@ -8,7 +8,7 @@ import torch
 
 from stagewise.studies.induction import rules
 from stagewise.studies.induction.chains import draw
-from stagewise.studies.induction.classes import CLASSES, shares, token_classes
+from stagewise.studies.induction.classes import CLASSES, shares, shuffled, token_classes
 
 EVERY = torch.tensor(list(product(range(2), repeat=6)))
 """All sequences of six of two tokens."""
@@ -174,3 +174,11 @@ def test_every_class_has_two_per_cent_of_the_tokens_and_shares_sum_to_one():
     none_alike = shares(token_classes(tokens, 3, threshold=-1.0))
     assert none_alike["neither"] == 0
     assert none_alike["early"] == usual["early"]
+
+
+def test_shuffled_classes_keep_how_many_there_are_at_each_place_and_forget_which_tokens_they_were():
+    labels = token_classes(draw(400, 30, 3, generator()).tokens, 3)
+    chance = shuffled(labels, np.random.default_rng(0))
+    for name in CLASSES:
+        np.testing.assert_array_equal((chance == name).sum(0), (labels == name).sum(0))
+    assert (chance[:, 10:] == labels[:, 10:]).mean() < 0.6

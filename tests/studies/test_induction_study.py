@@ -3,15 +3,18 @@
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.retraining.schedule import BatchOrder
 from stagewise.retraining.window_influence import window_influence
 from stagewise.studies.induction.classes import CLASSES
-from stagewise.studies.induction.experiments.class_influence import class_influence
+from stagewise.studies.induction.experiments.class_influence import checked_class_influence, class_influence, control
 from stagewise.studies.induction.lab import Lab
 from stagewise.studies.induction.network import loss
 from stagewise.studies.induction.settings import REDUCED
+from stagewise.studies.induction.stages import Probes, induction, stages
+from stagewise.studies.induction.training import EXCESS
 
 
 @pytest.fixture(scope="module")
@@ -77,16 +80,46 @@ def test_stages_have_every_measure_at_every_checkpoint_and_the_network_learns(sm
     assert found["kl_unigram"][-1] < found["kl_unigram"][0] / 2
 
 
+def test_excess_is_the_distance_from_the_bigram_rule_that_the_stages_report(small):
+    task, data = small.task(0), small.data
+    probes = Probes.of(data.queries, REDUCED.vocabulary, torch.Generator().manual_seed(0))
+    losses = task.losses({}, task.queries[EXCESS].batch(slice(None)), EXCESS)
+    assert losses.mean().item() == pytest.approx(stages(task.model, probes)["kl_bigram"], rel=1e-4)
+
+
+def test_induction_is_dated_by_the_rise_of_prefix_matching():
+    scores = [0.0, 0.0, 0.01, 0.3, 0.5, 0.5]
+    found = induction(xr.Dataset({"prefix_matching": ("step", scores)}, {"step": range(0, 60, 10)}))
+    assert found.detail["half"] == pytest.approx(20 + 10 * (0.25 - 0.01) / 0.29)
+    assert 20 < found.step < 30
+
+
+def test_classes_of_the_control_have_the_sizes_of_the_real_ones_and_other_tokens(small, between_classes):
+    step = [REDUCED.window_starts[0]]
+    by_chance, real = control(small, 0, step), between_classes.exact.sel(step=step)
+    assert by_chance["train_size"].values.tolist() == real["train_size"].values.tolist()
+    everything = [(d["value"] * d["train_size"]).sum("train").sel(step=step[0]).values for d in (by_chance, real)]
+    np.testing.assert_allclose(*everything, rtol=1e-3, atol=1e-7)
+    assert np.abs(by_chance["value"] - real["value"]).max() > 1e-6
+
+
+def test_windows_of_a_whole_run_begin_at_every_checkpoint_whose_batches_are_known_to_their_end(small):
+    steps = class_influence(small)["step"].values.tolist()
+    assert steps == [step for step in REDUCED.steps if step <= REDUCED.last - REDUCED.window]
+
+
 @pytest.fixture(scope="module")
 def between_classes(small):
-    return class_influence(small)
+    return checked_class_influence(small)
 
 
 def test_exact_influence_of_a_class_is_what_a_small_change_of_its_weight_does(between_classes):
     for name in ("correlation", "slope"):
         np.testing.assert_allclose(between_classes.agreement[name], 1, atol=0.03)
-    assert between_classes.exact.attrs["batches"] == between_classes.measured.attrs["batches"] == "recorded"
-    assert set(between_classes.exact["train"].values) == set(between_classes.exact["query"].values) == set(CLASSES)
+    assert between_classes.exact.attrs["batches"] == "recorded"
+    assert between_classes.measured.effect.dims == ("weight", "step", "train", "query")
+    assert set(between_classes.exact["train"].values) == set(CLASSES)
+    assert set(between_classes.exact["query"].values) == {*CLASSES, EXCESS}
 
 
 def test_influence_of_a_class_is_the_mean_of_that_of_its_tokens(small, between_classes):

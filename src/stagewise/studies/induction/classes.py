@@ -41,3 +41,8 @@ def token_classes(tokens: Tensor, vocabulary: int, threshold: float = THRESHOLD)
 def shares(labels: Labels) -> dict[str, float]:
     """Which part of all tokens is of each class."""
     return {name: float((labels == name).mean()) for name in CLASSES}
+
+
+def shuffled(labels: Labels, generator: np.random.Generator) -> Labels:
+    """A control: every class has as many tokens at every place of a sequence as before, and no token its own class."""
+    return generator.permuted(labels, axis=0)

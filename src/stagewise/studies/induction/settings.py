@@ -24,7 +24,8 @@ class Settings:
         last: number of updates.
         every: updates between checkpoints; the first come closer together.
         window: updates during which the weight of a class is changed.
-        window_starts: checkpoints where windows begin: on the plateau, before, in and after the transition.
+        window_starts: checkpoints where windows begin: on the plateau, at the start of the transition, in its middle and
+            after it.
         weights: of a class during a window; none of them 1.
         queries: of the probes, those whose losses are influenced.
     """
@@ -55,6 +56,9 @@ class Settings:
 FULL = Settings()
 """The study."""
 
+EIGHT = Settings(vocabulary=8, sequences=16384, rate=1e-3, last=1000, window_starts=(300, 600, 700, 900))
+"""The same with eight tokens: a longer plateau and a sharper transition."""
+
 REDUCED = Settings(
     length=20,
     sequences=96,
@@ -62,7 +66,7 @@ REDUCED = Settings(
     width=8,
     batch_size=16,
     rate=5e-3,
-    last=20,
+    last=15,
     every=5,
     window=4,
     window_starts=(5, 10),

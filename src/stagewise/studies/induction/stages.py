@@ -13,6 +13,7 @@ import xarray as xr
 from torch import Tensor
 
 from stagewise.checkpoints.trajectory import Trajectory
+from stagewise.dynamics.stages import Transition, rise
 from stagewise.studies.induction.network import Network
 from stagewise.studies.induction.rules import RULES, divergence
 from stagewise.task import Task
@@ -125,3 +126,15 @@ def stages_along(task: Task, run: Trajectory, probes: Probes) -> xr.Dataset:
             rows.append(stages(model, probes))
     variables = {name: ("step", [row[name] for row in rows], {"description": _DESCRIPTIONS[name]}) for name in rows[0]}
     return xr.Dataset(variables, {"step": list(run.steps)})
+
+
+def induction(found: xr.Dataset) -> Transition:
+    """When induction is learnt: the rise of prefix matching; ``detail["half"]`` is the middle of the transition.
+
+    Args:
+        found: measures along a run, from :func:`stages_along`.
+
+    Raises:
+        ValueError: there is no rise: the run ended on the plateau.
+    """
+    return rise(found["prefix_matching"], "induction")

@@ -20,9 +20,13 @@ from stagewise.retraining.schedule import BatchOrder
 from stagewise.studies.induction.chains import draw
 from stagewise.studies.induction.classes import CLASSES, Labels, token_classes
 from stagewise.studies.induction.network import loss, network
+from stagewise.studies.induction.rules import bigram, divergence
 from stagewise.studies.induction.settings import Settings
 from stagewise.studies.induction.stages import Probes
 from stagewise.task import Task
+
+EXCESS = "excess"
+"""The query set of all tokens: what the network expects to lose beyond the least possible, see :func:`excess`."""
 
 _AT_ONCE = 256  # an attention pattern of 100 tokens takes 40 kB
 
@@ -63,14 +67,16 @@ class Data:
 
 
 def task(data: Data, settings: Settings, seed: int) -> Task:
-    """The task of one run: a query set for each class of tokens, the mean loss of the tokens of that class.
+    """The task of one run.
+
+    Its query sets are one for each class, the mean loss of the tokens of that class, and :data:`EXCESS`.
 
     Args:
         data: what all runs share.
         settings: sizes.
         seed: of the initial weights.
     """
-    queries = {
+    classes = {
         name: (data.queries, torch.from_numpy(data.query_classes == name).float())
         for name in CLASSES
         if (data.query_classes == name).any()
@@ -80,8 +86,8 @@ def task(data: Data, settings: Settings, seed: int) -> Task:
         network(settings.vocabulary, settings.length - 1, settings.width, settings.heads, seed),
         loss,
         train=data.train,
-        queries=queries,
-        query_losses=dict.fromkeys(queries, loss_within),
+        queries=classes | {EXCESS: (data.queries, bigram(data.queries, settings.vocabulary).float())},
+        query_losses=dict.fromkeys(classes, loss_within) | {EXCESS: excess},
         objective="tokens",
         forward_batch=_AT_ONCE,
     )
@@ -91,6 +97,16 @@ def loss_within(model: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tenso
     """Loss of every predicted token, nats, and its weight, both ``(batch, length - 1)``: 1 in a class, else 0."""
     tokens, weights = batch
     return loss(model, tokens), weights
+
+
+def excess(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """KL(bigram rule || network) at every predicted token ``(batch, length - 1)``, nats.
+
+    The expected loss, given the context, above that of the best predictor: the loss without the chance of which token
+    came, by which ``induction`` and ``against`` are told apart.
+    """
+    tokens, rule = batch
+    return divergence(rule, model(tokens[:, :-1]).log_softmax(-1))
 
 
 def record(folder: Path, task: Task, settings: Settings, seed: int) -> Trajectory:
