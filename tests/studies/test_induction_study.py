@@ -1,5 +1,7 @@
 """Runs, and influence between classes of tokens, on a study so small that it takes seconds."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -56,6 +58,13 @@ def test_a_recorded_run_is_read_and_not_made_again(small):
     again = Lab(small.folder, REDUCED)
     assert isinstance(again.run(0), Trajectory)
     assert before == {path: path.stat().st_mtime_ns for path in (small.folder / "seed-0").iterdir()}
+
+
+def test_a_folder_with_runs_of_other_settings_is_refused(small):
+    small.run(0)
+    with pytest.raises(ValueError, match="other settings"):
+        Lab(small.folder, replace(REDUCED, data_seed=1)).run(0)
+    assert Lab(small.folder, replace(REDUCED, window=3)).run(0).steps == REDUCED.steps
 
 
 def test_probes_and_queries_are_not_of_the_training_set(small):

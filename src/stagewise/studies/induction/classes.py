@@ -9,8 +9,9 @@ can help, hurt, change nothing, or not be possible yet, and each token belongs t
 * ``against``: they differ, and what came is what it made less likely (or as likely).
 
 ``early`` comes first: there too the rules differ, but by what the unigram rule has counted of other tokens, and no head
-that looks for an earlier occurrence finds one. ``induction`` and ``against`` are told apart by the token that came, as
-they must be: their contexts are the same, and the gradients of their losses point in opposite directions there.
+that looks for an earlier occurrence finds one. ``induction`` and ``against`` are told apart by nothing but which token
+came: their contexts are alike. One rewards what the other punishes, so that their influences oppose and nearly cancel
+once the network weighs contexts rightly. What is left is what it learns, and the expected loss shows it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from stagewise.studies.induction.rules import followers, gain, log_ratio
 CLASSES = ("induction", "against", "neither", "early")
 
 THRESHOLD = 0.05
-"""Nats. About half of the mean gain in a sequence of 100 of three tokens: below it there is little to be learnt."""
+"""Nats. About half of the mean gain in sequences of 100 of three tokens: below it there is little to be learnt."""
 
 Labels = np.ndarray[Any, np.dtype[np.str_]]
 

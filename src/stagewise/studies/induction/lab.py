@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cached_property
 from pathlib import Path
 
@@ -39,8 +40,22 @@ class Lab:
         return self._tasks[seed]
 
     def run(self, seed: int) -> Trajectory:
-        """The checkpoints of a run."""
+        """The checkpoints of a run.
+
+        Raises:
+            ValueError: the folder holds runs of other settings.
+        """
+        self._claim_folder()
         return record(self.folder / f"seed-{seed}", self.task(seed), self.settings, seed)
+
+    def _claim_folder(self) -> None:
+        """Write down what the folder's runs are made with, or refuse it: nothing in a checkpoint tells of the data."""
+        said, own = self.folder / "settings.json", json.dumps(self.settings.of_a_run(), indent=1)
+        if not said.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            said.write_text(own, encoding="utf-8")
+        elif said.read_text(encoding="utf-8") != own:
+            raise ValueError(f"{self.folder} holds runs of other settings, see {said.name}; choose another folder")
 
     def stages(self, seed: int) -> xr.Dataset:
         """The network's own stages at the checkpoints of a run."""

@@ -24,8 +24,7 @@ class Settings:
         last: number of updates.
         every: updates between checkpoints; the first come closer together.
         window: updates during which the weight of a class is changed.
-        window_starts: checkpoints where windows begin: on the plateau, at the start of the transition, in its middle and
-            after it.
+        window_starts: checkpoints where windows begin: on the plateau, at the transition's start, in it and after it.
         weights: of a class during a window; none of them 1.
         queries: of the probes, those whose losses are influenced.
     """
@@ -51,6 +50,11 @@ class Settings:
         """The checkpoints: log-spaced up to the first of the evenly spaced ones, and the start."""
         even = range(self.every, self.last + 1, self.every)
         return tuple(sorted({0, *log_spaced(self.every, 4), *even, self.last}))
+
+    def of_a_run(self) -> dict[str, int | float]:
+        """Those that a training run and its checkpoints depend on, and not only what is asked of them."""
+        asked = ("window", "window_starts", "weights", "queries")
+        return {name: value for name, value in vars(self).items() if name not in asked}
 
 
 FULL = Settings()
