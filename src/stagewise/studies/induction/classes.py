@@ -45,5 +45,5 @@ def shares(labels: Labels) -> dict[str, float]:
 
 
 def shuffled(labels: Labels, generator: np.random.Generator) -> Labels:
-    """A control: every class has as many tokens at every place of a sequence as before, and no token its own class."""
+    """A control: every class has as many tokens at every place of a sequence as before, but which ones is chance."""
     return generator.permuted(labels, axis=0)

@@ -87,7 +87,8 @@ def prefix_matching(patterns: Tensor, tokens: Tensor, first: int = 1) -> float:
     """Attention to what came after earlier occurrences of the current token, less the share that even attention has.
 
     With as few tokens as here an induction head has many places to look at, and is best if it looks at all of them, not
-    only at the one a period ago. In a long vocabulary there is one such place, and this is the usual score.
+    only at the one a period ago. Where tokens are many there is only that one, and this is the usual score but for the
+    even share.
 
     Args:
         patterns: ``(layers, batch, heads, tokens, tokens)``.

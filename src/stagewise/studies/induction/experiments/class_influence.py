@@ -78,9 +78,7 @@ def checked_class_influence(lab: Lab, seed: int = 0, steps: Sequence[int] | None
     chosen = list(settings.window_starts if steps is None else steps)
     exact = class_influence(lab, seed, chosen)
     measured = [
-        window_ablation(
-            task, run, window=settings.window, weight=weight, groups=lab.data.classes, steps=chosen
-        ).drop_attrs(deep=False)
+        window_ablation(task, run, window=settings.window, weight=weight, groups=lab.data.classes, steps=chosen)
         for weight in settings.weights
     ]
     scores = [
@@ -88,4 +86,5 @@ def checked_class_influence(lab: Lab, seed: int = 0, steps: Sequence[int] | None
         for weight, effects in zip(settings.weights, measured, strict=True)
     ]
     weights = xr.DataArray(list(settings.weights), dims="weight", name="weight")
-    return ClassInfluence(exact, xr.concat(measured, weights), xr.concat(scores, weights))
+    effects = xr.concat(measured, weights, combine_attrs="drop_conflicts")
+    return ClassInfluence(exact, effects, xr.concat(scores, weights))
