@@ -11,6 +11,7 @@ from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.retraining.schedule import BatchOrder
 from stagewise.retraining.window_influence import window_influence
 from stagewise.studies.induction.classes import CLASSES
+from stagewise.studies.induction.experiments.boosting import boosting, reached
 from stagewise.studies.induction.experiments.class_influence import checked_class_influence, class_influence, control
 from stagewise.studies.induction.lab import Lab
 from stagewise.studies.induction.network import loss
@@ -138,3 +139,23 @@ def test_influence_of_a_class_is_the_mean_of_that_of_its_tokens(small, between_c
     for name in CLASSES:
         expected = between_classes.exact["value"].sel(step=step, train=name).values
         np.testing.assert_allclose(of_tokens[classes == name].mean(0), expected, rtol=1e-3, atol=1e-9)
+
+
+def test_a_boost_changes_a_run_from_its_window_on_and_the_unchanged_run_is_the_recorded_one(small):
+    found = boosting(small)
+    assert found["run"].values.tolist() == ["unchanged", "induction 5", "induction 10", "chance 5", "chance 10"]
+    unchanged = found.sel(run="unchanged")
+    for step in found["step"].values.tolist():
+        params = small.run(0).load(step).params
+        losses = small.task(0).losses(params, small.task(0).queries[EXCESS].batch(slice(None)), EXCESS)
+        assert unchanged.sel(step=step).item() == pytest.approx(losses.mean().item(), rel=1e-4)
+    assert unchanged.sel(step=10).item() == found.sel(run="induction 10", step=10).item()
+    for name in found["run"].values[1:]:
+        assert abs(found.sel(run=name, step=15) - unchanged.sel(step=15)) > 1e-6
+    assert abs(found.sel(run="chance 5", step=10) - found.sel(run="induction 5", step=10)) > 1e-6
+
+
+def test_a_level_is_reached_between_the_looks_around_it_the_first_time():
+    curves = [[0.4, 0.2, 0.0, 0.3], [0.4, 0.4, 0.4, 0.4], [0.0, 0.0, 0.0, 0.0]]
+    excess = xr.DataArray(curves, {"run": list("abc"), "step": [0, 10, 30, 40]}, ("run", "step"))
+    np.testing.assert_allclose(reached(excess, 0.05), [25, np.nan, np.nan])

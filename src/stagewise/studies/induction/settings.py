@@ -27,6 +27,9 @@ class Settings:
         window_starts: checkpoints where windows begin: on the plateau, at the transition's start, in it and after it.
         weights: of a class during a window; none of them 1.
         queries: of the probes, those whose losses are influenced.
+        boost_starts: checkpoints from which one class counts more for a while.
+        boost_length: for so many updates.
+        boost: its weight then.
     """
 
     vocabulary: int = 3
@@ -44,6 +47,9 @@ class Settings:
     window_starts: tuple[int, ...] = (150, 300, 375, 600)
     weights: tuple[float, ...] = (0.8, 0.95)
     queries: int = 128
+    boost_starts: tuple[int, ...] = (75, 175, 275, 375)
+    boost_length: int = 100
+    boost: float = 2.0
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -53,14 +59,21 @@ class Settings:
 
     def of_a_run(self) -> dict[str, int | float]:
         """Those that a training run and its checkpoints depend on, and not only what is asked of them."""
-        asked = ("window", "window_starts", "weights", "queries")
+        asked = ("window", "window_starts", "weights", "queries", "boost_starts", "boost_length", "boost")
         return {name: value for name, value in vars(self).items() if name not in asked}
 
 
 FULL = Settings()
 """The study."""
 
-EIGHT = Settings(vocabulary=8, sequences=16384, rate=1e-3, last=1000, window_starts=(300, 600, 700, 900))
+EIGHT = Settings(
+    vocabulary=8,
+    sequences=16384,
+    rate=1e-3,
+    last=1000,
+    window_starts=(300, 600, 700, 900),
+    boost_starts=(350, 450, 550, 650),
+)
 """The same with eight tokens: a longer plateau and a sharper transition."""
 
 REDUCED = Settings(
@@ -76,5 +89,7 @@ REDUCED = Settings(
     window_starts=(5, 10),
     weights=(0.95,),
     queries=12,
+    boost_starts=(5, 10),
+    boost_length=3,
 )
 """As little as goes through all of it: seconds. No stage is reached."""
