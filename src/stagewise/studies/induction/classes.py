@@ -45,5 +45,9 @@ def shares(labels: Labels) -> dict[str, float]:
 
 
 def shuffled(labels: Labels, generator: np.random.Generator) -> Labels:
-    """A control: every class has as many tokens at every place of a sequence as before, but which ones is chance."""
+    """A control: every class has as many tokens at every place of a sequence as before, but which ones is chance.
+
+    Nearly all ``early`` tokens lie at the first places, where nearly all are: they stay nearly the same, and what this
+    control shows of them is that their place alone says what they do.
+    """
     return generator.permuted(labels, axis=0)
