@@ -1,0 +1,95 @@
+"""How much is computed: the sequences, the network, its training, and where its windows begin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stagewise.checkpoints.when import log_spaced
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes and rates. The default is the study; tests take less.
+
+    Attributes:
+        vocabulary: number of tokens.
+        length: tokens of a sequence.
+        sequences: of the training set, the same for all seeds.
+        probes: sequences that the network is measured on, and as many that are a random piece repeated.
+        data_seed: of all sequences.
+        width: of the residual stream.
+        heads: of each layer.
+        batch_size: sequences per update.
+        rate: learning rate of Adam.
+        last: number of updates.
+        every: updates between checkpoints; the first come closer together.
+        window: updates during which the weight of a class is changed.
+        window_starts: checkpoints where windows begin: on the plateau, at the transition's start, in it and after it.
+        weights: of a class during a window; none of them 1.
+        queries: of the probes, those whose losses are influenced.
+        boost_starts: checkpoints from which one class counts more for a while.
+        boost_length: for so many updates.
+        boost: its weight then.
+    """
+
+    vocabulary: int = 3
+    length: int = 100
+    sequences: int = 8192
+    probes: int = 256
+    data_seed: int = 0
+    width: int = 32
+    heads: int = 1
+    batch_size: int = 32
+    rate: float = 5e-4
+    last: int = 800
+    every: int = 25
+    window: int = 30
+    window_starts: tuple[int, ...] = (150, 300, 375, 600)
+    weights: tuple[float, ...] = (0.8, 0.95)
+    queries: int = 128
+    boost_starts: tuple[int, ...] = (75, 175, 275, 375)
+    boost_length: int = 100
+    boost: float = 2.0
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The checkpoints: log-spaced up to the first of the evenly spaced ones, and the start."""
+        even = range(self.every, self.last + 1, self.every)
+        return tuple(sorted({0, *log_spaced(self.every, 4), *even, self.last}))
+
+    def of_a_run(self) -> dict[str, int | float]:
+        """Those that a training run and its checkpoints depend on, and not only what is asked of them."""
+        asked = ("window", "window_starts", "weights", "queries", "boost_starts", "boost_length", "boost")
+        return {name: value for name, value in vars(self).items() if name not in asked}
+
+
+FULL = Settings()
+"""The study."""
+
+EIGHT = Settings(
+    vocabulary=8,
+    sequences=16384,
+    rate=1e-3,
+    last=1000,
+    window_starts=(300, 600, 700, 900),
+    boost_starts=(350, 450, 550, 650),
+)
+"""The same with eight tokens: a longer plateau and a sharper transition."""
+
+REDUCED = Settings(
+    length=20,
+    sequences=96,
+    probes=24,
+    width=8,
+    batch_size=16,
+    rate=5e-3,
+    last=15,
+    every=5,
+    window=4,
+    window_starts=(5, 10),
+    weights=(0.95,),
+    queries=12,
+    boost_starts=(5, 10),
+    boost_length=3,
+)
+"""As little as goes through all of it: seconds. No stage is reached."""
