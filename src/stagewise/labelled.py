@@ -44,7 +44,9 @@ def influence_dataset(
         "stderr": (DIMS, np.zeros_like(value) if stderr is None else stderr, units),
     }
     sign = "negative = helpful: more weight on the training data lowers the query loss"
-    return xr.Dataset(variables, _coords(steps, trained, queried), {**units, "sign": sign, **member_of(trained), **attrs})
+    return xr.Dataset(
+        variables, _coords(steps, trained, queried), {**units, "sign": sign, **member_of(trained), **attrs}
+    )
 
 
 def member_of(trained: Groups) -> dict[str, str]:

@@ -143,9 +143,8 @@ def first_order(
     variables = {"value": (dims, value, units), "stderr": (dims, stderr, units)}
     about = {"window": posterior.window} if posterior.window else {"gamma": density.gamma}
     sign = {"sign": "negative = helpful: more weight on the training data lowers the query loss"}
-    attrs = {"estimator": estimator} | units | sign | member_of(trained)
-    attrs |= {"metric": density.metric} | about | found.attrs
-    return xr.Dataset(variables, coords, attrs)
+    attrs = {"estimator": estimator} | units | sign | member_of(trained) | {"metric": density.metric} | about
+    return xr.Dataset(variables, coords, attrs | found.attrs)
 
 
 def scores(density: LocalDensity, directions: Directions, trained: Groups) -> Tensor:
