@@ -88,7 +88,8 @@ def memory(sampler: str, draws: int) -> dict[str, float]:
 def curvature(_: int) -> dict[str, float]:
     """Of 8 sequences, as many as one product is affordable for here."""
     import stagewise as sw
-    from stagewise.evaluate import hessian_product, represented
+    from stagewise.derivatives import hessian_product
+    from stagewise.evaluate import represented
     from stagewise.sampling import curvature
 
     task = language_task()

@@ -20,7 +20,7 @@ from rich.table import Table
 from timing import seconds
 
 from stagewise.checkpoints.trajectory import Trajectory
-from stagewise.evaluate import differentiable, gradient
+from stagewise.differentiate import differentiable, gradient
 from stagewise.influence.bif import bif
 from stagewise.influence.trusted import TracesInMemory
 from stagewise.sampling.chains import Chains, sample_block

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from stagewise.checkpoint import Checkpoint, Optimizer
 from stagewise.checkpoints.trajectory import Trajectory
-from stagewise.evaluate import hessian_product
+from stagewise.derivatives import hessian_product
 from stagewise.influence.damped import damped_influence
 from stagewise.retraining.schedule import BatchOrder
 from stagewise.retraining.unrolling import unrolled_influence

@@ -6,22 +6,9 @@ from torch import nn
 from torch.func import functional_call, hessian, jacrev
 
 from stagewise.checkpoint import Checkpoint, CheckpointError, Optimizer
-from stagewise.evaluate import (
-    Point,
-    at,
-    dense,
-    differentiable,
-    directional_derivatives,
-    gradient,
-    group_gradients,
-    hessian_product,
-    mean_gradient,
-    over_rows,
-    pull,
-    push,
-    sample_weights,
-    spread_rows,
-)
+from stagewise.derivatives import dense, directional_derivatives, group_gradients, hessian_product, mean_gradient
+from stagewise.differentiate import differentiable, gradient, pull, push
+from stagewise.evaluate import Point, at, over_rows, sample_weights, spread_rows
 from stagewise.groups import query_groups, train_groups
 from stagewise.task import Task
 

@@ -10,7 +10,8 @@ from torch.nn.utils import parametrizations, parametrize
 
 from stagewise.check import check
 from stagewise.checkpoint import Checkpoint
-from stagewise.evaluate import at, mean_gradient
+from stagewise.derivatives import mean_gradient
+from stagewise.evaluate import at
 from stagewise.functional import PureModel
 from stagewise.sampling import Chains, LocalPosterior, sample_block
 from stagewise.task import Task

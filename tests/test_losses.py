@@ -10,7 +10,8 @@ from transformers import BatchEncoding, GPT2Config, GPT2LMHeadModel, GPTNeoXConf
 import stagewise as sw
 from stagewise import vocabulary
 from stagewise.attention import plain_attention
-from stagewise.evaluate import at, directional_derivatives, hessian_product, mean_gradient
+from stagewise.derivatives import directional_derivatives, hessian_product, mean_gradient
+from stagewise.evaluate import at
 from stagewise.losses import causal_lm
 
 VOCABULARY, TOKENS = 23, 7

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import stagewise as sw
-from stagewise.evaluate import at, group_gradients
+from stagewise.derivatives import group_gradients
+from stagewise.evaluate import at
 from stagewise.groups import query_groups, train_groups
 from stagewise.retraining.scores import predicted_effect
 from stagewise.retraining.training import train_and_record

@@ -15,7 +15,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from stagewise.attention import plain_attention
 from stagewise.data import Batch
-from stagewise.evaluate import Point, Product, chunks, differentiable, gradient, pull, push
+from stagewise.derivatives import Product
+from stagewise.differentiate import differentiable, gradient, pull, push
+from stagewise.evaluate import Point, chunks
 from stagewise.memory import out_of_memory
 from stagewise.plain import cannot
 from stagewise.task import checked_losses

@@ -20,7 +20,8 @@ from torch.nn.functional import pad
 from stagewise.checkpoint import Checkpoint
 from stagewise.content import content_digest
 from stagewise.data import Samples
-from stagewise.evaluate import Point, chunks, mean_gradient
+from stagewise.derivatives import mean_gradient
+from stagewise.evaluate import Point, chunks
 from stagewise.task import Task
 from stagewise.vector import ParameterVector
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from stagewise.data import Batch, Samples
-from stagewise.evaluate import Batching, Point, differentiable, gradient, over_rows
+from stagewise.differentiate import differentiable, gradient
+from stagewise.evaluate import Batching, Point, over_rows
 from stagewise.memory import out_of_memory
 
 BatchingChoice = Literal["auto", "stacked", "loop"]

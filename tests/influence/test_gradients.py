@@ -4,7 +4,7 @@ import torch
 from regression import Regression
 from small_networks import LOSSES, Problem
 
-from stagewise.evaluate import directional_derivatives, group_gradients
+from stagewise.derivatives import directional_derivatives, group_gradients
 from stagewise.groups import query_groups
 from stagewise.influence.damped import damped_influence
 from stagewise.influence.gradients import gradient_product

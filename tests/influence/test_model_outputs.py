@@ -11,7 +11,7 @@ from torch import nn
 
 from stagewise.checkpoint import Checkpoint, Optimizer
 from stagewise.checkpoints.trajectory import Trajectory
-from stagewise.evaluate import directional_derivatives, hessian_product
+from stagewise.derivatives import directional_derivatives, hessian_product
 from stagewise.gauss_newton import gauss_newton_product
 from stagewise.influence.damped import damped_influence
 from stagewise.influence.gradients import gradient_product

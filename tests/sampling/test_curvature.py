@@ -7,7 +7,8 @@ from torch import nn
 
 from stagewise import evaluate
 from stagewise.checkpoint import Checkpoint, Optimizer
-from stagewise.evaluate import dense, hessian_product, spread_rows
+from stagewise.derivatives import dense, hessian_product
+from stagewise.evaluate import spread_rows
 from stagewise.sampling import Chains, LocalPosterior, curvature, sample_block
 from stagewise.sampling.curvature import extreme_curvature
 from stagewise.sampling.gradient import BatchLoss

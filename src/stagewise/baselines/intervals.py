@@ -13,8 +13,9 @@ from torch import Tensor
 
 from stagewise.checkpoint import Checkpoint, Optimizer
 from stagewise.checkpoints.trajectory import Trajectory
+from stagewise.derivatives import dense, group_gradients, hessian_product
 from stagewise.during import WHOLE_RUN
-from stagewise.evaluate import at, dense, group_gradients, hessian_product
+from stagewise.evaluate import at
 from stagewise.groups import Groups
 from stagewise.labelled import Array
 from stagewise.sampling.metric import clip_factor

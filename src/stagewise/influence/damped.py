@@ -17,7 +17,8 @@ from scipy.linalg import eigh
 from torch import Tensor
 
 from stagewise.checkpoints.trajectory import Trajectory
-from stagewise.evaluate import CURVATURE_SAMPLES, Product, dense, hessian_product, spread_rows
+from stagewise.derivatives import Product, dense, hessian_product
+from stagewise.evaluate import CURVATURE_SAMPLES, spread_rows
 from stagewise.gauss_newton import gauss_newton_product
 from stagewise.influence.gradients import Directions, Gradients, first_order
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stagewise.evaluate import Product, mean_gradient
+from stagewise.derivatives import Product, mean_gradient
 from stagewise.sampling.metric import relative_rates, update_counts
 from stagewise.sampling.posterior import LocalDensity, learning_rates, window_reach
 

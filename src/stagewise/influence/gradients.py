@@ -17,7 +17,8 @@ import xarray as xr
 from torch import Tensor
 
 from stagewise.checkpoints.trajectory import Trajectory, as_trajectory
-from stagewise.evaluate import directional_derivatives, group_gradients, sample_weights
+from stagewise.derivatives import directional_derivatives, group_gradients
+from stagewise.evaluate import sample_weights
 from stagewise.groups import TRAIN, Groups, query_groups, train_groups
 from stagewise.labelled import member_of
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior

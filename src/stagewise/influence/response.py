@@ -18,7 +18,8 @@ import xarray as xr
 from torch import Tensor
 
 from stagewise.checkpoints.trajectory import Trajectory
-from stagewise.evaluate import CURVATURE_SAMPLES, hessian_product, spread_rows
+from stagewise.derivatives import hessian_product
+from stagewise.evaluate import CURVATURE_SAMPLES, spread_rows
 from stagewise.gauss_newton import gauss_newton_product
 from stagewise.influence.frozen_updates import FrozenUpdates, path
 from stagewise.influence.gradients import Directions, Gradients, first_order

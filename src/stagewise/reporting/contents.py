@@ -110,8 +110,8 @@ def _curves_caption(influence: xr.Dataset) -> str:
     return (
         f"Influence on {which} of {groups}{own}. Below zero a group is helpful: more weight on it lowers the loss of "
         f"the query. Values are means over pairs of one training {member} and one of the query; bands are pointwise "
-        "95% intervals. Diamonds mark sign flips, triangles peaks that noise cannot have made; the bar through a mark is "
-        "the 95% interval of its step."
+        "95% intervals. Diamonds mark sign flips, triangles peaks that noise cannot have made; the bar through a mark "
+        "is the 95% interval of its step."
     )
 
 

@@ -28,7 +28,8 @@ from torch.nn.functional import pad
 
 from stagewise.attention import plain_attention
 from stagewise.data import Batch
-from stagewise.evaluate import Batching, Point, chunks, differentiable, pull
+from stagewise.differentiate import differentiable, pull
+from stagewise.evaluate import Batching, Point, chunks
 from stagewise.retraining.rewind import rewind
 from stagewise.retraining.schedule import LearningRate, Order
 from stagewise.retraining.start import Start

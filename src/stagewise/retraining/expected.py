@@ -15,7 +15,8 @@ import torch
 from scipy.interpolate import CubicSpline
 from torch import Tensor
 
-from stagewise.evaluate import directional_derivatives, group_gradients, sample_weights
+from stagewise.derivatives import directional_derivatives, group_gradients
+from stagewise.evaluate import sample_weights
 from stagewise.groups import Groups
 from stagewise.labelled import Array
 from stagewise.retraining.adjoint import Adjoint, Replay, step_back

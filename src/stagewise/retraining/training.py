@@ -16,7 +16,8 @@ from torch.func import vmap
 
 from stagewise.checkpoint import Checkpoint, Optimizer
 from stagewise.data import Batch
-from stagewise.evaluate import Batching, Point, differentiable, in_any_mode
+from stagewise.differentiate import differentiable
+from stagewise.evaluate import Batching, Point, in_any_mode
 from stagewise.retraining.schedule import LearningRate, Order, Schedule
 from stagewise.retraining.start import Start, start_at
 from stagewise.retraining.updates import TrainingState, update

@@ -15,7 +15,8 @@ import xarray as xr
 from torch import Tensor
 
 from stagewise.checkpoint import Checkpoint
-from stagewise.evaluate import group_gradients, in_any_mode
+from stagewise.derivatives import group_gradients
+from stagewise.evaluate import in_any_mode
 from stagewise.groups import Groups, Labels, query_groups
 from stagewise.retraining.adjoint import Adjoint, Replay, step_back
 from stagewise.retraining.horizon import masked

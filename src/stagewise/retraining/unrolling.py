@@ -23,8 +23,10 @@ from torch import Tensor
 from stagewise.attention import plain_attention
 from stagewise.checkpoint import Checkpoint
 from stagewise.data import Batch
+from stagewise.derivatives import directional_derivatives
+from stagewise.differentiate import differentiable, pull
 from stagewise.during import check_during, during_attrs
-from stagewise.evaluate import Point, differentiable, directional_derivatives, in_any_mode, pull
+from stagewise.evaluate import Point, in_any_mode
 from stagewise.groups import Labels, query_groups, train_groups
 from stagewise.labelled import influence_dataset
 from stagewise.retraining.losses import Progress
@@ -251,7 +253,7 @@ def _update(
 
 
 def _pushed(outputs: Sequence[Tensor], leaves: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
-    """Jacobian times tangents, by reverse mode twice, as :func:`stagewise.evaluate.push` does it."""
+    """Jacobian times tangents, by reverse mode twice, as :func:`stagewise.differentiate.push` does it."""
     probes = [torch.zeros_like(output, requires_grad=True) for output in outputs]
     linear = torch.autograd.grad(outputs, leaves, probes, create_graph=True, materialize_grads=True, allow_unused=True)
     live = [(image, tangent) for image, tangent in zip(linear, tangents, strict=True) if image.requires_grad]

@@ -17,7 +17,7 @@ import xarray as xr
 from torch import Tensor
 
 from stagewise.checkpoints.trajectory import Trajectory, as_trajectory
-from stagewise.evaluate import group_gradients
+from stagewise.derivatives import group_gradients
 from stagewise.groups import Groups, Labels, query_groups
 from stagewise.labelled import Array, influence_dataset
 from stagewise.retraining.adjoint import Adjoint, Replay, step_back

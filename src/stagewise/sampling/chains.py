@@ -12,7 +12,8 @@ import xarray as xr
 from torch import Tensor
 
 from stagewise.checkpoint import Checkpoint
-from stagewise.evaluate import mean_gradient, represented
+from stagewise.derivatives import mean_gradient
+from stagewise.evaluate import represented
 from stagewise.sampling.block import Block
 from stagewise.sampling.gradient import potential_gradient
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior, largest_window, size_range

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
-from stagewise.evaluate import Product, hessian_product, represented
+from stagewise.derivatives import Product, hessian_product
+from stagewise.evaluate import represented
 from stagewise.sampling.lanczos import ends
 from stagewise.sampling.posterior import MAX_NEGATIVE_CURVATURE, LocalDensity
 

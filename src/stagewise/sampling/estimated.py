@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from stagewise.checkpoint import Checkpoint, Optimizer
-from stagewise.evaluate import Point, at, mean_gradient
+from stagewise.derivatives import mean_gradient
+from stagewise.evaluate import Point, at
 from stagewise.task import Task
 from stagewise.vector import ParameterVector
 

@@ -11,16 +11,9 @@ from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_map
 
 from stagewise.data import Batch
-from stagewise.evaluate import (
-    Batching,
-    chunks,
-    differentiable,
-    gradient,
-    mean_gradient,
-    over_rows,
-    sample_weights,
-    slope_at,
-)
+from stagewise.derivatives import mean_gradient, slope_at
+from stagewise.differentiate import differentiable, gradient
+from stagewise.evaluate import Batching, chunks, over_rows, sample_weights
 from stagewise.sampling.base import Gradient, GradientFunction
 from stagewise.sampling.posterior import LocalDensity
 

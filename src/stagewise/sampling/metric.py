@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from stagewise.checkpoint import Checkpoint, Optimizer
-from stagewise.evaluate import Point, chunks, differentiable, mean_gradient, pull, sample_weights, spread_rows
+from stagewise.derivatives import mean_gradient
+from stagewise.differentiate import differentiable, pull
+from stagewise.evaluate import Point, chunks, sample_weights, spread_rows
 from stagewise.vector import ParameterVector
 
 _PROBES = 4
