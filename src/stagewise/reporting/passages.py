@@ -16,9 +16,9 @@ from stagewise.results import Exemplar
 PER_SIDE = 3
 _STRONGEST = 3
 _SATURATED = 0.98  # of all tokens shown: beyond it a few would leave all others pale
-_MARKED = 0.15  # of the scale: from here on a harmful token is underlined, for readers without colours
+_MARKED = 0.25  # of the scale: from here on a harmful token is underlined, for readers without colours
 _STOPS = 9
-_DARK = 0.2  # luminance under which text is white: there, white has more contrast than the ink of the page
+_DARK = 0.179  # luminance at which black and white text have the same contrast, 4.6
 _COUNTS_NOT = "not counted in the loss"
 
 
@@ -98,12 +98,13 @@ def passages_of(exemplars: Sequence[Exemplar]) -> Passages:
     shown = sorted((e for e in exemplars if e.texts and e.token_values), key=lambda exemplar: exemplar.step)
     scale = _Scale.of([value for exemplar in shown for value in _values(exemplar)])
     query = words.quoted(exemplars[0].query)
+    steps = words.count(len(shown), "checkpoint")
     caption = (
-        f"The training texts that mattered most for {query} at {words.count(len(shown), 'checkpoint')}, up to "
-        f"{PER_SIDE} most helpful and {PER_SIDE} most harmful ones each, every token coloured by its own influence. Blue "
-        f"is helpful: more weight on the token lowers the loss of {query}. Red is harmful, and underlined with dots "
-        "where it is clearly so. The number over a text is the influence of all its tokens together; point at a token "
-        "for its own. One scale for all steps; grey tokens do not count in the loss."
+        f"The training texts that mattered most for {query} at {steps}, up to {PER_SIDE} most helpful and {PER_SIDE} most "
+        "harmful ones each, from the first token that is predicted. Every token is coloured by its own influence, on one "
+        f"scale for all steps. Blue is helpful: more weight on the token lowers the loss of {query}. Red is harmful, "
+        "underlined where it is clearly so. The number over a text is the influence of all its tokens together; point at "
+        "a token for its own. Grey tokens do not count in the loss."
     )
     return Passages(
         f"What in the texts mattered for {query}",
