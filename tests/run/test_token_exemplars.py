@@ -12,7 +12,7 @@ from stagewise.groups import query_groups
 from stagewise.retraining.window_influence import window_influence
 from stagewise.run import analysis, exemplars
 from stagewise.run.config import make_config
-from stagewise.run.preflight import miniature
+from stagewise.run.preflight import miniature, preflight
 from stagewise.run.progress import silent
 
 WINDOW = 3
@@ -136,7 +136,7 @@ def test_texts_that_are_not_those_of_the_losses_are_refused_before_the_work():
     with pytest.raises(
         ValueError, match=r"3 texts of sample 0, but the loss returns 2 losses .* no loss for the first"
     ):
-        exemplars.check_texts(task(train_texts=shifted))
+        preflight(task(train_texts=shifted), springs.trajectory(), config(), [0])
     with pytest.raises(ValueError, match="2 texts of sample 0, but the loss returns one loss per sample"):
         exemplars.check_texts(springs.task(train_texts=TEXTS))
 

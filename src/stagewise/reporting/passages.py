@@ -100,11 +100,11 @@ def passages_of(exemplars: Sequence[Exemplar]) -> Passages:
     query = words.quoted(exemplars[0].query)
     steps = words.count(len(shown), "checkpoint")
     caption = (
-        f"The training texts that mattered most for {query} at {steps}, up to {PER_SIDE} most helpful and {PER_SIDE} most "
-        "harmful ones each, from the first token that is predicted. Every token is coloured by its own influence, on one "
-        f"scale for all steps. Blue is helpful: more weight on the token lowers the loss of {query}. Red is harmful, "
-        "underlined where it is clearly so. The number over a text is the influence of all its tokens together; point at "
-        "a token for its own. Grey tokens do not count in the loss."
+        f"The training texts that mattered most for {query} at {steps}, up to {PER_SIDE} most helpful and {PER_SIDE} "
+        "most harmful ones each, from the first token that is predicted. Every token is coloured by its own influence, "
+        f"on one scale for all steps. Blue is helpful: more weight on the token lowers the loss of {query}. Red is "
+        "harmful, underlined where it is clearly so. The number over a text is the influence of all its tokens "
+        "together; point at a token for its own. Grey tokens do not count in the loss."
     )
     return Passages(
         f"What in the texts mattered for {query}",
