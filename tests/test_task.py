@@ -1,6 +1,7 @@
 import linecache
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -317,6 +318,18 @@ class TestIdentity:
     def test_tensors_are_identified_by_name_and_content_not_order(self):
         assert tensors_digest({"a": X, "b": Y}) == tensors_digest({"b": Y, "a": X})
         assert tensors_digest({"a": X, "b": Y}) != tensors_digest({"b": X, "a": Y})
+
+
+def test_texts_are_a_row_for_each_sample_of_any_length():
+    rows = [["a", np.str_("b")], [], *[["c"]] * (len(X) - 2)]
+    found = task(train_texts=rows).train_texts
+    assert found == [["a", "b"], [], *[["c"]] * (len(X) - 2)]
+    assert type(found[0][1]) is str
+    with pytest.raises(ValueError, match=rf"a row of texts for each of {len(X)} samples, got 2 rows"):
+        task(train_texts=[["a"], ["b"]])
+    for wrong in (["a b"] * len(X), [["a", 3]] * len(X)):
+        with pytest.raises(ValueError, match="train_texts: expected a row of texts for each sample"):
+            task(train_texts=wrong)
 
 
 def test_query_names_that_would_split_a_path_are_refused():

@@ -56,6 +56,11 @@ def labels(rows: Rows) -> np.ndarray:
     return sw.token_labels(kinds)
 
 
+def texts(rows: Rows) -> list[list[str]]:
+    """The text of every predicted token, up to the padding: shown in the report."""
+    return [[tokenizer().decode([t]) for t in row["input_ids"][row["attention_mask"] > 0][1:]] for row in rows]
+
+
 def task() -> sw.Task:
     """What is studied: named in config.yaml as `text.py:task`."""
     train, test = data(TRAIN), data(TEST)
@@ -66,5 +71,6 @@ def task() -> sw.Task:
         queries={"test": test},
         train_groups=labels(train),
         query_groups={"test": labels(test)},
+        train_texts=texts(train),
         objective="tokens",  # the Trainer averages over all tokens of an update
     )

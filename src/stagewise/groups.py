@@ -8,7 +8,7 @@ label by label.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -82,6 +82,12 @@ class Groups:
     def chosen(self, rows: slice) -> Groups:
         """Some of the groups."""
         return Groups(self.labels[rows], self.datasets[rows], self.indices[rows], self.widths)
+
+    def named(self, labels: Sequence[str]) -> Groups:
+        """The groups of these labels, in their order."""
+        rows = [self.labels.index(label) for label in labels]
+        indices = tuple(self.indices[k] for k in rows)
+        return Groups(tuple(labels), tuple(self.datasets[k] for k in rows), indices, self.widths)
 
     def places(self, n: int, dataset: str = TRAIN) -> Tensor:
         """Which group each of a data set's ``n`` samples ``(n,)`` is in, or its tokens ``(n, tokens)``.

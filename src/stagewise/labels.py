@@ -1,4 +1,4 @@
-"""Labels as users give them, as text: of samples, or of the tokens of every sample."""
+"""Labels and texts as users give them: of samples, or of the tokens of every sample."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from torch import Tensor
 
 Labels = Sequence[Any] | np.ndarray[Any, Any]
 """One label per sample, or a row of them, one per token: names, numbers, an array or a tensor; None for no group."""
+
+Texts = Sequence[Sequence[str]]
+"""A row of texts for each sample, one for each of its losses."""
 
 NONE = ""
 """The text of no label: what has it is in no group."""
@@ -51,6 +54,19 @@ def as_labels(labels: Labels, length: int, name: str) -> NDArray[np.str_]:
     if len(rows) != length:
         raise ValueError(f"{name}: expected one label for each of {length} samples, got shape {rows.shape}")
     return rows
+
+
+def as_texts(texts: Texts, length: int, name: str) -> list[list[str]]:
+    """The text of every token of ``length`` samples; rows may be of different lengths.
+
+    Raises:
+        ValueError: there is not one row of texts for each sample.
+    """
+    if any(isinstance(row, str) or not all(isinstance(text, str) for text in row) for row in texts):
+        raise ValueError(f"{name}: expected a row of texts for each sample, one text for each of its losses")
+    if len(texts) != length:
+        raise ValueError(f"{name}: expected a row of texts for each of {length} samples, got {len(texts)} rows")
+    return [[str(text) for text in row] for row in texts]
 
 
 def token_classes(labels: NDArray[np.str_]) -> tuple[list[str], NDArray[np.intp]]:

@@ -38,6 +38,8 @@ class Exemplar:
         values: influence of each sample on the query, in nats per unit weight; negative = helpful.
         stderrs: standard error of each value.
         images: ``(sample, height, width)`` or ``(sample, height, width, 3)`` in [0, 1], if the data are images.
+        texts: the text of every token of each sample, or of the stretch of it that matters, if the data are text.
+        token_values: influence of every token on the query, in nats per unit weight; NaN where it does not count.
     """
 
     query: str
@@ -47,6 +49,8 @@ class Exemplar:
     values: Sequence[float]
     stderrs: Sequence[float]
     images: NDArray[np.floating[Any]] | None = None
+    texts: Sequence[Sequence[str]] | None = None
+    token_values: Sequence[Sequence[float]] | None = None
 
 
 @dataclass(frozen=True, eq=False)

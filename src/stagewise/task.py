@@ -18,7 +18,7 @@ from stagewise.checkpoint import Checkpoint
 from stagewise.data import Batch, Collate, Samples
 from stagewise.fitting import fitted
 from stagewise.functional import PureModel
-from stagewise.labels import Labels, as_labels
+from stagewise.labels import Labels, Texts, as_labels, as_texts
 from stagewise.layers import in_train_mode
 
 __all__ = ["Batch", "Loss", "Losses", "Objective", "Params", "Samples", "Task"]
@@ -66,6 +66,9 @@ class Task:
         candidates: indices (or a mask) of the training samples whose influence is asked for; default all. Only their
             losses are evaluated at every draw.
         objective: what training averages over, see above.
+        train_texts: optional text of every predicted token of every training sample, one for each loss, e.g.
+            ``[[tokenizer.decode([token]) for token in row[1:]] for row in tokens]``. Rows may end before losses of
+            weight 0. It is shown in reports, and decides no number.
         collate: makes a batch of a list of samples, as ``DataLoader(collate_fn=)`` does.
         forward_batch: most samples in one forward pass, where a whole data set is evaluated or a window is replayed
             exactly; bounds the memory.
@@ -97,6 +100,7 @@ class Task:
         query_losses: Mapping[str, Loss] | None = None,
         candidates: Sequence[int] | Sequence[bool] | Tensor | None = None,
         objective: Objective = "samples",
+        train_texts: Texts | None = None,
         collate: Collate | None = None,
         forward_batch: int = 2048,
     ) -> None:
@@ -121,6 +125,7 @@ class Task:
         self.queries = {name: Samples(data, f"queries[{name!r}]", collate) for name, data in queries.items()}
         self.candidates = _indices(candidates, len(self.train))
         self.train_groups = _labels(train_groups, len(self.train), "train_groups")
+        self.train_texts = None if train_texts is None else as_texts(train_texts, len(self.train), "train_texts")
         for argument, given in (("query_groups", query_groups), ("query_losses", query_losses)):
             if unknown := sorted(set(given or {}) - set(self.queries)):
                 raise ValueError(f"{argument} names {unknown}, but the queries are {sorted(self.queries)}")

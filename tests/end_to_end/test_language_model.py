@@ -48,3 +48,4 @@ def test_the_examples_readme_works_line_by_line(folder, no_pictures):
     page = (folder / "runs" / "text" / "report.html").read_text()
     assert "Kinds of tokens in Python code" in page
     assert "word start" in page
+    assert re.search(r'<span style="background:#[0-9a-f]{6}(;color:#fff)?" title="(helpful|harmful): ', page)

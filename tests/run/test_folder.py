@@ -60,6 +60,20 @@ def test_exemplars_come_back_in_order_with_their_pictures(tmp_path):
     np.testing.assert_allclose(second.images, pictures, atol=5e-5)
 
 
+def test_exemplars_come_back_with_their_tokens_and_from_files_that_know_none(tmp_path):
+    nothing = float("nan")
+    tokens = {"texts": [ODD, ["\r\n"]], "token_values": [[nothing, *[1.25e-9] * (len(ODD) - 1)], [-1.0]]}
+    save_results(tmp_path, {}, [exemplar(**tokens)])
+    path = tmp_path / "results" / "exemplars.json"
+    (back,) = load_results(tmp_path)[1]
+    assert back.texts == tokens["texts"]
+    np.testing.assert_array_equal(np.concatenate(back.token_values), np.concatenate(tokens["token_values"]))
+    old = [{k: v for k, v in entry.items() if k not in tokens} for entry in json.loads(path.read_text())]
+    path.write_text(json.dumps(old))
+    (back,) = load_results(tmp_path)[1]
+    assert (back.texts, back.token_values) == (None, None)
+
+
 def test_new_results_take_the_place_of_all_older_ones_and_of_a_torn_attempt(tmp_path):
     save_results(tmp_path, {"losses": labelled(np.ones((1, 1))), "baseline x": labelled(np.ones((1, 1)))}, [exemplar()])
     (tmp_path / ".results-partial").mkdir()

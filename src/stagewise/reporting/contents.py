@@ -14,6 +14,7 @@ from stagewise.reporting import check_figures, figures, tables, triangle_figure
 from stagewise.reporting.exemplar_figure import PER_SIDE, exemplar_grid
 from stagewise.reporting.findings import clearest_flips, findings
 from stagewise.reporting.page import Page, Plate, Section, write_page
+from stagewise.reporting.passages import Passages, passages_of
 from stagewise.reporting.tables import Table
 from stagewise.reporting.words import count, label_text, number, quoted
 from stagewise.results import DAMPED, Exemplar, Results, others
@@ -188,12 +189,14 @@ def _scatter_caption(measured: xr.Dataset) -> str:
     )
 
 
-def _exemplars(exemplars: Sequence[Exemplar]) -> Iterator[Plate | Table]:
+def _exemplars(exemplars: Sequence[Exemplar]) -> Iterator[Plate | Table | Passages]:
     if not exemplars:
         yield Plate("exemplars", "Single training samples were not looked at in this run.")
     by_query = sorted(exemplars, key=lambda exemplar: str(exemplar.query))
     for k, (query, group) in enumerate(groupby(by_query, key=lambda exemplar: exemplar.query)):
         chosen = list(group)
+        if any(exemplar.token_values for exemplar in chosen):
+            yield passages_of(chosen)
         if any(exemplar.images is None for exemplar in chosen):
             yield tables.exemplars_table(chosen)
             continue

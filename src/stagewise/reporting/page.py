@@ -13,6 +13,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from stagewise.reporting.files import inline_svg, write_figure
+from stagewise.reporting.passages import Passages
 from stagewise.reporting.tables import Table
 
 
@@ -33,10 +34,10 @@ class Plate:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report: its figures and tables in the order of reading."""
+    """A part of the report: its figures, tables and passages in the order of reading."""
 
     title: str
-    parts: Sequence[Plate | Table]
+    parts: Sequence[Plate | Table | Passages]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Page:
         title: headline.
         when: when the weight is changed in the definition of influence, e.g. ``"during 30 training steps"``.
         findings: what was found, a sentence or two each.
-        sections: figures and tables.
+        sections: figures, tables and passages.
         configuration: plain values.
         provenance: the same.
         member: of what unit weight is: a sample, or a token.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -271,14 +272,43 @@ def exact_samples(
     queries: list[Any],
 ) -> xr.Dataset:
     """From the replayed window."""
-    of_groups = estimate("exact", task, trajectory, config)
-
-    def of_samples(steps: Sequence[int]) -> xr.Dataset:
-        return of_groups(per="sample", steps=steps).sel(query=queries)
-
+    of_samples = partial(estimate("exact", _asked(task, queries), trajectory, config), per="sample")
     cause = f"{config.posterior.window} {config.retraining!r} {queries}"
     seen = _of_windows({step: digests[step] for step in steps}, trajectory, config.posterior.window or 0)
     return _step_by_step("exact influence of samples", cause, of_samples, seen, kept, progress)
+
+
+def exact_tokens(
+    task: Task,
+    trajectory: Trajectory,
+    config: RunConfig,
+    digests: Mapping[int, str],
+    kept: Kept,
+    progress: Progress,
+    picked: Mapping[int, Sequence[int]],
+    queries: list[Any],
+) -> dict[int, xr.Dataset]:
+    """Influence of every token of the samples that were picked at each step: the same window, replayed once more.
+
+    Nothing is held of the tokens of all the others, of which there may be too many.
+    """
+    found, name = dict[int, xr.Dataset](), "exact influence of tokens"
+    seen = _of_windows({step: digests[step] for step in picked}, trajectory, config.posterior.window or 0)
+    for done, (step, digest) in enumerate(seen.items(), start=1):
+        few = _asked(task, queries)
+        few.candidates = torch.tensor(sorted(picked[step]))
+        compute = partial(estimate("exact", few, trajectory, config), per="token", steps=[step])
+        cause = f"{config.posterior.window} {config.retraining!r} {queries} {few.candidates.tolist()} {step} {digest}"
+        found[step] = kept.get(name, cause, compute)
+        progress(name, done, len(seen))
+    return found
+
+
+def _asked(task: Task, queries: Sequence[Any]) -> Task:
+    """The same task with some of its query groups: each of them costs products of its own."""
+    few = copy(task)
+    few.grouped_queries = query_groups(task).named([str(query) for query in queries])
+    return few
 
 
 def spread(steps: Sequence[int], count: int) -> list[int]:

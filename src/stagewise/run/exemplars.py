@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,15 @@ from stagewise.traces.store import TraceStore
 OfSamples = Callable[[list[int], list[Any]], xr.Dataset]
 """Influence of every candidate on some queries at some steps."""
 
+OfTokens = Callable[[Mapping[int, Sequence[int]], list[Any]], Mapping[int, xr.Dataset]]
+"""Influence of every token of the samples picked at each step, called ``sample/token``, on some queries."""
+
+LONGEST = 256
+"""Tokens of a sample that are kept: a report is read."""
+
+_CUT = "…"
+_LABEL = 120
+
 
 def sampled_samples(store: TraceStore, steps: list[int], queries: list[Any]) -> xr.Dataset:
     """From the chains."""
@@ -26,11 +36,18 @@ def sampled_samples(store: TraceStore, steps: list[int], queries: list[Any]) -> 
 
 
 def exemplars(
-    task: Task, samples: OfSamples, influence: xr.Dataset, count: int, steps: int = 4, queries: int = 3
+    task: Task,
+    samples: OfSamples,
+    influence: xr.Dataset,
+    count: int,
+    steps: int = 4,
+    queries: int = 3,
+    of_tokens: OfTokens | None = None,
 ) -> list[Exemplar]:
     """The most helpful and most harmful training samples of the queries that change most, at a few steps.
 
     Samples are ranked by value / stderr, so that a large but noisy value does not lead; by value where none is noisy.
+    Those of a task with texts come with their tokens, where there is an answer for them.
     """
     if count == 0 or "query" not in influence.dims:
         return []
@@ -39,8 +56,6 @@ def exemplars(
     names = influence["query"].values[np.argsort(-change.values)][:queries].tolist()
     of_samples = samples(chosen, names)
     index = of_samples["train"].values.astype(int)
-    groups = task.train_groups
-    labels = np.full(len(task.train), "") if groups is None or groups.ndim == 2 else groups
     found = []
     for query in names:
         for step in chosen:
@@ -55,13 +70,78 @@ def exemplars(
                     str(query),
                     step,
                     picked,
-                    [str(labels[i]) for i in picked],
+                    [_label(task, i) for i in picked],
                     value[rows].tolist(),
                     stderr[rows].tolist(),
                     _images(task.train, picked),
                 )
             )
-    return found
+    if of_tokens is None or task.train_texts is None:
+        return found
+    return _with_tokens(task.train_texts, of_tokens, found, names)
+
+
+def check_texts(task: Task) -> None:
+    """Refuse texts that are not those of the losses: a shift by one would go unnoticed.
+
+    Raises:
+        ValueError: the sample with most texts has another number of losses, or of those that count.
+    """
+    texts = task.train_texts
+    if texts is None:
+        return
+    longest = max(range(len(texts)), key=lambda k: len(texts[k]))
+    with torch.no_grad():
+        losses = task.weighted_losses(task.state(), task.train.batch(torch.tensor([longest]), task.device))
+    given, shares = len(texts[longest]), task.shares(losses)[0]
+    counted = 0 if shares.ndim == 0 else max((shares > 0).nonzero().flatten().tolist(), default=-1) + 1
+    if shares.ndim == 0 or given not in (len(shares), counted):
+        got = "one loss per sample" if shares.ndim == 0 else f"{len(shares)} losses"
+        raise ValueError(
+            f"train_texts: there are {given} texts of sample {longest}, but the loss returns {got} for it; give one "
+            "text for each loss (a model that predicts the next token has no loss for the first)"
+        )
+
+
+def _with_tokens(
+    texts: Sequence[Sequence[str]], of_tokens: OfTokens, found: Sequence[Exemplar], queries: list[Any]
+) -> list[Exemplar]:
+    picked: dict[int, set[int]] = {}
+    for exemplar in found:
+        picked.setdefault(exemplar.step, set()).update(exemplar.samples)
+    by_step = of_tokens({step: sorted(samples) for step, samples in picked.items()}, queries)
+    return [_with_passages(exemplar, texts, by_step[exemplar.step]) for exemplar in found]
+
+
+def _with_passages(exemplar: Exemplar, texts: Sequence[Sequence[str]], influence: xr.Dataset) -> Exemplar:
+    column = influence["value"].sel(step=exemplar.step, query=exemplar.query)
+    values: dict[int, dict[int, float]] = {}
+    for label, value in zip(column["train"].values.tolist(), column.values.tolist(), strict=True):
+        sample, token = map(int, label.split("/"))
+        values.setdefault(sample, {})[token] = value
+    passages = [_passage(texts[sample], values.get(sample, {})) for sample in exemplar.samples]
+    return replace(exemplar, texts=[words for words, _ in passages], token_values=[each for _, each in passages])
+
+
+def _passage(texts: Sequence[str], values: Mapping[int, float]) -> tuple[list[str], list[float]]:
+    """The tokens of a sample up to the last that counts; of a long one, the stretch where most influence lies."""
+    length = min(len(texts), max(values, default=-1) + 1)
+    each = np.array([values.get(token, np.nan) for token in range(length)])
+    sums = np.concatenate([[0.0], np.cumsum(abs(np.nan_to_num(each)))])
+    first = int(np.argmax(sums[LONGEST:] - sums[:-LONGEST])) if length > LONGEST else 0
+    last = min(first + LONGEST, length)
+    before, after = [_CUT] * (first > 0), [_CUT] * (last < length)
+    rounded = [float(f"{value:.4g}") for value in each[first:last].tolist()]  # files stay small
+    words = [*before, *texts[first:last], *after]
+    return words, [*[np.nan] * len(before), *rounded, *[np.nan] * len(after)]
+
+
+def _label(task: Task, sample: int) -> str:
+    """What to call a training sample: its own label, or the beginning of its text."""
+    groups = task.train_groups
+    if groups is not None and groups.ndim == 1:
+        return str(groups[sample])
+    return "" if task.train_texts is None else "".join(task.train_texts[sample])[:_LABEL]
 
 
 class _SampleBySample:

@@ -15,7 +15,7 @@ from stagewise.dynamics.events import events
 from stagewise.influence.bif import NoTrustedCheckpointError, bif
 from stagewise.influence.trusted import ReadOnce
 from stagewise.reporting.contents import write_report
-from stagewise.results import EXACT, Results, headline, size_check
+from stagewise.results import EXACT, Exemplar, Results, headline, size_check
 from stagewise.run import analysis, yaml12
 from stagewise.run.before import look
 from stagewise.run.config import RunConfig, save_config
@@ -87,11 +87,13 @@ def _analyse(
     notes = [f"Without {name}: {reason}" for name, reason in (left_out | failed).items()]
     datasets["losses"].attrs |= {"task": repr(task), "notes": json.dumps(notes)}
     exact = found.get(EXACT)
-    samples = partial(sampled_samples, traces)
+    chosen: list[Exemplar] = []
     if exact is not None:
-        samples = partial(analysis.exact_samples, task, trajectory, config, work.usable, kept, progress)
-    headline = influence if exact is None else exact
-    chosen = [] if headline is None else exemplars(task, samples, headline, config.exemplars)
+        given = (task, trajectory, config, work.usable, kept, progress)
+        samples, tokens = partial(analysis.exact_samples, *given), partial(analysis.exact_tokens, *given)
+        chosen = exemplars(task, samples, exact, config.exemplars, of_tokens=tokens)
+    elif influence is not None:
+        chosen = exemplars(task, partial(sampled_samples, traces), influence, config.exemplars)
     save_results(config.out, datasets, chosen)
 
 

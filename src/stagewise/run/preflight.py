@@ -12,6 +12,7 @@ from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.start import check_order, start_at
 from stagewise.run.analysis import NAMES, estimate, recorded_order, retraining_window
 from stagewise.run.config import Retraining, RunConfig
+from stagewise.run.exemplars import check_texts
 from stagewise.task import Task
 
 _FEW = 8
@@ -33,6 +34,7 @@ def preflight(task: Task, trajectory: Trajectory, config: RunConfig, steps: Sequ
         ValueError: what was asked for cannot be done, with the setting to change.
     """
     query_groups(task)
+    check_texts(task)
     window, small, checkpoint = retraining_window(config), miniature(task), trajectory.load(steps[-1])
     # The run's own batches name samples that the small task does not have.
     alone = Trajectory.from_checkpoints([checkpoint.followed_by(checkpoint.coming_rates)])
