@@ -315,7 +315,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "no optimizer": Fault(optimizer_is(None), "no record of its optimiser|does not say which optimizer"),
     "Adam without moments": Fault(without_moments, "no (second|first) moment|moments of Adam|with adam"),
-    "optimizer of other parameters": Fault(of_nothing, "no parameter moves|its optimizer has .*, which the model does not"),
+    "optimizer of other parameters": Fault(of_nothing, "no parameter moves|optimizer has .*, which the model does not"),
     "batches of another size": Fault(other_batches, "trained with 4 per update", AT_THE_CHECKPOINT),
     "batches beyond the data": Fault(beyond_the_data, "names sample 10", AT_THE_CHECKPOINT),
 }
