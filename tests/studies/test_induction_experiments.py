@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from reading import assert_whole, check, plate, value
@@ -19,6 +20,7 @@ from stagewise.studies.induction.experiments.class_influence import class_influe
 from stagewise.studies.induction.experiments.stages import stages
 from stagewise.studies.induction.experiments.windows import windows
 from stagewise.studies.induction.lab import Lab
+from stagewise.studies.induction.seeds import t_interval
 from stagewise.studies.induction.settings import FULL, REDUCED
 from stagewise.studies.induction.study import study
 
@@ -72,10 +74,19 @@ def test_influence_of_classes_is_told_with_peaks_flips_and_the_control(lab):
     after = said["once networks count, middle of the window of that peak, each seed"].values
     assert all(when > check(stages(lab), "unigram rule, each").values[seed] for seed, when in enumerate(after))
     flips = said["sign flips of induction → excess, each seed"].text
+    assert len(said["sign flips of as many tokens drawn by chance → excess, each seed"].values) == REDUCED.seeds
     row = next(row for row in found.section.parts[-1].rows if row[:2] == ["induction", "excess"])
     assert ", ".join(cell.split()[0] for cell in row[2:]) == flips
     assert len(plate(found, "influence-on-excess").axes) == REDUCED.seeds
     assert len(plate(found, "influence-on-classes").axes) == 4
+
+
+def test_a_t_interval_is_that_of_the_tables_and_one_seed_has_none():
+    mean, lower, upper = t_interval([1.0, 2.0, 3.0])
+    assert (mean, upper - mean) == pytest.approx((2, 4.302653 / 3**0.5))
+    assert mean - lower == pytest.approx(upper - mean)
+    assert np.isnan(t_interval([1.0])[1:]).all()
+    assert np.isnan(t_interval([1.0, np.nan])[0])
 
 
 def test_steps_gained_are_given_with_intervals_over_seeds_beside_chance_and_where_the_window_lies(lab):

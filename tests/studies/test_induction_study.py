@@ -18,7 +18,6 @@ from stagewise.studies.induction.classes import CLASSES
 from stagewise.studies.induction.influence import control, exact, gradients, of_classes, trained_again
 from stagewise.studies.induction.lab import Lab
 from stagewise.studies.induction.network import loss
-from stagewise.studies.induction.seeds import t_interval
 from stagewise.studies.induction.settings import Settings
 from stagewise.studies.induction.stages import Probes, counts_best, induction, stages
 from stagewise.studies.induction.training import EXCESS, LOSS
@@ -236,14 +235,6 @@ def test_steps_gained_are_how_much_earlier_a_boosted_run_is_half_way_from_the_pl
     found = gained(small, xr.DataArray(fall, {"run": names, "step": range(31)}, ("run", "step")))
     np.testing.assert_allclose(found["induction"], [4, 2], atol=1e-9)
     np.testing.assert_allclose(found["chance"], [1, 0], atol=1e-9)
-
-
-def test_a_t_interval_is_that_of_the_tables_and_one_seed_has_none():
-    mean, lower, upper = t_interval([1.0, 2.0, 3.0])
-    assert (mean, upper - mean) == pytest.approx((2, 4.302653 / 3**0.5))
-    assert mean - lower == pytest.approx(upper - mean)
-    assert np.isnan(t_interval([1.0])[1:]).all()
-    assert np.isnan(t_interval([1.0, np.nan])[0])
 
 
 def test_a_level_is_reached_between_the_looks_around_it_the_first_time():

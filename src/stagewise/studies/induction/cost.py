@@ -18,41 +18,44 @@ from stagewise.studies.induction.classes import CLASSES
 from stagewise.studies.induction.lab import Lab
 from stagewise.studies.induction.settings import FULL, Settings
 
+_SHORT = 12
+
 
 def cost(settings: Settings = FULL) -> str:
     """Predicted cost as text; a few updates of each kind are made, in a temporary folder."""
     with TemporaryDirectory() as folder:
         update, exact, again, boosted = _seconds(Path(folder), settings)
-    last, window, starts = settings.last, settings.window, len(settings.window_starts)
-    windows = sum(step + window <= last for step in settings.steps)
+    starts, count = len(settings.window_starts), settings.seeds
+    windows = sum(step + settings.window <= settings.last for step in settings.steps)
     parts = {
-        f"training {words.count(settings.seeds, 'run')}": last * update,
-        f"exact influence of {windows} windows in each, and its control": 2 * windows * window * exact,
-        f"training {words.count(starts, 'window')} again": len(settings.weights) * starts * window * again,
+        f"training {words.count(count, 'run')}": settings.last * update,
+        f"exact influence of {words.count(windows, 'window')} in each, and its control": 2 * windows * exact,
+        f"training {words.count(starts, 'window')} in each again": len(settings.weights) * starts * again,
         # A gradient of every class over the whole training set.
         "products of gradients": starts * len(CLASSES) * settings.sequences / settings.batch_size * update,
-        "training with more weight": (last - min(settings.boost_starts)) * boosted,
+        "training with more weight": (settings.last - min(settings.boost_starts)) * boosted,
     }
-    total = settings.seeds * sum(parts.values())
-    lines = [f"{duration(settings.seeds * seconds):>14}  {what}" for what, seconds in parts.items()]
-    return "\n".join([f"time    about {duration(total)} in one process:", *lines])
+    lines = [f"{duration(count * seconds):>14}  {what}" for what, seconds in parts.items()]
+    return "\n".join([f"time    about {duration(count * sum(parts.values()))} in one process:", *lines])
 
 
 def _seconds(folder: Path, settings: Settings) -> tuple[float, float, float, float]:
-    """Of an update: in plain training, differentiated, with a class at another weight, and of all boosted runs."""
-    short = replace(settings, last=3, every=3)
-    lab = Lab(folder, short)
-    task = lab.task(0)
-    plain = _timed(lambda: lab.run(0)) / short.last
-    run, order = lab.run(0), BatchOrder(short.sequences, short.batch_size, 0)
-    runs = [Schedule()] * (1 + 2 * len(short.boost_starts))
-    window_ablation(task, run, window=1, steps=[1])  # what is checked when a task meets a run, is checked once
-    return (
-        plain,
-        _timed(lambda: window_influence(task, run, window=1, steps=[1])),
-        _timed(lambda: window_ablation(task, run, window=1, steps=[1])),
-        _timed(lambda: retrain(task, run.load(0), runs, order, [short.last])) / short.last,
-    )
+    """Of an update, a window differentiated, a window with every class at another weight, an update of boosted runs."""
+    lab = Lab(folder, replace(settings, last=_SHORT, every=_SHORT))
+    task, order = lab.task(0), BatchOrder(settings.sequences, settings.batch_size, 0)
+    update = _timed(lambda: lab.run(0)) / _SHORT
+    run, schedules = lab.run(0), [Schedule()] * (1 + 2 * len(settings.boost_starts))
+    exact = _of_window(lambda length: window_influence(task, run, window=length, steps=[0]), settings.window)
+    again = _of_window(lambda length: window_ablation(task, run, window=length, steps=[0]), settings.window)
+    boosted = _timed(lambda: retrain(task, run.load(0), schedules, order, [2])) / 2
+    return update, exact, again, boosted
+
+
+def _of_window(work: Callable[[int], object], length: int) -> float:
+    """Seconds of a window, from those of short ones: some are for its ends, however long it is."""
+    work(1)  # what is checked when a task meets a checkpoint, is checked once
+    one, three = _timed(lambda: work(1)), _timed(lambda: work(3))
+    return one + (length - 1) * (three - one) / 2
 
 
 def _timed(work: Callable[[], object]) -> float:

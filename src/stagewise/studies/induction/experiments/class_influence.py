@@ -43,22 +43,28 @@ class _Peak(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """Influence of whole classes ``(step, train, query)`` of one run, of its control, and its sign flips."""
+    """Influence of whole classes ``(step, train, query)`` of one run and of its control, and where they change sign."""
 
     classes: xr.DataArray
     chance: xr.DataArray
     flips: Sequence[Event]
+    chance_flips: Sequence[Event]
     transition: Transition | None
     counting: int
     middle: float
 
     @classmethod
     def of(cls, lab: Lab, seed: int) -> _Run:
-        influence = exact(lab, seed)
-        flips = [event for event in events(influence) if event.kind == "flip"]
-        chance = of_classes(control(lab, seed))
-        middle = lab.settings.window / 2
-        return cls(of_classes(influence), chance, flips, lab.transition(seed), counts_best(lab.stages(seed)), middle)
+        classes, chance = exact(lab, seed), control(lab, seed)
+        return cls(
+            of_classes(classes),
+            of_classes(chance),
+            _flips(classes),
+            _flips(chance),
+            lab.transition(seed),
+            counts_best(lab.stages(seed)),
+            lab.settings.window / 2,
+        )
 
     def peak(self, first: int = 0) -> _Peak:
         """The window, of those from ``first`` on or the last, in which induction tokens lower the excess most."""
@@ -71,9 +77,14 @@ class _Run:
         """Whether a step lies within the transition, if there is one."""
         return self.transition is not None and self.transition.lower <= step <= self.transition.upper
 
-    def turns(self, train: str, query: str) -> list[float]:
-        """Where the influence of a class turns, by the middles of windows."""
-        return [flip.step + self.middle for flip in self.flips if (flip.train, flip.query) == (train, query)]
+    def turns(self, train: str, query: str, chance: bool = False) -> list[float]:
+        """Where the influence of a class, or of its control, changes sign, by the middles of windows."""
+        flips = self.chance_flips if chance else self.flips
+        return [flip.step + self.middle for flip in flips if (flip.train, flip.query) == (train, query)]
+
+
+def _flips(influence: xr.Dataset) -> list[Event]:
+    return [event for event in events(influence) if event.kind == "flip"]
 
 
 def class_influence(lab: Lab) -> Experiment:
@@ -97,9 +108,11 @@ def class_influence(lab: Lab) -> Experiment:
         told.append(f"around {words.steps(steps)}, within the transition in {inside} of {count}")
     turns = [run.turns(_ABOUT, EXCESS) for run in runs]
     inner = [sum(map(run.within, some)) for run, some in zip(runs, turns, strict=True)]
+    by_chance = [len(run.turns(_ABOUT, EXCESS, chance=True)) for run in runs]
     checks += [
         Check.reported("sign flips of induction → excess, each seed", list(map(len, turns)), ".0f"),
         Check.reported("of these within the transition, each seed", inner, ".0f"),
+        Check.reported("sign flips of as many tokens drawn by chance → excess, each seed", by_chance, ".0f"),
     ]
     finding = (
         f"The influence of induction tokens on the excess is most helpful in windows {told[0]}; once the networks "
