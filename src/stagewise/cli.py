@@ -69,7 +69,7 @@ def run(
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="`digits` or `hierarchy`")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="`digits`, `hierarchy` or `induction`")],
     out: Annotated[Path, typer.Option(help="Folder for everything the study writes.")] = Path("runs"),
     dry_run: DryRun = False,
 ) -> None:
@@ -78,6 +78,8 @@ def study(
     `digits`: real handwritten digits, 32 checkpoints each of a full-batch and a minibatch run, with retraining.
 
     `hierarchy`: a deep linear network learns a tree of concepts, and every estimator is held against exact answers.
+
+    `induction`: a transformer learns in-context Markov chains in stages, and exact influence says what teaches it.
     """
     from stagewise.run.engine import quiet_vmap
     from stagewise.run.progress import progress_bars

@@ -17,16 +17,17 @@ from stagewise.influence.bif import bif
 from stagewise.reporting.page import Section
 from stagewise.reporting.tables import Table
 from stagewise.run import engine
+from stagewise.studies.experiment import Check, Claim, Experiment
 from stagewise.studies.hierarchy import cost as cost_module
 from stagewise.studies.hierarchy import study as study_module
 from stagewise.studies.hierarchy.cost import cost
-from stagewise.studies.hierarchy.experiment import Check, Claim, Experiment
 from stagewise.studies.hierarchy.experiments.learning import learning
 from stagewise.studies.hierarchy.lab import INSTANT_GAMMA
 from stagewise.studies.hierarchy.network import optimizer, record, task
 from stagewise.studies.hierarchy.settings import FULL, LAST, RATE, REDUCED, Settings
-from stagewise.studies.hierarchy.study import checks_table, claims_table, study
+from stagewise.studies.hierarchy.study import study
 from stagewise.studies.hierarchy.theory.tree import KINGDOMS, Items
+from stagewise.studies.page import checks_table, claims_table
 from stagewise.traces.store import RunMismatchError
 
 cli = CliRunner()

@@ -63,14 +63,15 @@ class Cost:
         """For a person."""
         return (
             f"{self.cells} cells (checkpoint x chain block), {self.steps:,} sampler steps in all\n"
-            f"time    about {_duration(self.seconds)} of sampling on {self.workers} worker(s), "
+            f"time    about {duration(self.seconds)} of sampling on {self.workers} worker(s), "
             "plus analysis and retraining\n"
             f"memory  about {self.memory / 2**20:,.0f} MiB for each worker, beside the libraries\n"
             f"disk    about {self.disk / 2**20:,.0f} MiB of traces" + "".join(f"\n{note}" for note in self.notes)
         )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """``40 seconds``, ``3.5 minutes``."""
     minutes = seconds / 60
     return f"{minutes:.1f} minutes" if minutes >= 1 else f"{seconds:.0f} seconds"
 
@@ -151,7 +152,7 @@ def exact_cost(task: Task, trajectory: Trajectory, config: RunConfig, steps: Seq
     asked = config.retraining.repeats if config.retraining else None
     orders = window_orders(start_at(task, trajectory.load(step)), order, window, asked, 0).orders
     total = len(steps) * (one + len(orders) * (window - 1) * max(three - one, 0.0) / 2)
-    return f"exact influence: about {_duration(total)} for {len(steps)} checkpoints, on one process"
+    return f"exact influence: about {duration(total)} for {len(steps)} checkpoints, on one process"
 
 
 def answered(task: Task, trajectory: Trajectory, posterior: LocalPosterior, steps: Sequence[int]) -> list[str]:

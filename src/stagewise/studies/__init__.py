@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stagewise.run.progress import Progress
+
+if TYPE_CHECKING:
+    from stagewise.studies.experiment import Experiment
 
 
 @dataclass(frozen=True)
@@ -55,18 +60,11 @@ def _digits_cost(folder: Path) -> Iterator[str]:
 
 
 def _hierarchy(folder: Path, progress: Progress) -> Iterator[Outcome]:
-    import torch
-
     from stagewise.studies.hierarchy.study import TITLE, study
 
-    # Tensors this small gain nothing from more threads, and beside other work lose much.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with _one_thread():
         parts = study(folder, progress)
-    finally:
-        torch.set_num_threads(threads)
-    yield Outcome(TITLE, [finding for part in parts for finding in part.findings], folder / "report.html")
+    yield _outcome(TITLE, parts, folder)
 
 
 def _hierarchy_cost(folder: Path) -> Iterator[str]:
@@ -75,4 +73,40 @@ def _hierarchy_cost(folder: Path) -> Iterator[str]:
     yield cost(folder)
 
 
-STUDIES = {"digits": Study(_digits, _digits_cost), "hierarchy": Study(_hierarchy, _hierarchy_cost)}
+def _induction(folder: Path, progress: Progress) -> Iterator[Outcome]:
+    from stagewise.studies.induction.study import TITLE, study
+
+    with _one_thread():
+        parts = study(folder, progress)
+    yield _outcome(TITLE, parts, folder)
+
+
+def _induction_cost(_: Path) -> Iterator[str]:
+    from stagewise.studies.induction.cost import cost
+
+    with _one_thread():
+        yield cost()
+
+
+def _outcome(title: str, parts: Sequence[Experiment], folder: Path) -> Outcome:
+    return Outcome(title, [finding for part in parts for finding in part.findings], folder / "report.html")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tensors as small as those of the studies gain nothing from more threads, and beside other work lose much."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+STUDIES = {
+    "digits": Study(_digits, _digits_cost),
+    "hierarchy": Study(_hierarchy, _hierarchy_cost),
+    "induction": Study(_induction, _induction_cost),
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from stagewise.checkpoints.when import log_spaced
 
@@ -12,6 +13,7 @@ class Settings:
     """Sizes and rates. The default is the study; tests take less.
 
     Attributes:
+        seeds: number of runs, which differ in their seed.
         vocabulary: number of tokens.
         length: tokens of a sequence.
         sequences: of the training set, the same for all seeds.
@@ -32,6 +34,7 @@ class Settings:
         boost: its weight then.
     """
 
+    seeds: int = 5
     vocabulary: int = 3
     length: int = 100
     sequences: int = 8192
@@ -57,9 +60,13 @@ class Settings:
         even = range(self.every, self.last + 1, self.every)
         return tuple(sorted({0, *log_spaced(self.every, 4), *even, self.last}))
 
+    def as_plain(self) -> dict[str, Any]:
+        """By name, as a report and JSON show them."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+
     def of_a_run(self) -> dict[str, int | float]:
         """Those that a training run and its checkpoints depend on, and not only what is asked of them."""
-        asked = ("window", "window_starts", "weights", "queries", "boost_starts", "boost_length", "boost")
+        asked = ("seeds", "window", "window_starts", "weights", "queries", "boost_starts", "boost_length", "boost")
         return {name: value for name, value in vars(self).items() if name not in asked}
 
 
@@ -77,19 +84,19 @@ EIGHT = Settings(
 """The same with eight tokens: a longer plateau and a sharper transition."""
 
 REDUCED = Settings(
-    length=20,
-    sequences=96,
-    probes=24,
-    width=8,
-    batch_size=16,
-    rate=5e-3,
-    last=15,
-    every=5,
-    window=4,
-    window_starts=(5, 10),
+    seeds=2,
+    length=24,
+    sequences=512,
+    probes=48,
+    width=16,
+    rate=1e-2,
+    last=100,
+    every=20,
+    window=2,
+    window_starts=(20, 60),
     weights=(0.95,),
-    queries=12,
-    boost_starts=(5, 10),
-    boost_length=3,
+    queries=16,
+    boost_starts=(10, 40),
+    boost_length=20,
 )
-"""As little as goes through all of it: seconds. No stage is reached."""
+"""As little as shows the stages: seconds."""

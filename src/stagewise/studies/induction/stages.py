@@ -130,7 +130,9 @@ def stages_along(task: Task, run: Trajectory, probes: Probes) -> xr.Dataset:
 
 
 def induction(found: xr.Dataset) -> Transition:
-    """When induction is learnt: the rise of prefix matching; ``detail["half"]`` is the middle of the transition.
+    """When induction is learnt: the rise of prefix matching from 5 % (``lower``) to 90 % (``upper``) of its last value.
+
+    ``step`` is its onset, at 10 %, and ``detail["half"]`` its middle.
 
     Args:
         found: measures along a run, from :func:`stages_along`.
@@ -138,4 +140,13 @@ def induction(found: xr.Dataset) -> Transition:
     Raises:
         ValueError: there is no rise: the run ended on the plateau.
     """
-    return rise(found["prefix_matching"], "induction")
+    return rise(found["prefix_matching"], "induction", band=(0.05, 0.9))
+
+
+def counts_best(found: xr.Dataset) -> int:
+    """The checkpoint at which a network is nearest to the unigram rule: the end of the first stage.
+
+    Args:
+        found: measures along a run, from :func:`stages_along`.
+    """
+    return int(found["step"][int(found["kl_unigram"].argmin("step"))])

@@ -18,12 +18,15 @@ from stagewise.checkpoints.recorder import Recorder
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.retraining.schedule import BatchOrder
 from stagewise.studies.induction.chains import draw
-from stagewise.studies.induction.classes import CLASSES, Labels, token_classes
+from stagewise.studies.induction.classes import Labels, token_classes
 from stagewise.studies.induction.network import loss, network
 from stagewise.studies.induction.rules import bigram, divergence
 from stagewise.studies.induction.settings import Settings
 from stagewise.studies.induction.stages import Probes
 from stagewise.task import Task
+
+LOSS = "loss"
+"""The query set whose tokens are labelled by their class: a class is called ``"loss:induction"``, and so on."""
 
 EXCESS = "excess"
 """The query set of all tokens: what the network expects to lose beyond the least possible, see :func:`excess`."""
@@ -69,34 +72,26 @@ class Data:
 def task(data: Data, settings: Settings, seed: int) -> Task:
     """The task of one run.
 
-    Its query sets are one for each class, the mean loss of the tokens of that class, and :data:`EXCESS`.
+    Its training tokens are grouped by class. Its query sets hold the same sequences: :data:`LOSS`, the mean loss of the
+    tokens of each class, and :data:`EXCESS`.
 
     Args:
         data: what all runs share.
         settings: sizes.
         seed: of the initial weights.
     """
-    classes = {
-        name: (data.queries, torch.from_numpy(data.query_classes == name).float())
-        for name in CLASSES
-        if (data.query_classes == name).any()
-    }
     return Task(
         # The last token of a sequence is predicted only.
         network(settings.vocabulary, settings.length - 1, settings.width, settings.heads, seed),
         loss,
         train=data.train,
-        queries=classes | {EXCESS: (data.queries, bigram(data.queries, settings.vocabulary).float())},
-        query_losses=dict.fromkeys(classes, loss_within) | {EXCESS: excess},
+        train_groups=data.classes,
+        queries={LOSS: data.queries, EXCESS: (data.queries, bigram(data.queries, settings.vocabulary).float())},
+        query_groups={LOSS: data.query_classes},
+        query_losses={EXCESS: excess},
         objective="tokens",
         forward_batch=_AT_ONCE,
     )
-
-
-def loss_within(model: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Loss of every predicted token, nats, and its weight, both ``(batch, length - 1)``: 1 in a class, else 0."""
-    tokens, weights = batch
-    return loss(model, tokens), weights
 
 
 def excess(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:

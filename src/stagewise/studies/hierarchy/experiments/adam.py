@@ -18,8 +18,8 @@ from stagewise.reporting.page import Plate, Section
 from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.scores import measured_influence
 from stagewise.sampling.posterior import LocalPosterior, Metric
+from stagewise.studies.experiment import Check, Experiment
 from stagewise.studies.hierarchy import drawing
-from stagewise.studies.hierarchy.experiment import Check, Experiment
 from stagewise.studies.hierarchy.lab import N_BETA_PER_SAMPLE, Lab, correlation, slope
 from stagewise.studies.hierarchy.network import Run, optimizer, record, task
 from stagewise.studies.hierarchy.settings import Settings

@@ -20,8 +20,8 @@ from stagewise.reporting.tables import Table
 from stagewise.retraining.lds import lds
 from stagewise.retraining.leave_out import retrain
 from stagewise.retraining.schedule import Schedule
+from stagewise.studies.experiment import Check, Claim, Experiment
 from stagewise.studies.hierarchy import drawing, estimators, resemblance
-from stagewise.studies.hierarchy.experiment import Check, Claim, Experiment
 from stagewise.studies.hierarchy.lab import Lab, correlation
 from stagewise.studies.hierarchy.network import Run
 from stagewise.studies.hierarchy.settings import RATE

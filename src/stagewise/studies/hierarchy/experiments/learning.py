@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 
 from stagewise.reporting import style
 from stagewise.reporting.page import Plate, Section
+from stagewise.studies.experiment import Check, Experiment
 from stagewise.studies.hierarchy import drawing
-from stagewise.studies.hierarchy.experiment import Check, Experiment
 from stagewise.studies.hierarchy.lab import Lab, correlation
 from stagewise.studies.hierarchy.network import Run
 from stagewise.studies.hierarchy.settings import EVERY_TIME, LAST

@@ -13,8 +13,8 @@ from stagewise.reporting.page import Plate, Section
 from stagewise.retraining.leave_out import retrain
 from stagewise.retraining.schedule import Schedule
 from stagewise.retraining.unrolling import unrolled_influence
+from stagewise.studies.experiment import Check, Experiment
 from stagewise.studies.hierarchy import drawing
-from stagewise.studies.hierarchy.experiment import Check, Experiment
 from stagewise.studies.hierarchy.lab import Lab, correlation
 from stagewise.studies.hierarchy.network import Run, optimizer, record, task
 from stagewise.studies.hierarchy.settings import EVERY_TIME, RATE

@@ -18,8 +18,8 @@ from stagewise.reporting import style, words
 from stagewise.reporting.page import Plate, Section
 from stagewise.sampling.chains import Chains, sample_block
 from stagewise.sampling.posterior import LocalPosterior
+from stagewise.studies.experiment import Check, Experiment
 from stagewise.studies.hierarchy import drawing
-from stagewise.studies.hierarchy.experiment import Check, Experiment
 from stagewise.studies.hierarchy.lab import INSTANT_GAMMA, LOOSE_GAMMA, Lab, correlation
 from stagewise.studies.hierarchy.settings import RATE
 from stagewise.studies.hierarchy.theory.kernels import curvature_floor, gradient_kernel

@@ -12,8 +12,8 @@ from stagewise.reporting import style
 from stagewise.reporting.page import Plate, Section
 from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.scores import measured_influence
+from stagewise.studies.experiment import Check, Claim, Experiment
 from stagewise.studies.hierarchy import drawing
-from stagewise.studies.hierarchy.experiment import Check, Claim, Experiment
 from stagewise.studies.hierarchy.lab import Lab, correlation, matrix
 from stagewise.studies.hierarchy.network import Run, optimizer, record, task
 from stagewise.studies.hierarchy.settings import RATE, WINDOW

@@ -21,9 +21,9 @@ from stagewise.influence.trusted import ReadOnce
 from stagewise.reporting import style, words
 from stagewise.reporting.page import Plate, Section
 from stagewise.reporting.tables import Table
+from stagewise.studies.experiment import Check, Claim, Experiment
 from stagewise.studies.hierarchy import drawing
 from stagewise.studies.hierarchy.embedding import embedding
-from stagewise.studies.hierarchy.experiment import Check, Claim, Experiment
 from stagewise.studies.hierarchy.lab import Lab, correlation
 from stagewise.studies.hierarchy.settings import EVERY_TIME, LAST, RATE
 from stagewise.studies.hierarchy.theory.kernels import gradient_kernel, representation_distances

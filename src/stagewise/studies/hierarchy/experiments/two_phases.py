@@ -16,7 +16,7 @@ from stagewise.influence.phases import phase_decomposition
 from stagewise.influence.trusted import TracesInMemory
 from stagewise.reporting import style
 from stagewise.reporting.page import Plate, Section
-from stagewise.studies.hierarchy.experiment import Check, Claim, Experiment
+from stagewise.studies.experiment import Check, Claim, Experiment
 from stagewise.studies.hierarchy.lab import Lab
 from stagewise.studies.hierarchy.theory.double_well import (
     FLIPS,

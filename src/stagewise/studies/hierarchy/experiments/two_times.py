@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from stagewise.reporting import style, triangle_figure
 from stagewise.reporting.page import Plate, Section
 from stagewise.retraining.two_times import influence_in_time
+from stagewise.studies.experiment import Check, Experiment
 from stagewise.studies.hierarchy import drawing
-from stagewise.studies.hierarchy.experiment import Check, Experiment
 from stagewise.studies.hierarchy.lab import Lab, correlation
 from stagewise.studies.hierarchy.settings import RATE
 from stagewise.studies.hierarchy.theory.modes import half_rise

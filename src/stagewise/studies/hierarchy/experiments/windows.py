@@ -13,8 +13,8 @@ from stagewise.reporting import style
 from stagewise.reporting.page import Plate, Section
 from stagewise.retraining.leave_out import retrain
 from stagewise.retraining.schedule import Schedule
+from stagewise.studies.experiment import Check, Claim, Experiment
 from stagewise.studies.hierarchy import drawing
-from stagewise.studies.hierarchy.experiment import Check, Claim, Experiment
 from stagewise.studies.hierarchy.lab import Lab, correlation, slope
 from stagewise.studies.hierarchy.network import Run
 from stagewise.studies.hierarchy.settings import EVERY_TIME, LAST, RATE, WINDOW

@@ -1,4 +1,4 @@
-"""What an experiment hands back: a section of the page, findings, checks, and claims that it tests."""
+"""What an experiment of a study hands back: a section of the page, findings, checks, and claims that it tests."""
 
 from __future__ import annotations
 

@@ -1,0 +1,64 @@
+"""What the study will cost, from short timings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from stagewise.reporting import words
+from stagewise.retraining.ablation import window_ablation
+from stagewise.retraining.leave_out import retrain
+from stagewise.retraining.schedule import BatchOrder, Schedule
+from stagewise.retraining.window_influence import window_influence
+from stagewise.run.cost import duration
+from stagewise.studies.induction.classes import CLASSES
+from stagewise.studies.induction.lab import Lab
+from stagewise.studies.induction.settings import FULL, Settings
+
+_SHORT = 12
+
+
+def cost(settings: Settings = FULL) -> str:
+    """Predicted cost as text; a few updates of each kind are made, in a temporary folder."""
+    with TemporaryDirectory() as folder:
+        update, exact, again, boosted = _seconds(Path(folder), settings)
+    starts, count = len(settings.window_starts), settings.seeds
+    windows = sum(step + settings.window <= settings.last for step in settings.steps)
+    parts = {
+        f"training {words.count(count, 'run')}": settings.last * update,
+        f"exact influence of {words.count(windows, 'window')} in each, and its control": 2 * windows * exact,
+        f"training {words.count(starts, 'window')} in each again": len(settings.weights) * starts * again,
+        # A gradient of every class over the whole training set.
+        "products of gradients": starts * len(CLASSES) * settings.sequences / settings.batch_size * update,
+        "training with more weight": (settings.last - min(settings.boost_starts)) * boosted,
+    }
+    lines = [f"{duration(count * seconds):>14}  {what}" for what, seconds in parts.items()]
+    return "\n".join([f"time    about {duration(count * sum(parts.values()))} in one process:", *lines])
+
+
+def _seconds(folder: Path, settings: Settings) -> tuple[float, float, float, float]:
+    """Of an update, a window differentiated, a window with every class at another weight, an update of boosted runs."""
+    lab = Lab(folder, replace(settings, last=_SHORT, every=_SHORT))
+    task, order = lab.task(0), BatchOrder(settings.sequences, settings.batch_size, 0)
+    update = _timed(lambda: lab.run(0)) / _SHORT
+    run, schedules = lab.run(0), [Schedule()] * (1 + 2 * len(settings.boost_starts))
+    exact = _of_window(lambda length: window_influence(task, run, window=length, steps=[0]), settings.window)
+    again = _of_window(lambda length: window_ablation(task, run, window=length, steps=[0]), settings.window)
+    boosted = _timed(lambda: retrain(task, run.load(0), schedules, order, [2])) / 2
+    return update, exact, again, boosted
+
+
+def _of_window(work: Callable[[int], object], length: int) -> float:
+    """Seconds of a window, from those of short ones: some are for its ends, however long it is."""
+    work(1)  # what is checked when a task meets a checkpoint, is checked once
+    one, three = _timed(lambda: work(1)), _timed(lambda: work(3))
+    return one + (length - 1) * (three - one) / 2
+
+
+def _timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

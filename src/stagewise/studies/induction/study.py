@@ -1,0 +1,45 @@
+"""The study of in-context Markov chains: all experiments on one page, with the table of what they are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from stagewise.run.progress import Progress, silent
+from stagewise.studies.experiment import Experiment
+from stagewise.studies.induction.experiments.boosting import boosting
+from stagewise.studies.induction.experiments.class_influence import class_influence
+from stagewise.studies.induction.experiments.stages import stages
+from stagewise.studies.induction.experiments.windows import windows
+from stagewise.studies.induction.lab import Lab
+from stagewise.studies.induction.settings import FULL, Settings
+from stagewise.studies.page import write_study
+
+TITLE = "In-context Markov chains: which tokens teach a transformer induction, and when"
+EXPERIMENTS: tuple[Callable[[Lab], Experiment], ...] = (stages, class_influence, windows, boosting)
+
+
+def study(
+    folder: Path,
+    progress: Progress = silent,
+    settings: Settings = FULL,
+    experiments: Sequence[Callable[[Lab], Experiment]] = EXPERIMENTS,
+) -> list[Experiment]:
+    """Carry out all experiments and write the report; runs and results that ``folder`` holds are not made again.
+
+    Args:
+        folder: for checkpoints, results, ``checks.json`` and ``report.html``.
+        progress: called with (what, done, in all).
+        settings: how much is computed.
+        experiments: what is carried out, in the order of the page.
+
+    Raises:
+        ValueError: the folder holds runs of other settings.
+    """
+    lab, parts = Lab(folder, settings, progress), []
+    for done, experiment in enumerate(experiments, start=1):
+        parts.append(experiment(lab))
+        progress("experiments", done, len(experiments))
+    when = f"during the {settings.window} training steps after a checkpoint"
+    write_study(folder, TITLE, when, parts, settings.as_plain(), "token")
+    return parts

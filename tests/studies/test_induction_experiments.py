@@ -1,0 +1,147 @@
+"""The experiments of the study of in-context Markov chains, and its page, on runs of seconds that learn induction."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from reading import assert_whole, check, plate, value
+from typer.testing import CliRunner
+
+from stagewise.cli import app
+from stagewise.studies.induction import cost as cost_module
+from stagewise.studies.induction import lab as lab_module
+from stagewise.studies.induction import study as study_module
+from stagewise.studies.induction.cost import cost
+from stagewise.studies.induction.experiments.boosting import boosting
+from stagewise.studies.induction.experiments.class_influence import class_influence
+from stagewise.studies.induction.experiments.stages import stages
+from stagewise.studies.induction.experiments.windows import windows
+from stagewise.studies.induction.lab import Lab
+from stagewise.studies.induction.seeds import t_interval
+from stagewise.studies.induction.settings import FULL, REDUCED
+from stagewise.studies.induction.study import study
+
+cli = CliRunner()
+PLATEAU = replace(
+    REDUCED, seeds=1, sequences=96, last=4, every=2, window_starts=(1, 2), boost_starts=(1,), boost_length=1
+)
+"""Ends long before anything is learnt, and one seed has no interval."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    return Lab(tmp_path_factory.mktemp("induction"), REDUCED)
+
+
+def test_every_seed_counts_first_and_then_learns_induction(lab):
+    found = stages(lab)
+    assert_whole(found)
+    counting, onset, half = (check(found, name).values for name in ("unigram rule, each", "onset", "half"))
+    assert all(a < b < c for a, b, c in zip(counting, onset, half, strict=True))
+    assert len(plate(found, "stages").axes) == 2
+
+
+def test_exact_influence_reaches_its_targets_and_products_of_gradients_do_not_do_as_well(lab):
+    found = windows(lab)
+    assert_whole(found)
+    assert value(found, "exact", "least r") > value(found, "products", "least r")
+    _, table = found.section.parts
+    assert len(table.rows) == 2 * len(REDUCED.window_starts)
+
+
+def test_influence_of_classes_is_told_with_peaks_flips_and_the_control(lab):
+    found = class_influence(lab)
+    said = {c.what: c for c in found.checks}
+    assert said["seeds whose peak of induction → excess lies within the transition"].target == (REDUCED.seeds,)
+    assert said["once networks count, seeds whose peak of induction → excess lies within the transition"].target == ()
+    own, chance = (said[what].values for what in (
+        "the peak in nats per unit weight of all induction tokens, each seed",
+        "as many tokens drawn by chance in that window, each seed",
+    ))  # fmt: skip
+    assert all(peak < 0 for peak in own)
+    assert own != chance
+    after = said["once networks count, middle of the window of that peak, each seed"].values
+    assert all(when > check(stages(lab), "unigram rule, each").values[seed] for seed, when in enumerate(after))
+    flips = said["sign flips of induction → excess, each seed"].text
+    assert len(said["sign flips of as many tokens drawn by chance → excess, each seed"].values) == REDUCED.seeds
+    row = next(row for row in found.section.parts[-1].rows if row[:2] == ["induction", "excess"])
+    assert ", ".join(cell.split()[0] for cell in row[2:]) == flips
+    assert len(plate(found, "influence-on-excess").axes) == REDUCED.seeds
+    assert len(plate(found, "influence-on-classes").axes) == 4
+
+
+def test_a_t_interval_is_that_of_the_tables_and_one_seed_has_none():
+    mean, lower, upper = t_interval([1.0, 2.0, 3.0])
+    assert (mean, upper - mean) == pytest.approx((2, 4.302653 / 3**0.5))
+    assert mean - lower == pytest.approx(upper - mean)
+    assert np.isnan(t_interval([1.0])[1:]).all()
+    assert np.isnan(t_interval([1.0, np.nan])[0])
+
+
+def test_steps_gained_are_given_with_intervals_over_seeds_beside_chance_and_where_the_window_lies(lab):
+    found = boosting(lab)
+    first, last = (f"step {start} (" for start in REDUCED.boost_starts)
+    for start in (first, last):
+        own, chance, beyond = (check(found, start, name) for name in (": induction t", ": chance", "− chance"))
+        assert beyond.value == pytest.approx(own.value - chance.value)
+        assert all(c.lower[0] < c.value < c.upper[0] for c in (own, chance, beyond))
+    assert "before the transition in 2 of 2" in check(found, first, ": chance").what
+    assert "in the transition in 2 of 2" in check(found, last, ": chance").what
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_study_that_ends_on_the_plateau_is_told_without_numbers_that_are_not_there(tmp_path):
+    parts = study(tmp_path, settings=PLATEAU)
+    assert "None of 1 run learns induction in 4 steps." in parts[0].findings
+    checks = json.loads((tmp_path / "checks.json").read_text(encoding="utf-8"))
+    assert {c["what"]: c["reached"] for c in checks}["seeds that learn induction"] is False
+    assert not [text for part in parts for text in part.findings if "nan" in text]
+    page = " ".join((tmp_path / "report.html").read_text(encoding="utf-8").split())
+    for text in ("What is learnt, and when", "Held against retraining", "no transition", "one training token"):
+        assert text in page
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_study_goes_on_from_the_runs_and_results_that_its_folder_holds(tmp_path, monkeypatch):
+    first = study(tmp_path, settings=PLATEAU)
+
+    def refuse(*_, **__):
+        raise AssertionError("made again")
+
+    monkeypatch.setattr(lab_module, "record", refuse)
+    again = study(tmp_path, settings=PLATEAU)
+    assert [check.as_plain() for part in again for check in part.checks] == [
+        check.as_plain() for part in first for check in part.checks
+    ]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_command_carries_out_the_study_and_predicts_its_cost(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_module, "study", partial(study, settings=PLATEAU, experiments=(stages,)))
+    monkeypatch.setattr(cost_module, "cost", partial(cost, PLATEAU))
+    predicted = cli.invoke(app, ["study", "induction", "--out", str(tmp_path), "--dry-run"])
+    assert predicted.exit_code == 0, predicted.output
+    for text in ("time ", "training 1 run", "exact influence of", "training with more weight"):
+        assert text in predicted.output
+    assert not list(tmp_path.iterdir())
+    result = cli.invoke(app, ["study", "induction", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "None of 1 run" in result.output
+    assert (tmp_path / "induction" / "report.html").exists()
+
+
+def test_reduced_study_is_the_full_one_with_less_of_everything_but_the_rate():
+    for name, full in vars(FULL).items():
+        sizes = [value if isinstance(value, int | float) else len(value) for value in (getattr(REDUCED, name), full)]
+        assert sizes[0] <= sizes[1] or name == "rate"
