@@ -36,7 +36,10 @@ LONGEST = (
 
 @pytest.fixture(scope="session", autouse=True)
 def wide_terminal():
-    os.environ["COLUMNS"] = "1000"
+    from stagewise import cli
+
+    os.environ["COLUMNS"] = "1000"  # of processes that are started
+    cli.console.width = 1000
 
 
 @pytest.fixture(scope="module")
