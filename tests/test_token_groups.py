@@ -214,6 +214,16 @@ def test_losses_kept_by_sample_and_label_give_the_influence_that_single_tokens_g
     np.testing.assert_allclose(learned[0]["value"], learned[1]["value"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("single", [False, True])
+def test_a_folder_of_labelled_tokens_is_gone_on_with(tmp_path, single):
+    of, posterior = task(), sw.LocalPosterior(window=4)
+    run = trajectory(of, sw.Optimizer("sgd", 0.05, batch_size=0))
+    settings = {"out": tmp_path / "run", "chains": 4, "draws": 8, "single_tokens": single}
+    first = sw.bif(sw.sample(of, run, posterior, **settings), trusted_only=False)
+    again = sw.bif(sw.sample(task(), run, posterior, **settings), trusted_only=False)
+    np.testing.assert_array_equal(again["value"], first["value"])
+
+
 def test_a_folder_knows_the_labels_of_its_tokens_and_refuses_others(tmp_path):
     of, posterior = task(), sw.LocalPosterior(window=4)
     run = trajectory(of, sw.Optimizer("sgd", 0.05, batch_size=0))

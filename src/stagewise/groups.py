@@ -135,15 +135,14 @@ def train_groups(task: Task, labels: Labels | None = None, singles: int = _LARGE
         ValueError: not one label per sample or token, or no labels and too many samples for each to be a group.
     """
     n, candidates = len(task.train), task.candidates
-    if labels is None and task.train_groups is None:
+    chosen = task.train_groups if labels is None else as_labels(labels, n, "groups")
+    if chosen is None:
         if len(candidates) > singles:
             raise ValueError(
                 f"the training set has {len(candidates)} samples and no groups; pass groups=[label of every sample] or "
                 f"Task(train_groups=...), or name up to {singles} samples with Task(candidates=...)"
             )
-        labels = range(n)
-    chosen = as_labels(labels, n, "groups") if labels is not None else task.train_groups
-    assert chosen is not None
+        chosen = as_labels(range(n), n, "groups")
     return _labelled(chosen, TRAIN, candidates, task, task.train, None)
 
 

@@ -8,7 +8,7 @@ it, and how the objective changes along fixed directions, for what changes gradi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from stagewise.content import content_digest
 from stagewise.data import Samples
 from stagewise.derivatives import mean_gradient
 from stagewise.evaluate import Point, chunks
+from stagewise.labels import TokenClasses
 from stagewise.task import Task
 from stagewise.vector import ParameterVector
 
@@ -112,20 +113,29 @@ def same(stored: NDArray[Any], now: NDArray[Any], noise: float) -> bool:
 
 
 @torch.no_grad()
-def all_losses(task: Task, checkpoint: Checkpoint) -> dict[str, NDArray[np.float64]]:
+def all_losses(task: Task, checkpoint: Checkpoint, single_tokens: bool = False) -> dict[str, NDArray[np.float64]]:
     """The losses of the candidates (``"train"``) and of every query set (``"queries/<name>"``) at a checkpoint.
 
-    ``(sample[, token])``; shorter samples are padded with 0.
+    ``(sample[, token])``; shorter samples are padded with 0. Where tokens have labels and not all are kept single, the
+    means by label, as chains keep them.
     """
     sets: dict[str, tuple[Samples, str | None]] = {"train": (task.candidate_samples, None)}
     sets |= {f"queries/{name}": (data, name) for name, data in task.queries.items()}
     found = {}
     for path, (data, query) in sets.items():
-        parts = [task.losses(checkpoint.params, batch, query) for batch in chunks(task, data)]
-        width = max(part.shape[-1] if part.ndim == 2 else 0 for part in parts)
-        padded = [pad(part, (0, width - part.shape[-1])) if width else part for part in parts]
-        found[path] = torch.cat(padded).double().cpu().numpy()
+        batches = (task.weighted_losses(checkpoint.params, batch, query) for batch in chunks(task, data))
+        parts = [(losses.values, task.shares(losses)) for losses in batches]
+        width = max(values.shape[-1] if values.ndim == 2 else 0 for values, _ in parts)
+        values, shares = (_padded(column, width).double().cpu() for column in zip(*parts, strict=True))
+        labels = task.label_sets[path]
+        if labels is not None and labels.ndim == 2 and not single_tokens:
+            values = TokenClasses.of(labels, shares).means(values)
+        found[path] = values.numpy()
     return found
+
+
+def _padded(parts: Sequence[Tensor], width: int) -> Tensor:
+    return torch.cat([pad(part, (0, width - part.shape[-1])) if width else part for part in parts])
 
 
 def part_of(path: str) -> str:

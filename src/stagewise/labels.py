@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -73,6 +74,42 @@ def token_classes(labels: NDArray[np.str_]) -> tuple[list[str], NDArray[np.intp]
     """The distinct labels of tokens, and which of them each token has ``(samples, tokens)``."""
     names, places = np.unique(labels, return_inverse=True)
     return names.tolist(), places.reshape(labels.shape)
+
+
+class TokenClasses(NamedTuple):
+    """The tokens of every sample by their labels.
+
+    Attributes:
+        places: the class of each token ``(sample, token)``.
+        shares: of every token in the objective ``(sample, token)``.
+        total: of every class ``(sample, class)``.
+    """
+
+    places: Tensor
+    shares: Tensor
+    total: Tensor
+
+    @classmethod
+    def of(cls, labels: NDArray[np.str_], shares: Tensor) -> TokenClasses:
+        """By the labels of every token.
+
+        Raises:
+            ValueError: there is not one label for each loss.
+        """
+        if shares.ndim != 2 or shares.shape != labels.shape:
+            raise ValueError(f"there are labels of shape {labels.shape}, but losses of shape {tuple(shares.shape)}")
+        names, places = token_classes(labels)
+        empty = cls(torch.from_numpy(places).to(shares.device), shares, shares.new_zeros(len(labels), len(names)))
+        return empty._replace(total=empty.sums(shares))
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Of values ``(..., sample, token)`` over the tokens of each class: ``(..., sample, class)``."""
+        sums = values.new_zeros(*values.shape[:-1], self.total.shape[-1])
+        return sums.scatter_add_(-1, self.places.expand(values.shape), values)
+
+    def means(self, values: Tensor) -> Tensor:
+        """By their shares; 0 where a sample has no token of a class."""
+        return self.sums(values * self.shares) / torch.where(self.total > 0, self.total, 1.0)
 
 
 def _even(rows: Sequence[NDArray[np.str_]]) -> NDArray[np.str_]:

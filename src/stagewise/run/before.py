@@ -74,7 +74,7 @@ def check_same_task(again: Task, parts: dict[str, str], trajectory: Trajectory, 
         )
 
 
-def check_reusable(store: TraceStore, task: Task, trajectory: Trajectory) -> None:
+def check_reusable(store: TraceStore, task: Task, trajectory: Trajectory, single_tokens: bool = False) -> None:
     """Compare what is in the folder with what the task gives now, in numbers.
 
     Raises:
@@ -86,7 +86,7 @@ def check_reusable(store: TraceStore, task: Task, trajectory: Trajectory) -> Non
             continue  # there is no posterior
         checkpoint = task.fitted(trajectory.load(step))
         now, rounded = probe(task, checkpoint), probe(task, checkpoint, rounded=True)
-        losses = all_losses(task, checkpoint)
+        losses = all_losses(task, checkpoint, single_tokens)
         for first, anchors in stored:
             differ = set(changes(first, now, rounded))
             for path, anchor in anchors.items():

@@ -190,7 +190,7 @@ def prepare(
     work = Work(build, trajectory, posterior, sampling, store, usable, unusable, parts, known)
     for cell in work.cells:
         store.is_complete(cell)  # refuses one of other weights
-    check_reusable(store, task, trajectory)
+    check_reusable(store, task, trajectory, sampling.single_tokens)
     return work
 
 

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from stagewise.content import content_digest
 from stagewise.data import Batch, Samples
 from stagewise.evaluate import Batching, chunks, over_rows, sample_weights
-from stagewise.labels import token_classes
+from stagewise.labels import TokenClasses
 from stagewise.sampling.posterior import LocalDensity
 
 
@@ -127,7 +127,7 @@ class _Set:
         # float64 before anything is subtracted: losses may be large beside their fluctuations.
         anchor = torch.cat([self._padded(losses.values) for losses in first]).double()
         shares = torch.cat([self._padded(density.task.shares(losses)) for losses in first]).double()
-        self._classes = None if labels is None else _Classes.of(labels, shares)
+        self._classes = None if labels is None else TokenClasses.of(labels, shares)
         self.anchor = anchor if self._classes is None else self._classes.means(anchor)
         self.share = shares if self._classes is None else self._classes.total
         self.tokens = None if self._classes is None else self._classes.sums((shares > 0).double()).cpu()
@@ -145,39 +145,3 @@ class _Set:
     def _padded(self, values: Tensor) -> Tensor:
         """Losses of tokens as wide as those of the longest sample."""
         return pad(values, (0, self._width - values.shape[-1])) if self._width else values
-
-
-class _Classes(NamedTuple):
-    """The tokens of every sample by their labels.
-
-    Attributes:
-        places: the class of each token ``(sample, token)``.
-        shares: of every token in the objective ``(sample, token)``.
-        total: of every class ``(sample, class)``.
-    """
-
-    places: Tensor
-    shares: Tensor
-    total: Tensor
-
-    @classmethod
-    def of(cls, labels: NDArray[np.str_], shares: Tensor) -> _Classes:
-        """By the labels of every token.
-
-        Raises:
-            ValueError: there is not one label for each loss.
-        """
-        if shares.ndim != 2 or shares.shape != labels.shape:
-            raise ValueError(f"there are labels of shape {labels.shape}, but losses of shape {tuple(shares.shape)}")
-        names, places = token_classes(labels)
-        empty = cls(torch.from_numpy(places).to(shares.device), shares, shares.new_zeros(len(labels), len(names)))
-        return empty._replace(total=empty.sums(shares))
-
-    def sums(self, values: Tensor) -> Tensor:
-        """Of values ``(..., sample, token)`` over the tokens of each class: ``(..., sample, class)``."""
-        sums = values.new_zeros(*values.shape[:-1], self.total.shape[-1])
-        return sums.scatter_add_(-1, self.places.expand(values.shape), values)
-
-    def means(self, values: Tensor) -> Tensor:
-        """By their shares; 0 where a sample has no token of a class."""
-        return self.sums(values * self.shares) / torch.where(self.total > 0, self.total, 1.0)

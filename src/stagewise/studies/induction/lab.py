@@ -66,7 +66,7 @@ class Lab:
         said, own = self.folder / "settings.json", json.dumps(self.settings.of_a_run(), indent=1)
         if not said.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            said.write_text(own, encoding="utf-8")
+            write_text(said, own)  # half of it would be of other settings
         elif said.read_text(encoding="utf-8") != own:
             raise ValueError(f"{self.folder} holds runs of other settings, see {said.name}; choose another folder")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import xarray as xr
@@ -123,8 +124,7 @@ def stages_along(task: Task, run: Trajectory, probes: Probes) -> xr.Dataset:
     rows = []
     for step in run.steps:
         with task.pure.holding(task.fitted(run.load(step)).params) as model:
-            assert isinstance(model, Network)
-            rows.append(stages(model, probes))
+            rows.append(stages(cast(Network, model), probes))
     variables = {name: ("step", [row[name] for row in rows], {"description": _DESCRIPTIONS[name]}) for name in rows[0]}
     return xr.Dataset(variables, {"step": list(run.steps)})
 
