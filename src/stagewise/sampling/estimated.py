@@ -29,7 +29,8 @@ def estimated_second_moment(
     batches are drawn (with replacement) at the weights of the checkpoint: their mean gradient g and its variance V over
     batches of b of the task's samples give  g^2 + (b / m) V  for the run's m samples per update, which may be more than
     the task has. What gradients were at earlier weights is not in it: it is close to the truth where gradients are
-    noise (small batches, late), and too small where the loss fell within the memory of Adam and batches were large. The field ``estimated``, and ``metric`` of results, say that it is an estimate.
+    noise (small batches, late), and too small where the loss fell within the memory of Adam and batches were large. The
+    field ``estimated``, and ``metric`` of results, say that it is an estimate.
 
     It is enough for posteriors of a window (``metric="adam"``). What repeats updates needs the first moment too, which
     the last few batches decide, and is refused.
