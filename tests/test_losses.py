@@ -5,7 +5,15 @@ import torch
 from torch import nn
 from torch.func import functional_call, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import BatchEncoding, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import (
+    BatchEncoding,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+)
 
 import stagewise as sw
 from stagewise import vocabulary
@@ -159,6 +167,27 @@ def test_model_that_scales_its_logits_is_taken_as_it_is():
     config = GPT2Config(vocab_size=VOCABULARY, n_embd=8, n_layer=1, n_head=2, n_positions=16)
     model = Scaled(config).eval()
     torch.testing.assert_close(causal_lm(model, batch("tensor")), plain(model, batch("tensor")))
+
+
+def test_cap_of_logits_is_seen_where_they_are_too_small_to_reach_it():
+    config = Gemma2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=4,
+        intermediate_size=16,
+        tie_word_embeddings=False,
+    )
+    model = Gemma2ForCausalLM(config).double().eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e-2)
+    causal_lm(model, batch("tensor"))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e5)
+    torch.testing.assert_close(causal_lm(model, batch("tensor")), plain(model, batch("tensor")))
+    assert not model.lm_head._forward_hooks
 
 
 def test_any_module_that_returns_logits_will_do():

@@ -19,6 +19,8 @@ _IGNORED = -100
 _SPLIT: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 """Whether the logits of a model are its head's of its base model's hidden states."""
 
+_LOUDER = 1e4
+
 
 def causal_lm(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     """The loss of every token but the first, given those before it: a loss for :class:`stagewise.Task`.
@@ -98,13 +100,20 @@ def _hidden(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 
 def _is_split(model: nn.Module, head: nn.Linear, inputs: dict[str, Any]) -> bool:
-    """Whether hidden states and head are all there is: others scale or cap their logits. Seen once, on two tokens."""
+    """Whether hidden states and head are all there is: others scale or cap their logits. Seen once, on two tokens.
+
+    The head answers much more loudly while it is looked at: a cap does not show where logits are small, as they are
+    when training begins, and this is asked once for all checkpoints.
+    """
     if model not in _SPLIT:
         few = {key: value[:1, :2] for key, value in inputs.items() if key in ("input_ids", "attention_mask")}
+        louder = head.register_forward_hook(lambda _module, _inputs, logits: _LOUDER * logits)
         try:
             with torch.no_grad():
                 whole, apart = _logits(model, few), head(_hidden(model, few))
                 _SPLIT[model] = torch.allclose(whole, apart, rtol=1e-4, atol=1e-5, equal_nan=True)
         except (RuntimeError, TypeError, AttributeError):
             return False  # inside of vmap, where values cannot be asked for, or a model of another form
+        finally:
+            louder.remove()
     return _SPLIT[model]
