@@ -15,6 +15,7 @@ import numpy as np
 import xarray as xr
 
 from stagewise.groups import Labels
+from stagewise.influence.common_mode import controlled
 from stagewise.influence.covariance import Centring, stretches
 from stagewise.influence.pairs import Estimator, Kind, Part, influence_matrix
 from stagewise.influence.trusted import (
@@ -54,7 +55,9 @@ def bif(
         query_groups: the same by query name.
         grouped: where no labels are given here, take those that ``traces`` carries; a query set without labels is one
             group under its own name. Training samples without labels stay single samples.
-        kind: ``"covariance"``: -kappa Cov, nats per unit weight; ``"correlation"``: -Corr, without unit.
+        kind: ``"covariance"``: -kappa Cov, nats per unit weight; ``"correlation"``: -Corr, without unit;
+            ``"partial"``: -Corr of what is left of every loss after regression on the mean loss of the *other* training
+            samples, a mode in which all losses move together; see :mod:`stagewise.influence.common_mode`.
         centring: ``"pooled"``, ``"within"`` or ``"between"`` chains; see ``covariance_replicates``.
         part: ``"odd"`` or ``"even"`` under reflection about the checkpoint; the odd part has no curvature floor.
         tokens: one column per token, and the weight is that of a single token; otherwise a sample's loss is the
@@ -72,8 +75,8 @@ def bif(
 
     Raises:
         NoTrustedCheckpointError: no checkpoint can be trusted, with the reasons.
-        ValueError: labels do not fit the traces, or an odd or even part is asked of
-            traces without reflected losses.
+        ValueError: labels do not fit the traces, an odd or even part is asked of traces without reflected losses, or a
+            partial correlation of a single training sample.
 
     Example:
         >>> import torch, stagewise as sw
@@ -99,7 +102,7 @@ def bif(
 
     def estimate(_step: int, tree: xr.DataTree) -> xr.Dataset:
         sides = data_sets(tree, labels, grouped, part, tokens, self_pairs)
-        return _at_checkpoint(sides, tree, kind, centring)
+        return _at_checkpoint(controlled(sides, tree, part) if kind == "partial" else sides, tree, kind, centring)
 
     stacked = over_checkpoints(traces, traces.steps, trusted_only, estimate)
     units = "nats per unit weight" if kind == "covariance" else "1"

@@ -63,6 +63,7 @@ def correlation_replicates(
     groups_b: Groups = None,
     centring: Centring = "pooled",
     pieces: int | None = None,
+    controls: tuple[Array, Array] | None = None,
 ) -> Array:
     """Replicates of the sum of correlations over all pairs of a group of columns of ``a`` and one of ``b``.
 
@@ -71,6 +72,10 @@ def correlation_replicates(
     the correlation to all three,  z_i z_j - (rho/2)(z_i^2 + z_j^2) + rho.  A column that never changes is correlated
     with nothing.
 
+    With ``controls`` they are correlations of what is left of every column after regression on its own control,
+    z = a - slope c. The slopes are estimated too, and enter the response where a control tells something of the other
+    side's residuals; with one control for all it does not.
+
     Args:
         a: traces ``(chain, draw, columns)``.
         b: traces ``(chain, draw, columns)``.
@@ -78,6 +83,7 @@ def correlation_replicates(
         groups_b: the same for ``b``.
         centring: as in :func:`covariance_replicates`.
         pieces: the same.
+        controls: of the columns of ``a`` and of ``b``, each of their shape.
 
     Returns:
         ``(replicate, groups of a, groups of b)``; divide by the number of pairs for the mean correlation.
@@ -85,17 +91,17 @@ def correlation_replicates(
     Raises:
         ValueError: between-chain correlation of fewer than two chains.
     """
+    of_a, of_b = controls or (None, None)
+    if of_a is not None and of_b is not None:
+        of_a, of_b, _ = _prepared(of_a, of_b, centring, pieces)
+        of_a, of_b = _standardised(of_a, centring), _standardised(of_b, centring)
     a, b, pieces = _prepared(a, b, centring, pieces)
-    za, zb = _standardised(a, centring), _standardised(b, centring)
-    total = za.shape[0] * za.shape[1]
+    za, zb = _standardised(a, centring, of_a), _standardised(b, centring, of_b)
     sum_a, sum_b = group_sums(za, groups_a), group_sums(zb, groups_b)
-    products = _product_replicates(sum_a, sum_b, pieces, total)
-    # Each column's variance responds with the weight of its correlation with the whole group on the other side.
-    rho_a = np.tensordot(za, sum_b, ((0, 1), (0, 1))) / total
-    rho_b = np.tensordot(zb, sum_a, ((0, 1), (0, 1))) / total
-    response_a = _response(_piece_means(za**2, pieces), rho_a, groups_a)
-    response_b = _response(_piece_means(zb**2, pieces), rho_b, groups_b).transpose(0, 2, 1)
-    replicates: Array = products - 0.5 * (response_a + response_b) + products.mean(0)
+    products = _product_replicates(sum_a, sum_b, pieces, za.shape[0] * za.shape[1])
+    response_a = _response(za, of_a, sum_b, groups_a, pieces)
+    response_b = _response(zb, of_b, sum_a, groups_b, pieces).transpose(0, 2, 1)
+    replicates: Array = products - response_a - response_b + products.mean(0)
     return replicates
 
 
@@ -138,9 +144,11 @@ def _centred(trace: Array, centring: Centring) -> Array:
     return deviations
 
 
-def _standardised(trace: Array, centring: Centring) -> Array:
-    """z-scores of every column; a column that never changes becomes zero."""
+def _standardised(trace: Array, centring: Centring, control: Array | None = None) -> Array:
+    """z-scores of every column, or of what its standardised control leaves of it; zero where that never changes."""
     z = _centred(trace, centring)
+    if control is not None:
+        z = z - control * (z * control).mean((0, 1))
     spread = np.sqrt((z**2).mean((0, 1)))
     moves = spread > _ROUNDING * np.abs(trace).max((0, 1))
     scores: Array = np.divide(z, spread, out=np.zeros_like(z), where=moves)
@@ -162,8 +170,25 @@ def _piece_means(trace: Array, pieces: int) -> Array:
     return means
 
 
-def _response(squares: Array, rho: Array, groups: Groups) -> Array:
-    """Sum over each group of squares ``(replicate, column)`` times rho ``(column, B)``: ``(replicate, group, B)``."""
+def _response(z: Array, control: Array | None, other: Array, groups: Groups, pieces: int) -> Array:
+    """How the sum over each group responds to its columns' own estimates: ``(replicate, group, B)``.
+
+    To their variances, with half the weight of their correlation with the ``other`` side's sums ``(chain, draw, B)``;
+    and to the slopes on their controls, with the weight of the control's own correlation with these.
+    """
+
+    def with_other(columns: Array) -> Array:
+        weights: Array = np.tensordot(columns, other, ((0, 1), (0, 1))) / (z.shape[0] * z.shape[1])
+        return weights
+
+    response = _summed(0.5 * _piece_means(z**2, pieces), with_other(z), groups)
+    if control is not None:
+        response = response + _summed(_piece_means(z * control, pieces), with_other(control), groups)
+    return response
+
+
+def _summed(means: Array, weights: Array, groups: Groups) -> Array:
+    """Sum over each group of ``(replicate, column)`` times ``(column, B)``: ``(replicate, group, B)``."""
     if groups is None:
-        return squares[:, :, None] * rho
-    return np.stack([squares[:, columns] @ rho[columns] for columns in groups], 1)
+        return means[:, :, None] * weights
+    return np.stack([means[:, columns] @ weights[columns] for columns in groups], 1)

@@ -19,7 +19,7 @@ from stagewise.influence.covariance import (
 )
 from stagewise.labels import NONE, Labels, as_labels
 
-Kind = Literal["covariance", "correlation"]
+Kind = Literal["covariance", "correlation", "partial"]
 Part = Literal["full", "odd", "even"]
 Indices = np.ndarray[Any, np.dtype[np.intp]]
 
@@ -43,6 +43,8 @@ class Columns:
         rows: the columns that each row averages over; None where every column is a row.
         share: mean share of a sample (a token) in the mean over the whole data set.
         counts: how many tokens each column stands for; None where it is one.
+        controls: ``(chain, draw, column)``, what the partial correlation holds fixed for each; None where it is not asked
+            for.
     """
 
     traces: Array
@@ -51,6 +53,7 @@ class Columns:
     rows: list[Indices] | None = None
     share: float = 1.0
     counts: Indices | None = None
+    controls: Array | None = None
 
     @property
     def lengths(self) -> Indices:
@@ -75,7 +78,8 @@ class Columns:
     def _of(self, columns: Indices, names: list[str], rows: list[Indices] | None) -> Columns:
         """Some of the columns."""
         counts = None if self.counts is None else self.counts[columns]
-        return Columns(self.traces[..., columns], self.samples[columns], names, rows, self.share, counts)
+        controls = None if self.controls is None else self.controls[..., columns]
+        return Columns(self.traces[..., columns], self.samples[columns], names, rows, self.share, counts, controls)
 
     def by_sample(self) -> dict[int, tuple[Indices, Columns]]:
         """For every sample its own columns, and the rows of this set they belong to."""
@@ -94,7 +98,7 @@ class Columns:
 
 
 class Estimator(NamedTuple):
-    """How a covariance becomes influence: -kappa Cov, or -Corr, with ``pieces`` replicates per chain."""
+    """How a covariance becomes influence: -kappa Cov, or -Corr (of residuals), with ``pieces`` replicates per chain."""
 
     kind: Kind
     centring: Centring
@@ -110,8 +114,9 @@ class Estimator(NamedTuple):
         if self.kind == "covariance":
             a, b = (group_sums(side.traces, side.rows) for side in (train, query))
             return self.scale * covariance_replicates(a, b, self.centring, self.pieces)
+        fixed = None if train.controls is None or query.controls is None else (train.controls, query.controls)
         return self.scale * correlation_replicates(
-            train.traces, query.traces, train.rows, query.rows, self.centring, self.pieces
+            train.traces, query.traces, train.rows, query.rows, self.centring, self.pieces, fixed
         )
 
 

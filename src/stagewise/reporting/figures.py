@@ -23,6 +23,7 @@ MAX_QUERIES = 12
 MAX_CURVES = 4
 MAX_MATRICES = 4
 _MAX_TICK_LABELS = 40
+_WITHOUT_UNIT = {"correlation": "minus correlation of losses", "partial": "minus partial correlation of losses"}
 
 
 @style.styled
@@ -165,7 +166,7 @@ def influence_heatmaps(influence: xr.Dataset, steps: Sequence[int]) -> Figure:
     """
     matrices = influence.transpose("step", ..., "train", "query").sel(step=list(steps))
     value, stderr = matrices["value"].values, matrices["stderr"].values
-    relative = influence.attrs.get("kind") == "correlation"
+    relative = _WITHOUT_UNIT.get(influence.attrs.get("kind", ""))
     scale, unit = (1.0, "") if relative else style.unit(np.where(others(matrices), value, 0), "nats per unit weight")
     limit = float(np.abs(value[:, others(matrices)]).max()) / scale or 1.0
     trains, queries = (matrices[dim].values.tolist() for dim in ("train", "query"))
@@ -184,8 +185,7 @@ def influence_heatmaps(influence: xr.Dataset, steps: Sequence[int]) -> Figure:
     axes[0].set_ylabel("train group")
     bar = figure.colorbar(image, ax=list(axes), extend="both", fraction=0.03, pad=0.01, aspect=30)
     bar.outline.set_visible(False)
-    quantity = "minus correlation of losses" if relative else unit
-    bar.set_label(quantity)
+    bar.set_label(relative or unit)
     end: dict[str, Any] = {"transform": bar.ax.transAxes, "ha": "center", "fontsize": 8}
     bar.ax.text(0.5, 1.05, "harmful", va="bottom", color=style.HARMFUL, **end)
     bar.ax.text(0.5, -0.05, "helpful", va="top", color=style.HELPFUL, **end)
