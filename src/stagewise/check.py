@@ -21,6 +21,7 @@ from stagewise.memory import give_back, out_of_memory
 from stagewise.plain import cannot, objective, plain_losses
 from stagewise.strangers import check_strangers
 from stagewise.task import Batch, Losses, Task
+from stagewise.tokens import check_places, check_tokens
 
 _FEW = 4
 _MOVED = (1e-2, 1e-4, 1e-6, 0.0)  # of the size of a parameter
@@ -40,10 +41,11 @@ def check(task: Task, checkpoint: Checkpoint, *, curvature: bool = False) -> Non
         curvature: also check second derivatives, for whatever uses them.
 
     Raises:
-        ValueError: the data are others each time they are read; the losses have the wrong shape or type, are not
-            finite, change between two evaluations (dropout) or depend on the rest of the batch (batch statistics), or
-            the loss cannot be evaluated; the loss depends on parameters that are not the model's, or on another
-            model than the one it is given; gradients or curvature are not those of training.
+        ValueError: the data are others each time they are read; tokens are not the model's; the losses have the wrong
+            shape or type, are not finite, change between two evaluations (dropout) or depend on the rest of the batch,
+            in value (batch statistics) or place (padding on the left), or the loss cannot be evaluated; the loss
+            depends on parameters that are not the model's, or on another model than the one it is given; gradients or
+            curvature are not those of training.
     """
     with torch.inference_mode(False):
         _check(task, checkpoint, curvature)
@@ -55,8 +57,10 @@ def _check(task: Task, checkpoint: Checkpoint, curvature: bool) -> None:
     if "model" not in task.checked:
         for data in (task.train, *task.queries.values()):
             data.check_steady()
+            check_tokens(task, data)
         for data, query, batch in _few(task):
             _check_losses(task, data, query, batch, checkpoint.params)
+            check_places(task, data, query, checkpoint.params)
         moved = _moved(task, checkpoint.params)
         for data, query, batch in _few(task):
             _check_agreement(task, data, query, batch, moved)
@@ -86,13 +90,19 @@ def check_finite(task: Task, params: Mapping[str, Tensor], data: Samples, query:
         Loss and weight of every sample ``(2, sample)``, on the CPU.
 
     Raises:
-        ValueError: the first sample whose loss is not finite, or no sample has a weight.
+        ValueError: the first sample whose loss is not finite, a loss cannot be evaluated, or no sample has a weight.
     """
     done, weight = 0, 0.0
     found = []
     for batch in data.batches(task.forward_batch, task.device):
-        with torch.no_grad():
-            values, weights = task.weighted_losses(params, batch, query)
+        try:
+            with torch.no_grad():
+                values, weights = task.weighted_losses(params, batch, query)
+        except Exception as error:  # e.g. an index out of range in a sample that was not among the few
+            if out_of_memory(error):
+                raise
+            last = min(done + task.forward_batch, len(data)) - 1
+            raise ValueError(f"{data.name}: in samples {done} to {last} {cannot(error)}") from error
         bad = (~torch.isfinite(values)).reshape(len(values), -1).any(1)
         if bad.any():
             raise ValueError(

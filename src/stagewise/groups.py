@@ -60,7 +60,7 @@ class Groups:
         names, of_names = np.unique(words(labels), return_inverse=True)
         distinct = sorted((label for label in names.tolist() if label != NONE), key=_natural)
         if not distinct:
-            raise ValueError("groups: no sample or token has a label")
+            raise ValueError(f"{dataset.strip('/')}: no sample or token has a label")
         order, ends = np.argsort(of_names, kind="stable"), np.cumsum(np.bincount(of_names))
         members = dict(zip(names.tolist(), np.split(order, ends[:-1]), strict=True))
         indices = tuple(torch.from_numpy(members[label]) for label in distinct)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from stagewise.vocabulary import token_losses
 
-_IGNORED = -100
+IGNORED = -100
+"""The label of a token that does not count, as everywhere in PyTorch."""
 _SPLIT: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 """Whether the logits of a model are its head's of its base model's hidden states."""
 
@@ -39,7 +40,7 @@ def causal_lm(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         follows padding and for ignored labels, 1 elsewhere.
 
     Raises:
-        ValueError: the batch holds no ``input_ids``.
+        ValueError: the batch holds no ``input_ids``, or sequences of a single token.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5))
@@ -50,7 +51,7 @@ def causal_lm(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     inputs = _inputs(batch)
     tokens, mask = inputs["input_ids"], inputs.get("attention_mask")
     labels = inputs.pop("labels", tokens)[:, 1:]
-    counted = labels != _IGNORED
+    counted = labels != IGNORED
     if mask is not None:
         counted = counted & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
     targets = torch.where(counted, labels, 0)
@@ -68,10 +69,13 @@ def causal_lm(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
 def _inputs(batch: Any) -> dict[str, Any]:
     inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     if not isinstance(inputs.get("input_ids"), Tensor):
+        got = sorted(map(str, inputs)) if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(
-            "causal_lm: expected a tensor of tokens (batch, tokens), or a mapping with input_ids, got "
-            f"{sorted(map(str, inputs)) if isinstance(batch, Mapping) else type(batch).__name__}"
+            f"causal_lm: expected a tensor of tokens (batch, tokens), or a mapping with input_ids, got {got}; pass "
+            "rows of one length as a tensor, torch.tensor(rows), and others with Task(collate=...), which pads them"
         )
+    if inputs["input_ids"].shape[-1] < 2:
+        raise ValueError("causal_lm: expected sequences of two tokens or more: the first is not predicted")
     return inputs
 
 

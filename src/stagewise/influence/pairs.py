@@ -43,8 +43,7 @@ class Columns:
         rows: the columns that each row averages over; None where every column is a row.
         share: mean share of a sample (a token) in the mean over the whole data set.
         counts: how many tokens each column stands for; None where it is one.
-        controls: ``(chain, draw, column)``, what the partial correlation holds fixed for each; None where it is not asked
-            for.
+        controls: ``(chain, draw, column)``, what a partial correlation holds fixed for each, if one is asked for.
     """
 
     traces: Array

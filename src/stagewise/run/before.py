@@ -12,6 +12,7 @@ from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.identity import GRADIENT, Probe, all_losses, changes, identity, part_of, probe, rounding, same
 from stagewise.sampling.posterior import LocalPosterior
 from stagewise.task import Task
+from stagewise.tokens import check_classes
 from stagewise.traces.store import RunMismatchError, TraceStore
 
 
@@ -24,7 +25,7 @@ def look(
         The content hash of every checkpoint at which there is one, and the reasons at the others, by step.
 
     Raises:
-        ValueError: there is none at any of them.
+        ValueError: there is none at any of them, or a class of tokens of which none counts.
     """
     usable, unusable = {}, {}
     cause: ValueError | None = None
@@ -46,6 +47,7 @@ def look(
         raise ValueError(
             next(iter(unusable.values())) if only else "no checkpoint can be used. " + "; ".join(reasons.values())
         ) from cause
+    check_classes(task)
     return usable, unusable
 
 

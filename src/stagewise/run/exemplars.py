@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
+from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from stagewise.influence.bif import bif
 from stagewise.results import Exemplar
 from stagewise.run.analysis import spread
 from stagewise.task import Samples, Task
+from stagewise.tokens import sizes
 from stagewise.traces.store import TraceStore
 
 OfSamples = Callable[[list[int], list[Any]], xr.Dataset]
@@ -85,21 +87,34 @@ def check_texts(task: Task) -> None:
     """Refuse texts that are not those of the losses: a shift by one would go unnoticed.
 
     Raises:
-        ValueError: the sample with most texts has another number of losses, or of those that count.
+        ValueError: a sample with texts has another number of losses, and of those that count.
     """
-    texts = task.train_texts
-    if texts is None:
+    if task.train_texts is None:
         return
-    longest = max(range(len(texts)), key=lambda k: len(texts[k]))
+    # Samples of one size are not padded together, so that their batch is as wide as each of them.
+    alike: dict[tuple[int, int], list[int]] = {}
+    for row, size in enumerate(sizes(task.train)):
+        alike.setdefault((len(task.train_texts[row]), size), []).append(row)
+    for (given, _), rows in alike.items():
+        for part in torch.split(torch.tensor(rows), task.forward_batch):
+            _check_number(task, part, given)
+
+
+def _check_number(task: Task, rows: Tensor, given: int) -> None:
+    """Are there so many losses, or so many up to the last that counts, of each of these samples."""
     with torch.no_grad():
-        losses = task.weighted_losses(task.state(), task.train.batch(torch.tensor([longest]), task.device))
-    given, shares = len(texts[longest]), task.shares(losses)[0]
-    counted = 0 if shares.ndim == 0 else max((shares > 0).nonzero().flatten().tolist(), default=-1) + 1
-    if shares.ndim == 0 or given not in (len(shares), counted):
-        got = "one loss per sample" if shares.ndim == 0 else f"{len(shares)} losses"
+        losses = task.weighted_losses(task.state(), task.train.batch(rows, task.device))
+    shares = task.shares(losses).cpu()
+    if shares.ndim == 1:
+        wrong, got = rows[:1], "one loss per sample"
+    else:
+        width = shares.shape[1]
+        counted = ((shares > 0) * torch.arange(1, width + 1)).amax(1)
+        wrong, got = rows[(counted != given) & (width != given)], f"{width} losses"
+    if len(wrong):
         raise ValueError(
-            f"train_texts: there are {given} texts of sample {longest}, but the loss returns {got} for it; give one "
-            "text for each loss (a model that predicts the next token has no loss for the first)"
+            f"train_texts: there are {given} texts of sample {int(wrong[0])}, but the loss returns {got} for it; give "
+            "one text for each loss (a model that predicts the next token has no loss for the first)"
         )
 
 
@@ -157,7 +172,7 @@ class _SampleBySample:
 def _images(samples: Samples, index: Sequence[int]) -> np.ndarray[Any, Any] | None:
     """The samples as pictures, if their first tensor looks like some: (h, w), (1, h, w) or (3, h, w)."""
     leaf = tree_flatten(samples.batch(torch.tensor(list(index))))[0][0]
-    if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
         return None
     if leaf.ndim == 4 and leaf.shape[1] in (1, 3):
         leaf = leaf.squeeze(1) if leaf.shape[1] == 1 else leaf.permute(0, 2, 3, 1)
