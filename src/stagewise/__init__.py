@@ -57,6 +57,8 @@ if TYPE_CHECKING:
     from stagewise.retraining.unrolling import unrolled_influence as unrolled_influence
     from stagewise.retraining.window_influence import window_influence as window_influence
     from stagewise.run.engine import sample as sample
+    from stagewise.run.jsonl import read_jsonl as read_jsonl
+    from stagewise.run.jsonl import write_jsonl as write_jsonl
     from stagewise.run.pipeline import report as report
     from stagewise.sampling.chains import Chains as Chains
     from stagewise.sampling.estimated import estimated_second_moment as estimated_second_moment
@@ -101,6 +103,7 @@ _ROOMS = {
     "stagewise.retraining.unrolling": ("unroll", "unrolled_influence"),
     "stagewise.retraining.window_influence": ("window_influence",),
     "stagewise.run.engine": ("sample",),
+    "stagewise.run.jsonl": ("read_jsonl", "write_jsonl"),
     "stagewise.run.pipeline": ("report",),
     "stagewise.sampling.chains": ("Chains",),
     "stagewise.sampling.estimated": ("estimated_second_moment",),

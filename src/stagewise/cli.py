@@ -133,6 +133,19 @@ def report(folder: RunFolder) -> None:
 
 
 @app.command()
+def export(
+    folder: RunFolder,
+    jsonl: Annotated[Path, typer.Option(help="File for the samples that matter most, to be read by PAIR's viewer.")],
+) -> None:
+    """The training samples that matter most as JSON lines, for https://pair-code.github.io/pretraining-tda/demo."""
+    from stagewise.run.jsonl import write_jsonl
+
+    with _readable_errors():
+        lines = write_jsonl(folder, jsonl)
+        console.print(f"{lines} lines: {jsonl}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
 def config(
     path: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="A configuration to check.")] = None,
     overrides: Overrides = None,

@@ -5,6 +5,7 @@ import yaml
 from tiny import write_run
 from typer.testing import CliRunner
 
+import stagewise as sw
 from stagewise.cli import app
 
 cli = CliRunner()
@@ -30,6 +31,17 @@ def test_report_is_written_again_without_the_task(finished, tmp_path):
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     assert cli.invoke(app, ["report", str(folder)]).exit_code == 0
     assert settings["title"] in (folder / "report.html").read_text()
+
+
+def test_samples_that_matter_are_exported_as_lines_and_a_folder_without_a_run_is_a_line_too(finished, tmp_path):
+    path = tmp_path / "attributions.jsonl"
+    result = cli.invoke(app, ["export", str(finished[0]), "--jsonl", str(path)])
+    assert result.exit_code == 0, result.output
+    records = sw.read_jsonl(path)
+    assert result.output == f"{len(records)} lines: {path}\n"
+    assert {record["step"] for record in records} <= {5, 20, 40}
+    assert all(record["proponents"] or record["opponents"] for record in records)
+    assert cli.invoke(app, ["export", str(tmp_path), "--jsonl", str(path)]).exit_code == 1
 
 
 def test_doctor_shows_a_verdict_per_checkpoint(finished):

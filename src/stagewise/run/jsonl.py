@@ -1,0 +1,152 @@
+"""The training samples that matter most as JSON lines, as the attribution viewer of PAIR reads them.
+
+One line per query and checkpoint (https://github.com/PAIR-code/pretraining-tda). A *proponent* is a helpful training
+sample, an *opponent* a harmful one, each list beginning with the strongest. The viewer's scores are positive for
+proponents: they are **minus** the influence of all other results, in nats per unit weight. Fields that the viewer does
+not know: ``step``, ``window``, ``proponent_stderrs``, ``opponent_stderrs``, ``score``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stagewise.results import Exemplar
+from stagewise.run import yaml12
+from stagewise.run.folder import load_results
+from stagewise.traces.files import write_text
+from stagewise.traces.store import TraceStore
+
+_SCORE = "minus influence, nats per unit weight"
+_LISTS = {"s": str, "_ids": str, "_scores": float, "_stderrs": float}
+"""What is known of each proponent and of each opponent, by the end of its field's name."""
+
+
+def write_jsonl(folder: str | Path, path: str | Path) -> int:
+    """Write the training samples that matter most in a run folder, for PAIR's attribution viewer.
+
+    Args:
+        folder: of a run with results.
+        path: the file, which appears or is replaced as a whole.
+
+    Returns:
+        How many lines there are: one per query and checkpoint.
+
+    Raises:
+        RunFolderError: it is no run folder.
+        FileNotFoundError: the run has not got as far as results.
+        ValueError: there are no such samples, or a number of theirs is not finite.
+
+    Example:
+        >>> sw.write_jsonl("runs/first", "attributions.jsonl")  # doctest: +SKIP
+        12
+    """
+    root = TraceStore.read_only(folder).root
+    _, exemplars = load_results(root)
+    if not exemplars:
+        raise ValueError(f"{root} holds no single training samples; run it with the setting exemplars=6, for instance")
+    window = yaml12.load((root / "config.yaml").read_text(encoding="utf-8"))["posterior"]["window"]
+    lines = [_line(_record(exemplar, window)) for exemplar in exemplars]
+    write_text(Path(path).expanduser(), "\n".join(lines) + "\n")
+    return len(lines)
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """Read attributions: our own, or what others publish for the viewer.
+
+    Returns:
+        One mapping per line, with what the file says: at least ``example_id``, ``inputs_plaintext``,
+        ``targets_plaintext`` and ``proponents``. Scores have the sign of the file: ours are minus the influence.
+
+    Raises:
+        ValueError: a line is no such record, with its number and the field.
+
+    Example:
+        >>> [record["step"] for record in sw.read_jsonl("attributions.jsonl")]  # doctest: +SKIP
+        [0, 100, 1000]
+    """
+    records = []
+    text = Path(path).expanduser().read_text(encoding="utf-8")
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(_checked(json.loads(line, parse_constant=_not_finite)))
+        except ValueError as error:
+            raise ValueError(f"{path}: line {number}: {error}") from None
+    return records
+
+
+def _record(exemplar: Exemplar, window: int | None) -> dict[str, Any]:
+    of_sample = dict(zip(exemplar.samples, range(len(exemplar.samples)), strict=True))  # one may be in both lists
+    ranked = sorted(of_sample.values(), key=lambda k: exemplar.values[k])
+    record: dict[str, Any] = {
+        "example_id": f"{exemplar.query} at step {exemplar.step}",
+        "inputs_plaintext": exemplar.query,
+        "targets_plaintext": f"(step {exemplar.step})",
+        "step": exemplar.step,
+        "window": window,
+        "score": _SCORE,
+    }
+    helpful = [k for k in ranked if exemplar.values[k] < 0]
+    harmful = [k for k in reversed(ranked) if exemplar.values[k] > 0]
+    for side, chosen in (("proponent", helpful), ("opponent", harmful)):
+        record |= {
+            f"{side}s": [_text(exemplar, k) for k in chosen],
+            f"{side}_ids": [str(exemplar.samples[k]) for k in chosen],
+            f"{side}_scores": [-exemplar.values[k] for k in chosen],
+            f"{side}_stderrs": [exemplar.stderrs[k] for k in chosen],
+        }
+    if not all(map(math.isfinite, (*exemplar.values, *exemplar.stderrs))):
+        raise ValueError(f"{record['example_id']}: the influence of a sample is not finite; it cannot be exported")
+    return record
+
+
+def _text(exemplar: Exemplar, k: int) -> str:
+    words = "".join(exemplar.texts[k]) if exemplar.texts else exemplar.labels[k]
+    return words or f"sample {exemplar.samples[k]}"
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    """ASCII, on one line and without "<", so that no text of the data is anything but text wherever the line stands."""
+    return json.dumps(record, allow_nan=False).replace("<", "\\u003c")
+
+
+def _checked(record: Any) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object with the fields of an example, got {type(record).__name__}")
+    for name in ("example_id", "inputs_plaintext", "targets_plaintext"):
+        if not isinstance(record.get(name), str):
+            raise ValueError(f"{name} must be a text, got {record.get(name)!r}")
+    if "proponents" not in record:
+        raise ValueError("there is no field proponents")
+    for side in ("proponent", "opponent"):
+        _check_side(record, side)
+    return record
+
+
+def _check_side(record: Mapping[str, Any], side: str) -> None:
+    length = None
+    for end, kind in _LISTS.items():
+        name = side + end
+        if name not in record:
+            continue
+        entries = record[name]
+        if not isinstance(entries, list) or not all(_is(entry, kind) for entry in entries):
+            raise ValueError(f"{name} must be a list of {'texts' if kind is str else 'finite numbers'}")
+        length = len(entries) if length is None else length
+        if len(entries) != length:
+            raise ValueError(f"{name} has {len(entries)} entries, but another field of the {side}s has {length}")
+
+
+def _is(entry: Any, kind: type) -> bool:
+    if kind is str:
+        return isinstance(entry, str)
+    return isinstance(entry, int | float) and not isinstance(entry, bool) and math.isfinite(entry)
+
+
+def _not_finite(name: str) -> float:
+    raise ValueError(f"{name} is no number")
