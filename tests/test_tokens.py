@@ -11,6 +11,7 @@ from stagewise.evaluate import at
 from stagewise.groups import query_groups, train_groups
 from stagewise.run.before import look
 from stagewise.run.exemplars import check_texts
+from stagewise.run.preflight import miniature
 from stagewise.tokens import check_classes
 
 WORDS, CONTEXT = 20, 8
@@ -211,3 +212,14 @@ def test_texts_of_every_sample_are_counted_and_not_those_of_the_longest_alone():
             ValueError, match=f"{length} texts of sample {row}, but the loss returns {length - 1} losses"
         ):
             check_texts(task(neox(), rows, train_texts=shifted, **settings))
+
+
+def test_a_trial_with_a_few_samples_has_losses_for_the_labels_of_the_longest():
+    rows = ragged((5,) * 12 + (7,) + (5,) * 11)
+    labels = [["a"] * (len(row) - 1) for row in rows]
+    labels[12][-1] = None  # the last token of the longest is of no class
+    settings = {"train_groups": labels, "query_groups": {"val": labels}, "candidates": [0, 5, 9]}
+    whole = task(neox(), rows, collate=padded("right"), **settings)
+    for this in (whole, miniature(whole)):
+        assert train_groups(this).tokens == 6
+        assert query_groups(this).widths == {"val": 6}

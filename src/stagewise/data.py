@@ -80,7 +80,8 @@ class Samples:
         """The samples ``rows`` ``(k,)`` of these, under the same name."""
         part = object.__new__(Samples)
         part.__dict__.update(self.__dict__)
-        part.__dict__.pop("digest", None)
+        for known in ("digest", "sizes"):
+            part.__dict__.pop(known, None)
         part._rows = rows if self._rows is None else self._rows[rows]
         return part
 
@@ -130,6 +131,16 @@ class Samples:
         """Indices of a few samples: the first, the last and some between, ascending."""
         return torch.linspace(0, len(self) - 1, min(count, len(self))).round().long()
 
+    @cached_property
+    def sizes(self) -> Tensor:
+        """How many numbers each sample is, alone ``(samples,)``: those of one size need no padding beside each other.
+
+        All 0 without ``collate``, where one is like the other.
+        """
+        if self.collate is None:
+            return torch.zeros(len(self), dtype=torch.long)
+        return torch.tensor([_size(self.batch(slice(row, row + 1))) for row in range(len(self))])
+
     def check_steady(self) -> None:
         """Read a few samples twice.
 
@@ -168,6 +179,10 @@ def leaves(batch: Batch, path: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, value in parts:
         yield from leaves(value, f"{path}/{key}" if path else str(key))
+
+
+def _size(batch: Batch) -> int:
+    return sum(leaf.numel() for _, leaf in leaves(batch) if isinstance(leaf, Tensor))
 
 
 def on_device(batch: Batch, device: torch.device | str) -> Batch:

@@ -163,10 +163,9 @@ def _check_width(labels: NDArray[np.str_], task: Task, data: Samples, query: str
     """Refuse labels of tokens that are not those of the losses: a shift by one would go unnoticed.
 
     Raises:
-        ValueError: the loss of the sample with most labels has another number of tokens.
+        ValueError: the loss of the longest sample has another number of tokens.
     """
-    last = (labels != NONE) * np.arange(1, labels.shape[1] + 1)
-    longest = int(last.max(1).argmax())
+    longest = int(data.sizes.argmax())
     with torch.no_grad():
         values = task.losses(task.state(), data.batch(torch.tensor([longest]), task.device), query)
     got = "one loss per sample" if values.ndim == 1 else f"{values.shape[1]} losses"

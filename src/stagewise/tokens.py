@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stagewise.data import Batch, Samples, leaves
+from stagewise.data import Batch, Samples
 from stagewise.labels import NONE
 from stagewise.losses import IGNORED, causal_lm
 from stagewise.plain import plain_losses
@@ -64,10 +64,9 @@ def check_places(task: Task, data: Samples, query: str | None, params: Params) -
     Raises:
         ValueError: the losses of the shortest or the longest sample, alone and together, are not in the same places.
     """
-    of_each = sizes(data)
-    if min(of_each) == max(of_each):
+    rows = torch.stack([data.sizes.argmin(), data.sizes.argmax()])
+    if data.sizes.min() == data.sizes.max():
         return
-    rows = torch.tensor([of_each.index(min(of_each)), of_each.index(max(of_each))])
     model = task.pure.reference(params)
     together = plain_losses(task, model, data, query, data.batch(rows, task.device))
     if together.values.ndim == 1:
@@ -85,17 +84,6 @@ def check_places(task: Task, data: Samples, query: str | None, params: Params) -
                 "places, as with padding on the left, and could not be told by them; pad on the right "
                 "(tokenizer.padding_side = 'right'), or all samples to one length"
             )
-
-
-def sizes(data: Samples) -> list[int]:
-    """How many numbers every sample is alone: those of one size need no padding beside each other."""
-    if data.collate is None:
-        return [0] * len(data)  # one row like the other
-    return [_size(data.batch(slice(row, row + 1))) for row in range(len(data))]
-
-
-def _size(batch: Batch) -> int:
-    return sum(leaf.numel() for _, leaf in leaves(batch) if isinstance(leaf, Tensor))
 
 
 def check_classes(task: Task) -> None:

@@ -16,7 +16,6 @@ from stagewise.influence.bif import bif
 from stagewise.results import Exemplar
 from stagewise.run.analysis import spread
 from stagewise.task import Samples, Task
-from stagewise.tokens import sizes
 from stagewise.traces.store import TraceStore
 
 OfSamples = Callable[[list[int], list[Any]], xr.Dataset]
@@ -93,7 +92,7 @@ def check_texts(task: Task) -> None:
         return
     # Samples of one size are not padded together, so that their batch is as wide as each of them.
     alike: dict[tuple[int, int], list[int]] = {}
-    for row, size in enumerate(sizes(task.train)):
+    for row, size in enumerate(task.train.sizes.tolist()):
         alike.setdefault((len(task.train_texts[row]), size), []).append(row)
     for (given, _), rows in alike.items():
         for part in torch.split(torch.tensor(rows), task.forward_batch):

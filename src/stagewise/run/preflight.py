@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.groups import query_groups, train_groups
@@ -13,7 +14,7 @@ from stagewise.retraining.start import check_order, start_at
 from stagewise.run.analysis import NAMES, estimate, recorded_order, retraining_window
 from stagewise.run.config import Retraining, RunConfig
 from stagewise.run.exemplars import check_texts
-from stagewise.task import Task
+from stagewise.task import Samples, Task
 
 _FEW = 8
 
@@ -59,9 +60,10 @@ def preflight(task: Task, trajectory: Trajectory, config: RunConfig, steps: Sequ
 
 
 def miniature(task: Task) -> Task:
-    """The same task with a few of its samples."""
+    """The same task with a few of its samples, the longest among them: rows of labels are as long as its losses."""
     rows = task.candidates[torch.linspace(0, len(task.candidates) - 1, min(_FEW, len(task.candidates))).long()]
-    few = {name: data.few(_FEW) for name, data in task.queries.items()}
+    rows = _with_longest(rows, task.train)
+    few = {name: _with_longest(data.few(_FEW), data) for name, data in task.queries.items()}
     return Task(
         task.model,
         task.loss,
@@ -75,3 +77,9 @@ def miniature(task: Task) -> Task:
         objective=task.objective,
         forward_batch=task.forward_batch,
     )
+
+
+def _with_longest(rows: Tensor, data: Samples) -> Tensor:
+    if data.sizes[rows].max() < data.sizes.max():
+        rows = torch.cat([rows, data.sizes.argmax()[None]]).sort().values
+    return rows
