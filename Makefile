@@ -40,7 +40,7 @@ $(VENV)/.installed-baselines: $(VENV)/.installed-test
 demo: $(VENV)/.installed
 	$(BIN)/stagewise demo
 
-PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/pytest -n 2 --dist worksteal
 
 test: $(VENV)/.installed-test
 	$(PYTEST) --ignore=tests/studies

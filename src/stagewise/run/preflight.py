@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from stagewise.checkpoints.trajectory import Trajectory
+from stagewise.data import Samples
 from stagewise.groups import query_groups, train_groups
 from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.start import check_order, start_at
 from stagewise.run.analysis import NAMES, estimate, recorded_order, retraining_window
 from stagewise.run.config import Retraining, RunConfig
 from stagewise.run.exemplars import check_texts
-from stagewise.task import Samples, Task
+from stagewise.task import Task
 
 _FEW = 8
 
