@@ -8,6 +8,7 @@ every place that holds a tensor is known once.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -197,7 +198,7 @@ def _contents(module: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
 
 def _restore(kept: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
     for place, before in kept:
-        if len(place) != len(before) or any(place.get(key) is not value for key, value in before.items()):
+        if place.keys() != before.keys() or not all(map(operator.is_, place.values(), before.values())):
             place.clear()
             place.update(before)
 

@@ -57,12 +57,14 @@ class Groups:
         Raises:
             ValueError: nothing has a label.
         """
-        names, of_names = np.unique(words(labels), return_inverse=True)
-        distinct = sorted((label for label in names.tolist() if label != NONE), key=_natural)
+        each: list[str] = words(labels).tolist()  # there may be as many as tokens: hashing them is faster than sorting
+        numbers = {label: number for number, label in enumerate(dict.fromkeys(each))}
+        distinct = sorted((label for label in numbers if label != NONE), key=_natural)
         if not distinct:
             raise ValueError(f"{dataset.strip('/')}: no sample or token has a label")
-        order, ends = np.argsort(of_names, kind="stable"), np.cumsum(np.bincount(of_names))
-        members = dict(zip(names.tolist(), np.split(order, ends[:-1]), strict=True))
+        of_labels = np.array([numbers[label] for label in each])
+        order, ends = np.argsort(of_labels, kind="stable"), np.cumsum(np.bincount(of_labels))
+        members = dict(zip(numbers, np.split(order, ends[:-1]), strict=True))
         indices = tuple(torch.from_numpy(members[label]) for label in distinct)
         return cls(tuple(distinct), (dataset,) * len(distinct), indices)
 

@@ -109,8 +109,8 @@ class Replay:
 
     @property
     def _bytes(self) -> int:
-        params = self.start.params
-        return params.numel() * params.element_size()
+        vector = self.start.point.vector
+        return vector.size * vector.dtype.itemsize
 
     def _advance(self, step: int, state: TrainingState) -> TrainingState:
         pieces = (_Summed.of(self.start.point, state.params[0], batch) for batch in self.batches(step))
