@@ -9,7 +9,7 @@ samples           single digits that are called most helpful or harmful, left ou
 held-out          three small problems and patches of photographs, five optimisers each: with the run's own batches, and
                   with fresh ones, those of the prediction others than those of the measurement
 language model    classes of tokens in a small transformer that is trained on Python's standard library
-cost              seconds of the influence over seconds of the window's own training
+cost              processor time of the influence over that of the window's own training, on one thread
 memory            peak memory for a transformer of 70 million parameters; only where asked for (some minutes)
 
 Each part holds `window_influence` against what `window_ablation` measures with weights of .95 or .8 during the window.
@@ -298,17 +298,20 @@ COST_WINDOW, COST_STEP, REPEATS = 30, 20, 3
 
 
 def cost() -> None:
-    """Whole calls and whole loops by turns, the least time of each; the first are not counted."""
+    """Whole calls and whole loops by turns, median and range; the first are not counted."""
+    torch.set_num_threads(1)
     text = Text.of_library()
     cases: dict[str, tuple[Callable[[int], sw.Task], int, Any]] = {
         **{f"digits, {name}": (digit_task, size, None) for name, size in BATCHES.items()},
         "language model": (lambda groups: text.task(CLASSES[:groups]), BATCH, text.labels),
     }
-    table = Table("run", "query groups", "training, s", "influence, s", "ratio", title=f"cost, W = {COST_WINDOW}")
+    columns = ("run", "query groups", "training, s", "influence / training", "with the checks of a new checkpoint")
+    table = Table(*columns, title=f"cost, W = {COST_WINDOW}, one thread")
     for name, (make, batch, labels) in cases.items():
         for groups in (1, 8):
-            training, influence = seconds_of(make(groups), batch, labels)
-            table.add_row(name, str(groups), f"{training:.3f}", f"{influence:.3f}", f"{influence / training:.1f}")
+            training, influence, checked = seconds_of(make(groups), batch, labels)
+            ratios = (spread(xr.DataArray(seconds / training)) for seconds in (influence, checked))
+            table.add_row(name, str(groups), f"{np.median(training):.3f}", *map(escape, ratios))
     console.print(table)
 
 
@@ -323,8 +326,11 @@ def digit_task(groups: int) -> sw.Task:
     )
 
 
-def seconds_of(own: sw.Task, batch: int, labels: Any) -> tuple[float, float]:
-    """Of the window's own training, and of its influence."""
+def seconds_of(own: sw.Task, batch: int, labels: Any) -> np.ndarray[Any, Any]:
+    """Of the window's own training, of its influence, and of that at a checkpoint which was not checked ``(3, turn)``.
+
+    A new checkpoint costs a pass over all data.
+    """
     order = sw.BatchOrder(len(own.train), batch, 0)
     start = list(train_and_record(own, sw.Optimizer("adam", 1e-3, batch_size=batch), order, [COST_STEP]))
     run = sw.Trajectory.from_checkpoints(start)
@@ -332,15 +338,17 @@ def seconds_of(own: sw.Task, batch: int, labels: Any) -> tuple[float, float]:
     def influence() -> None:
         sw.window_influence(own, run, window=COST_WINDOW, order=order, groups=labels, mode="reverse")
 
-    calls, least = (lambda: plain_training(own, order), influence), [np.inf, np.inf]
-    for call in calls:
-        call()
-    for _ in range(REPEATS):
-        for k, call in enumerate(calls):
-            begun = time.perf_counter()
+    def checked() -> None:
+        own.checked -= {known for known in own.checked if known not in ("model", "curvature", "steady")}
+        influence()
+
+    calls, seconds = (lambda: plain_training(own, order), influence, checked), []
+    for _ in range(1 + REPEATS):
+        for call in calls:
+            begun = time.process_time()
             call()
-            least[k] = min(least[k], time.perf_counter() - begun)
-    return least[0], least[1]
+            seconds.append(time.process_time() - begun)
+    return np.array(seconds).reshape(-1, len(calls))[1:].T
 
 
 def plain_training(own: sw.Task, order: sw.BatchOrder) -> None:
