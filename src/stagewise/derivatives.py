@@ -234,16 +234,17 @@ def slope_at(point: Point, u: Tensor, values: Sequence[Callable[[Mapping[str, Te
     As through a leaf ``u``, with fewer vectors of its length in memory, and what one number needs for its backward pass
     is gone before the next: for large models that is what counts.
     """
-    slopes: list[Tensor] = []
     with slow_path(), _leaves(point, u) as (params, leaves):
+        slope = torch.zeros_like(u)
+        parts = point.vector.unflatten(slope)
+        for leaf, part in zip(leaves, parts.values(), strict=True):
+            leaf.grad = part  # to which backward() adds in place
         for value in values:
             if (found := value(params)).requires_grad:
-                more = list(torch.autograd.grad(found, leaves, allow_unused=True, materialize_grads=True))
-                for place in range(len(slopes)):
-                    more[place] = slopes[place] + more[place]
-                slopes = more
-    del params, leaves
-    return _joined(point, u, slopes) if slopes else torch.zeros_like(u)
+                torch.autograd.backward(found, inputs=leaves)
+    if len(set(point.vector.dtypes)) > 1:  # the parts are no views
+        slope = point.vector.flatten(parts, like=u)
+    return slope if point.scale is None else slope.mul_(point.scale)
 
 
 @contextmanager

@@ -55,8 +55,11 @@ class Point:
 
     def params(self, u: Tensor) -> dict[str, Tensor]:
         """All parameters and buffers at one place ``(parameters,)``."""
-        moved = u if self.scale is None else self.scale * u
-        moved = moved if self.anchor is None else self.anchor + moved
+        if self.scale is None:
+            moved = u if self.anchor is None else self.anchor + u
+        else:
+            moved = self.scale * u
+            moved = moved if self.anchor is None else moved.add_(self.anchor)
         return {**self.state, **self.vector.unflatten(moved)}
 
     def losses(self, u: Tensor, batch: Batch, query: str | None = None) -> Losses:

@@ -75,6 +75,7 @@ class _Losses(torch.autograd.Function):
             logits = _logits(hidden[piece], weight, bias)
             totals.append(logits.logsumexp(1))
             losses.append(totals[-1] - logits.gather(1, targets[piece, None])[:, 0])
+            del logits  # before those of the next piece: pieces are what takes memory here
         return torch.cat(losses), torch.cat(totals)
 
     @staticmethod
@@ -98,11 +99,11 @@ class _Slopes(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         to_hidden, to_weight, to_bias = [], None, None
         for piece in _pieces(hidden, weight):
-            shares = _shares(hidden[piece], weight, bias, totals[piece])
-            slopes = _slopes(shares, cotangent[piece], targets[piece])
+            slopes = _slopes(_shares(hidden[piece], weight, bias, totals[piece]), cotangent[piece], targets[piece])
             to_hidden.append(slopes @ weight)
             to_weight = _onto(to_weight, slopes.mT @ hidden[piece])
             to_bias = _onto(to_bias, _to_bias(slopes, bias))
+            del slopes
         return torch.cat(to_hidden), torch.as_tensor(to_weight), torch.as_tensor(to_bias)
 
     @staticmethod
@@ -122,21 +123,23 @@ class _Slopes(torch.autograd.Function):
             mean = (shares * change).sum(1)
             to_cotangent.append(mean - change.gather(1, y)[:, 0])
             bends = (change - mean[:, None]) * shares * c[:, None]
-            del change  # pieces are what takes memory here
+            del change
             slopes = _slopes(shares, c, y[:, 0])
             del shares
             to_hidden.append(bends @ weight + slopes @ weight_along)
             to_weight = _onto(to_weight, bends.mT @ h + slopes.mT @ a)
             to_bias = _onto(to_bias, _to_bias(bends, bias))
+            del bends, slopes
         return torch.cat(to_cotangent), torch.cat(to_hidden), to_weight, to_bias, None, None
 
 
 def _shares(hidden: Tensor, weight: Tensor, bias: Tensor, totals: Tensor) -> Tensor:
     """Probability of every word."""
-    return (_logits(hidden, weight, bias) - totals[:, None]).exp_()
+    return _logits(hidden, weight, bias).sub_(totals[:, None]).exp_()
 
 
 def _slopes(shares: Tensor, cotangent: Tensor, targets: Tensor) -> Tensor:
     """Of the weighted losses, by logit: c (p - e)."""
     slopes = shares * cotangent[:, None]
+    del shares
     return slopes.scatter_add(1, targets[:, None], -cotangent[:, None])

@@ -6,6 +6,8 @@ import pytest
 import torch
 from gaussian import Gaussian, Point
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stagewise.checkpoint import Checkpoint
 from stagewise.sampling import SGLD, Chains, LocalPosterior, RMSpropSGLD, block, sample_block, tuning
@@ -334,3 +336,38 @@ def test_curvature_is_not_looked_at_where_everything_is_given_and_the_facts_say_
     assert diagnose(tree)["verdict"] == "ok"
     with pytest.raises(TypeError):
         sample(by_hand, posterior=replace(posterior, require_localised=True))
+
+
+class Live(TorchDispatchMode):
+    """The most numbers that tensors made inside of it have held at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.most, self._held = 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(leaf, torch.Tensor):
+                self._held[StorageWeakRef(leaf.untyped_storage())] = leaf.untyped_storage().nbytes() // 4
+        self._held = {storage: size for storage, size in self._held.items() if not storage.expired()}
+        self.most = max(self.most, sum(self._held.values()))
+        return result
+
+
+@pytest.mark.parametrize(("sampler", "vectors"), [("sgld", 10), ("underdamped", 13), ("rmsprop_sgld", 14.5)])
+def test_chains_of_large_models_hold_few_copies_of_the_parameters(sampler, vectors, monkeypatch):
+    """Those of 3 chains; model, checkpoint, the gradient of the minibatch there; a place, and a gradient on its way."""
+    monkeypatch.setattr(block, "_MOST_NUMBERS", 0)
+    width = 5000
+    model = nn.Sequential(nn.Linear(1, width, bias=False), nn.Linear(width, 1, bias=False))
+    data = (torch.linspace(-1, 1, 8)[:, None],)
+    task = Task(model, lambda m, b: m(b[0])[:, 0] ** 2, train=data, queries={"q": data}, forward_batch=1)
+    posterior = LocalPosterior(gamma=1e4, n_beta=1.0, require_localised=False)
+    posterior.at(task, Checkpoint(0, task.state()))  # checks once
+    sampling = Chains(
+        sampler, chains=3, draws=2, step_size=1e-5, burn_in=2, thinning=1, batch_size=4, reflect=False, batching="loop"
+    )
+    with Live() as live:
+        sample_block(task, Checkpoint(0, task.state()), posterior, sampling)
+    assert live.most / (2 * width) < vectors

@@ -48,8 +48,8 @@ class Block:
 
     def step(self) -> None:
         """One transition of every chain."""
-        for part in range(len(self._states)):
-            self._states[part] = self._sampler.step(self._states[part], self._gradient, self._noise)
+        for _ in range(len(self._states)):  # in turn; what a state held is free as soon as its step needs it no more
+            self._states.append(self._sampler.step(self._states.pop(0), self._gradient, self._noise))
 
     def freeze(self) -> None:
         """Stop all adaptation."""
@@ -57,7 +57,7 @@ class Block:
 
     def squared_distance(self) -> Tensor:
         """Of every chain from the checkpoint ``(chain,)``."""
-        return torch.cat([state.position.square().sum(1) for state in self._states])
+        return torch.cat([torch.linalg.vecdot(state.position, state.position) for state in self._states])
 
     def along(self, direction: Tensor) -> Tensor:
         """Displacement of every chain along a direction ``(chain,)``."""

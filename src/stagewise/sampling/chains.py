@@ -134,8 +134,9 @@ def sample_block(
             needs.
     """
     density = posterior.at(task, checkpoint)
+    del checkpoint  # the density has its own; this copy is free unless the caller keeps it
     tuning = tune(density, sampling)
-    facts = _facts(tuning, sampling, checkpoint)
+    facts = _facts(tuning, sampling)
     numbers = np.arange(block * sampling.chains, (block + 1) * sampling.chains)
     if tuning.localised is False and posterior.require_localised:
         status = np.full(sampling.chains, "not_localised")
@@ -232,15 +233,15 @@ def _tree(
     return result
 
 
-def _facts(tuning: Tuning, sampling: Chains, checkpoint: Checkpoint) -> dict[str, Any]:
+def _facts(tuning: Tuning, sampling: Chains) -> dict[str, Any]:
     density, curvature = tuning.density, tuning.curvature
-    optimizer, window, coming = density.optimizer, density.posterior.window, checkpoint.coming_rates
+    optimizer, window, coming = density.optimizer, density.posterior.window, density.checkpoint.coming_rates
     largest = low = high = None
     if optimizer and window and curvature:
         largest = largest_window(curvature.smallest, optimizer, coming)
         low, high = size_range(density.damping, curvature.smallest, curvature.largest, window, optimizer, coming)
     return {
-        "step": checkpoint.step,
+        "step": density.checkpoint.step,
         "n_beta": density.n_beta,
         "n_beta_raised": tuning.n_beta_raised,
         "gamma": density.gamma,

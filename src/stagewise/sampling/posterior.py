@@ -117,7 +117,10 @@ class LocalPosterior:
         optimizer = checkpoint.optimizer
         metric = self.metric_for(optimizer)
         gamma = self._gamma(n_beta, checkpoint, point)
-        scale = anchor.new_ones(()).expand_as(anchor)  # no memory of its own
+        # One copy of the parameters; and of a metric that is 1, no vector.
+        state = {**point.state, **point.vector.unflatten(anchor)}
+        checkpoint = checkpoint.holding(params={name: state[name] for name in checkpoint.params})
+        scale = anchor.new_ones(()).expand_as(anchor)
         if metric == "adam":
             scale = adam_metric(point, checkpoint, self.window).sqrt().to(anchor)
         rates = relative_rates(point.vector, optimizer) if optimizer and self.window else None
@@ -133,7 +136,7 @@ class LocalPosterior:
         return LocalDensity(
             point.task,
             point.vector,
-            point.state,
+            state,
             anchor=anchor,
             scale=scale,
             gamma=gamma,

@@ -74,19 +74,20 @@ class RMSpropSGLD:
 
     def step(self, state: RMSpropSGLDState, gradient: GradientFunction, generator: Generator) -> RMSpropSGLDState:
         """One preconditioned Euler step of every chain."""
-        u, v, updates = state.position, state.second_moment, state.updates
+        u, v, updates, frozen = state
+        del state  # of large models every copy counts
         slope, loss = gradient(u)
-        if not state.frozen:
-            v = (self.decay * v).add_((1 - self.decay) * loss**2)
+        if not frozen:
+            v = (self.decay * v).add_((loss**2).mul_(1 - self.decay))
             updates = updates + 1
-        del loss  # of large models every copy counts
+        del loss
         # Frozen before the first gradient (no burn-in), V stays what it started as.
         corrected = v / (1 - self.decay**updates) if updates else v
         eps = self.step_size / corrected.sqrt().add_(self.stability)
         moved = u - slope.mul(eps / 2)
         del slope, corrected
         noise = torch.randn(u.shape, generator=generator, dtype=u.dtype, device=u.device)
-        return RMSpropSGLDState(moved.add_(eps.sqrt_() * noise), v, updates, state.frozen)
+        return RMSpropSGLDState(moved.add_(noise.mul_(eps.sqrt_())), v, updates, frozen)
 
     def freeze(self, state: RMSpropSGLDState) -> RMSpropSGLDState:
         """Stop adapting V."""

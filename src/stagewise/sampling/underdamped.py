@@ -68,10 +68,11 @@ class Underdamped:
         """One BAOAB step of every chain."""
         h, p = self.step_size, state.momentum
         u = (h / 2 * p).add_(state.position)
+        del state  # of large models every copy counts
         noise = torch.randn(p.shape, generator=generator, dtype=p.dtype, device=p.device)
         keep = math.exp(-self.friction * h)
-        p = (keep * p).add_(math.sqrt(1 - keep**2) * noise)
-        del noise  # of large models every copy counts
+        p = (keep * p).add_(noise.mul_(math.sqrt(1 - keep**2)))
+        del noise
         u.add_(h / 2 * p)
         half = h / 2 * gradient(u).potential
         return UnderdampedState(u, p.sub_(half).sub_(half))
