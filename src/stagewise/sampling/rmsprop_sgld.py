@@ -87,7 +87,7 @@ class RMSpropSGLD:
         moved = u - slope.mul(eps / 2)
         del slope, corrected
         noise = torch.randn(u.shape, generator=generator, dtype=u.dtype, device=u.device)
-        return RMSpropSGLDState(moved.add_(noise.mul_(eps.sqrt_())), v, updates, frozen)
+        return RMSpropSGLDState(moved.add_(eps.sqrt_() * noise), v, updates, frozen)
 
     def freeze(self, state: RMSpropSGLDState) -> RMSpropSGLDState:
         """Stop adapting V."""

@@ -62,7 +62,7 @@ class SGLD:
         u = state.position
         moved = u - self.step_size / 2 * gradient(u).potential
         noise = torch.randn(u.shape, generator=generator, dtype=u.dtype, device=u.device)
-        return SGLDState(moved.add_(noise.mul_(self.step_size**0.5)))
+        return SGLDState(moved.add_(self.step_size**0.5 * noise))
 
     def freeze(self, state: SGLDState) -> SGLDState:
         """Nothing adapts."""
