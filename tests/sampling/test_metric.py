@@ -96,6 +96,17 @@ def test_where_gradients_stay_as_they_are_the_metric_is_that_of_adams_memory_alo
         torch.testing.assert_close(got[name][moves], (1 / (tensor.sqrt() + 1e-8))[moves], rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("batch_size", [0, 3])
+def test_how_many_samples_are_evaluated_together_does_not_change_the_metric(batch_size):
+    adam = replace(ADAM, batch_size=batch_size)
+    found = []
+    for forward_batch in (N, 5):
+        studied = task(forward_batch=forward_batch)
+        found.append(metric(studied, Checkpoint(100, studied.state(), adam, second_moment=moments(studied, 1e-9))))
+    for name in found[0]:
+        torch.testing.assert_close(found[1][name], found[0][name], rtol=1e-9, atol=0)
+
+
 def test_what_one_update_sees_is_the_mean_square_over_batches_of_its_size():
     studied = task()
     point, _ = at(studied, Checkpoint(0, studied.state()))

@@ -100,14 +100,17 @@ def _squared_gradient(point: Point, batch_size: int | None) -> tuple[Tensor, Ten
     mean_weight = float(sample_weights(point).mean())
     full = mean_gradient(point, at, task.train, rows)
     signed = torch.zeros(_PROBES, len(at)).to(at)
-    generator = torch.Generator().manual_seed(0)
+    # Drawn at once: how many samples are evaluated together is a matter of memory, not of the answer.
+    signs = torch.randint(0, 2, (_PROBES, len(rows)), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    done = 0
     for batch in chunks(task, task.train, rows):
         with differentiable(at) as leaf:
             losses, weights = point.sample_losses(leaf, batch)
+            here = signs[:, done : done + len(losses)].to(losses)
             for probe in range(_PROBES):
-                signs = torch.randint(0, 2, losses.shape, generator=generator).to(losses) * 2 - 1
-                side = (signs * weights).detach()[None] / mean_weight
+                side = (here[probe] * weights).detach()[None] / mean_weight
                 signed[probe] += pull([losses], [leaf], [side], keep=probe + 1 < _PROBES)[0][0]
+        done += len(losses)
     squares = signed.square().mean(0) / len(rows)
     size = min(batch_size or n, n)
     squared = full.square() + (1 / size - 1 / n) * (squares - full.square()).clamp(min=0)
