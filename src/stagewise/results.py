@@ -23,6 +23,9 @@ EXACT = "exact influence"
 DAMPED = "damped influence"
 """The baseline that answers where neither replay nor chains do."""
 
+BIF = "BIF"
+"""The influence that was sampled."""
+
 _DIMS = {"step", "train", "query"}
 
 
@@ -68,6 +71,8 @@ class Results:
         correlation: the same as minus the correlation of losses, without unit.
         events: of the influence curves.
         baselines: other estimators by name, as ``influence``, with stderr 0 where they have no noise.
+        single: influence of single samples ("12") or tokens ("12/3", token 3 of sample 12) by the name of its
+            estimator, as ``influence``, where the configuration asks for it (``per``).
         measured: ``effect`` and perhaps ``effect_stderr`` (step, train, query) in nats, from retraining with each train
             group at the weight ``attrs["weight"]`` during ``attrs["window"]`` steps.
         replay: how well unchanged retraining repeats the run, see :func:`stagewise.retraining.replay.replay`.
@@ -88,6 +93,7 @@ class Results:
     correlation: xr.Dataset | None = None
     events: Sequence[Event] = ()
     baselines: Mapping[str, xr.Dataset] = field(default_factory=dict)
+    single: Mapping[str, xr.Dataset] = field(default_factory=dict)
     measured: xr.Dataset | None = None
     replay: xr.Dataset | None = None
     in_two_times: xr.Dataset | None = None
@@ -100,7 +106,7 @@ class Results:
         _require("losses", self.losses, {"train": {"step"}, "queries": {"step", "query"}})
         _require("diagnostics", self.diagnostics, {"verdict": {"step"}, "advice": {"step"}})
         matrices = {"influence": self.influence, "correlation": self.correlation, **self.baselines}
-        for name, dataset in matrices.items():
+        for name, dataset in [*matrices.items(), *self.single.items()]:
             if dataset is not None:
                 _require(name, dataset, {"value": _DIMS, "stderr": _DIMS})
         if self.in_two_times is not None:
@@ -216,7 +222,7 @@ def size_check(influence: xr.Dataset, exact: xr.Dataset) -> xr.Dataset:
 def estimator(influence: xr.Dataset) -> str:
     """What the estimator of an influence is called in a figure."""
     name = str(influence.attrs.get("estimator", "influence"))
-    return "BIF" if name == "bif" else name
+    return BIF if name == "bif" else name
 
 
 def others(matrix: xr.Dataset) -> NDArray[np.bool_]:

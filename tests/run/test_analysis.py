@@ -13,7 +13,8 @@ from stagewise.influence.gradients import gradient_product
 from stagewise.retraining.schedule import BatchOrder
 from stagewise.retraining.two_times import influence_in_time
 from stagewise.retraining.window_influence import window_influence
-from stagewise.run import analysis, exemplars
+from stagewise.run import analysis, estimators, exemplars
+from stagewise.run.analysis import Analysis
 from stagewise.run.config import make_config
 from stagewise.run.engine import sample
 from stagewise.run.progress import silent
@@ -43,12 +44,17 @@ class Forgetful:
         return compute()
 
 
-def baselines(task, run, settings, steps, progress=silent, kept=None):
-    return analysis.baselines(task, run, settings, dict.fromkeys(steps, "digest"), kept or Forgetful(), progress)
+def asked(task, run, settings, steps, progress=silent):
+    return Analysis(task, run, settings, dict.fromkeys(steps, "digest"), Forgetful(), progress)
 
 
-def measure(task, run, settings, steps, progress=silent, kept=None):
-    return analysis.measure(task, run, settings, dict.fromkeys(steps, "digest"), kept or Forgetful(), progress)
+def baselines(*given):
+    found = estimators.without_chains(asked(*given))
+    return found.curves, found.left_out
+
+
+def measure(*given):
+    return analysis.measure(asked(*given))
 
 
 # Mean losses
@@ -103,7 +109,7 @@ def test_exact_influence_replays_the_orders_that_are_retrained_and_that_of_sampl
     two = config(estimators=["exact"], retraining={"recorded_order_seed": 3, "repeats": 2})
     found, _ = baselines(task, run, two, [10])
     xr.testing.assert_allclose(found["exact influence"], window_influence(task, run, **options, repeats=2))
-    samples = analysis.exact_samples(task, run, own, {10: "digest"}, Forgetful(), silent, [10], ["far"])
+    samples = estimators.exact_samples(asked(task, run, own, [10]), [10], ["far"])
     expected = window_influence(task, run, **options, per="sample").sel(query=["far"])
     xr.testing.assert_allclose(samples, expected)
 
@@ -111,12 +117,11 @@ def test_exact_influence_replays_the_orders_that_are_retrained_and_that_of_sampl
 def test_influence_in_two_times_is_asked_at_some_checkpoints_in_bins_between_all():
     task, run = springs.task(), springs.trajectory()
     own = config(two_times=1, retraining={"recorded_order_seed": 3})
-    digests = dict.fromkeys(run.steps, "digest")
-    found = analysis.in_two_times(task, run, own, digests, Forgetful(), silent)
+    found = analysis.in_two_times(asked(task, run, own, run.steps))
     expected = influence_in_time(task, run.load(0), BatchOrder(6, 2, 3), [10], bins=[0, 10])
     assert run.steps == (0, 10, 20)
     xr.testing.assert_allclose(found, expected)
-    both = analysis.in_two_times(task, run, own.model_copy(update={"two_times": 2}), digests, Forgetful(), silent)
+    both = analysis.in_two_times(asked(task, run, own.model_copy(update={"two_times": 2}), run.steps))
     assert both.asked.values.tolist() == [10, 20]
     assert both.trained.values.tolist() == [0, 10]
 
@@ -124,9 +129,9 @@ def test_influence_in_two_times_is_asked_at_some_checkpoints_in_bins_between_all
 def test_influence_in_two_times_without_the_runs_own_batches_or_with_one_checkpoint_says_what_is_needed():
     task, run = springs.task(), springs.trajectory()
     with pytest.raises(ValueError, match=r"record them, recorder\(step, indices\)"):
-        analysis.in_two_times(task, run, config(two_times=1), dict.fromkeys(run.steps, ""), Forgetful(), silent)
+        analysis.in_two_times(asked(task, run, config(two_times=1), run.steps))
     with pytest.raises(ValueError, match="two checkpoints or more"):
-        analysis.in_two_times(task, run, config(two_times=1), {10: ""}, Forgetful(), silent)
+        analysis.in_two_times(asked(task, run, config(two_times=1), [10]))
 
 
 def test_exact_influence_without_a_window_is_left_out_with_the_setting_to_change():

@@ -7,6 +7,7 @@ import torch
 
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.run import analysis
+from stagewise.run.analysis import Analysis
 from stagewise.run.config import make_config
 from stagewise.run.preflight import preflight
 from stagewise.run.progress import silent
@@ -43,7 +44,9 @@ def run(last=5):
 
 def measured(trajectory):
     kept = Causes()
-    found = analysis.measure(springs.task(), trajectory, CONFIG, dict.fromkeys([0, 10], "digest"), kept, silent)
+    found = analysis.measure(
+        Analysis(springs.task(), trajectory, CONFIG, dict.fromkeys([0, 10], "digest"), kept, silent)
+    )
     return found, kept.seen
 
 
@@ -74,7 +77,7 @@ def test_effects_of_own_batches_beside_fresh_ones_have_an_error_of_zero_and_not_
         Causes(),
         CONFIG.model_copy(update={"retraining": CONFIG.retraining.model_copy(update={"repeats": None})}),
     )
-    found = analysis.measure(springs.task(), run(), settings, dict.fromkeys([0, 10], "digest"), kept, silent)
+    found = analysis.measure(Analysis(springs.task(), run(), settings, dict.fromkeys([0, 10], "digest"), kept, silent))
     error = found["measured"]["effect_stderr"]
     assert not error.sel(step=0).any()
     assert (error.sel(step=10) > 0).any()

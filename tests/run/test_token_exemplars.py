@@ -10,7 +10,8 @@ import xarray as xr
 
 from stagewise.groups import query_groups
 from stagewise.retraining.window_influence import window_influence
-from stagewise.run import analysis, exemplars
+from stagewise.run import estimators, exemplars
+from stagewise.run.analysis import Analysis
 from stagewise.run.config import make_config
 from stagewise.run.preflight import miniature, preflight
 from stagewise.run.progress import silent
@@ -46,20 +47,20 @@ def weighted(model, batch):
 
 def of(this, estimate):
     run = springs.trajectory()
-    return partial(estimate, this, run, config(), dict.fromkeys(run.steps, "digest"), Forgetful(), silent)
+    return partial(estimate, Analysis(this, run, config(), dict.fromkeys(run.steps, "digest"), Forgetful(), silent))
 
 
 def found(this, **options):
     steps = springs.trajectory().steps
     curves = xr.DataArray(np.arange(9.0).reshape(3, 1, 3), dims=("step", "train", "query"))
     curves = curves.assign_coords(step=list(steps), train=["a"], query=list(query_groups(this).labels))
-    samples, tokens = of(this, analysis.exact_samples), of(this, analysis.exact_tokens)
+    samples, tokens = of(this, estimators.exact_samples), of(this, estimators.exact_tokens)
     return exemplars.exemplars(this, samples, xr.Dataset({"value": curves}), 2, of_tokens=tokens, **options)
 
 
 def test_tokens_of_picked_samples_are_those_that_all_candidates_have():
     picked = {0: [4, 1], 20: [2]}
-    tokens = of(task(), analysis.exact_tokens)(picked, NEAR)
+    tokens = of(task(), estimators.exact_tokens)(picked, NEAR)
     whole = window_influence(task(), springs.trajectory(), window=WINDOW, per="token")
     for step, samples in picked.items():
         expected = [f"{k}/{t}" for k in sorted(samples) for t in range(2)]
@@ -70,7 +71,7 @@ def test_tokens_of_picked_samples_are_those_that_all_candidates_have():
 
 def test_samples_are_asked_about_the_queries_that_are_shown_alone_and_the_task_is_as_it_was():
     this = task()
-    samples = of(this, analysis.exact_samples)([10], NEAR)
+    samples = of(this, estimators.exact_samples)([10], NEAR)
     expected = window_influence(this, springs.trajectory(), window=WINDOW, per="sample", steps=[10])
     xr.testing.assert_allclose(samples, expected.sel(query=NEAR))
     assert query_groups(this).labels == (*NEAR, "far")
@@ -102,7 +103,7 @@ def test_a_sample_without_label_is_called_by_its_text():
 
 def test_without_texts_or_exact_influence_there_are_no_tokens():
     assert all(exemplar.token_values is None for exemplar in found(task(train_texts=None)))
-    given = of(task(), analysis.exact_samples)
+    given = of(task(), estimators.exact_samples)
     curves = xr.Dataset({"value": (("step", "train", "query"), np.ones((1, 1, 1)))}, {"step": [0], "query": ["far"]})
     (exemplar,) = exemplars.exemplars(task(), given, curves, 2)
     assert exemplar.token_values is None

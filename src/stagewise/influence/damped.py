@@ -23,6 +23,7 @@ from stagewise.gauss_newton import gauss_newton_product
 from stagewise.influence.gradients import Directions, Gradients, first_order
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior
 from stagewise.task import Task
+from stagewise.varied import Per
 
 CurvatureKind = Literal["gauss_newton", "hessian", "exact"]
 _LARGEST_EXACT = 6000
@@ -37,6 +38,7 @@ def damped_influence(
     posterior: LocalPosterior,
     *,
     curvature: CurvatureKind = "gauss_newton",
+    per: Per | None = None,
     steps: Sequence[int] | None = None,
     samples: int = CURVATURE_SAMPLES,
     tolerance: float = 1e-3,
@@ -53,6 +55,8 @@ def damped_influence(
             Hessian of all samples, up to 6000 parameters. It raises eigenvalues below minus
             half the damping to that; at a checkpoint that is not localised the answer then exists, but is not to
             be trusted.
+        per: influence of each train group, each candidate, or each token of the candidates; default groups where the
+            task has them, else candidates. The solve is the same.
         steps: which checkpoints, default all.
         samples: most samples that the matrix-free curvatures are taken from, evenly spaced in the training set.
         tolerance: relative residual at which conjugate gradients stop.
@@ -66,7 +70,7 @@ def damped_influence(
 
     Raises:
         ValueError: no checkpoint can be used, with the reasons: too many parameters (``"exact"``), a loss that
-            Gauss-Newton curvature is not defined for.
+            Gauss-Newton curvature is not defined for, no groups or tokens to ask about.
 
     Example:
         >>> import torch, stagewise as sw
@@ -104,7 +108,8 @@ def damped_influence(
         errors = torch.stack([solved(part, _ERROR_TOLERANCE) for part in parts]) * unseen**0.5
         return Directions(mean, errors, tolerance)
 
-    return first_order(task, trajectory, posterior, f"damped influence ({curvature})", solve, steps, curvature=True)
+    name = f"damped influence ({curvature})"
+    return first_order(task, trajectory, posterior, name, solve, steps, curvature=True, per=per)
 
 
 def conjugate_gradients(product: Product, targets: Tensor, tolerance: float, max_iterations: int) -> Tensor:

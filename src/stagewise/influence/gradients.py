@@ -19,11 +19,12 @@ from torch import Tensor
 from stagewise.checkpoints.trajectory import Trajectory, as_trajectory
 from stagewise.derivatives import directional_derivatives, group_gradients
 from stagewise.evaluate import sample_weights
-from stagewise.groups import TRAIN, Groups, query_groups, train_groups
+from stagewise.groups import TRAIN, Groups, query_groups
 from stagewise.labelled import member_of
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior
 from stagewise.task import Task
 from stagewise.usable import at_usable
+from stagewise.varied import Per, by_itself, varied
 
 # So many gradients of groups are cheaper than a second derivative along one direction.
 _FEW = 4
@@ -62,6 +63,7 @@ def gradient_product(
     trajectory: Trajectory | str | Path,
     posterior: LocalPosterior,
     *,
+    per: Per | None = None,
     steps: Sequence[int] | None = None,
 ) -> xr.Dataset:
     """Gradient dot products in the posterior's metric P: the limit of a short window (large gamma).
@@ -72,6 +74,8 @@ def gradient_product(
         task: the task; its group labels are used where it has them.
         trajectory: the run's checkpoints, or their folder.
         posterior: metric and scale.
+        per: influence of each train group, each candidate, or each token of the candidates; default groups where the
+            task has them, else candidates.
         steps: which checkpoints, default all.
 
     Returns:
@@ -79,7 +83,8 @@ def gradient_product(
         helpful. Attribute ``omitted``: the checkpoints that could not be used, with reasons.
 
     Raises:
-        ValueError: a step is not recorded, or no checkpoint can be used, with the reasons.
+        ValueError: a step is not recorded, no checkpoint can be used, with the reasons, or there are no groups or
+            tokens to ask about.
 
     Example:
         >>> import torch, stagewise as sw
@@ -99,7 +104,7 @@ def gradient_product(
     def solve(density: LocalDensity, gradients: Gradients) -> Directions:
         return Directions(gradients(density.origin) / density.damping)
 
-    return first_order(task, trajectory, posterior, "gradient product", solve, steps)
+    return first_order(task, trajectory, posterior, "gradient product", solve, steps, per=per)
 
 
 def first_order(
@@ -110,10 +115,11 @@ def first_order(
     solve: Solve,
     steps: Sequence[int] | None = None,
     curvature: bool = False,
+    per: Per | None = None,
 ) -> xr.Dataset:
     """Influence  -(1/n) grad l_i . solve(grad l_j)  at every checkpoint; see :func:`gradient_product`."""
-    trained = train_groups(task, singles=len(task.train))
-    queried = query_groups(task)
+    run, queried = as_trajectory(trajectory), query_groups(task)
+    trained = varied(task, per or by_itself(task))
 
     def estimate(step: int) -> tuple[np.ndarray, np.ndarray, LocalDensity]:
         density = posterior.at(task, run.load(step), curvature=curvature)
@@ -128,7 +134,6 @@ def first_order(
             variance += directions.unseen * torch.stack(squares).mean(0)
         return value.numpy(), variance.sqrt().numpy(), density
 
-    run = as_trajectory(trajectory)
     found = at_usable(run, steps, estimate)
     density = found.results[-1][2]
     coords = {

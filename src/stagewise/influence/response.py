@@ -25,6 +25,7 @@ from stagewise.influence.frozen_updates import FrozenUpdates, path
 from stagewise.influence.gradients import Directions, Gradients, first_order
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior
 from stagewise.task import Task
+from stagewise.varied import Per
 
 # A subset of the training samples stands for all: its error is that of the mean of this many parts of it.
 _PARTS = 4
@@ -39,6 +40,7 @@ def response_influence(
     *,
     curvature: Literal["hessian", "gauss_newton"] = "hessian",
     at: Literal["path", "checkpoint"] = "path",
+    per: Per | None = None,
     steps: Sequence[int] | None = None,
     samples: int = CURVATURE_SAMPLES,
 ) -> xr.Dataset:
@@ -62,6 +64,7 @@ def response_influence(
         curvature: ``"hessian"``: with the negative curvature along which training runs away early on;
             ``"gauss_newton"``: without it, for losses that call the model once.
         at: where gradients and curvature are taken, see above.
+        per: as for :func:`damped_influence`.
         steps: which checkpoints, default all.
         samples: most samples that curvature and path are taken from, evenly spaced in the training set.
 
@@ -110,7 +113,7 @@ def response_influence(
         unseen = (1 - len(rows) / len(task.train)) / (_PARTS - 1)
         return whole._replace(parts=[answer(rows[k::_PARTS]) for k in range(_PARTS)], unseen=unseen)
 
-    return first_order(task, trajectory, posterior, f"response ({curvature})", solve, steps, curvature=True)
+    return first_order(task, trajectory, posterior, f"response ({curvature})", solve, steps, curvature=True, per=per)
 
 
 def _check_growth(density: LocalDensity, gradients: Tensor, response: Tensor) -> None:

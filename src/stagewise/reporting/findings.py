@@ -20,10 +20,9 @@ from stagewise.reporting.words import (
     step_number,
     steps,
 )
-from stagewise.results import DAMPED, EXACT, Results, headline, others
+from stagewise.results import BIF, DAMPED, EXACT, Results, headline, others
 
 LEVEL = 0.95
-SAMPLED = "BIF"
 _BATCHES = {
     "recorded": "the run's own batches",
     "given": "the run's own batches",
@@ -164,8 +163,8 @@ def _agreement(results: Results) -> Iterator[str]:
         f"measured effects and those predicted by {own} correlate with a median of {r}; the median slope measured / "
         f"predicted, 1 if the size in nats is right, is {slope}."
     )
-    if SAMPLED in results.agreements:
-        yield from _sizes(results, results.agreements[SAMPLED])
+    if BIF in results.agreements:
+        yield from _sizes(results, results.agreements[BIF])
     if rest:
         numbers = [f"{_median(results.agreements[name], 'correlation')} ({name})" for name in rest]
         yield f"For comparison, the median correlation of other estimators: {enumeration(numbers)}."
@@ -176,7 +175,7 @@ def _sizes(results: Results, scores: xr.Dataset) -> Iterator[str]:
     if results.coverage is None:
         return
     covered = results.coverage
-    whose = f" of {SAMPLED}" if results.exact is not None else ""
+    whose = f" of {BIF}" if results.exact is not None else ""
     text = f"The stated {LEVEL:.0%} intervals{whose} hold {covered.mean().item():.0%} of the measured effects"
     slope = scores[headline(scores, "slope")]
     off = (covered < _MIN_COVERAGE) & (abs(slope - 1) > _MAX_SIZE_ERROR)

@@ -24,9 +24,9 @@ from stagewise.retraining.losses import Progress
 from stagewise.retraining.schedule import LearningRate, Order
 from stagewise.retraining.start import check_moves, check_order, check_steps, start_at
 from stagewise.retraining.training import weights_of
-from stagewise.retraining.varied import Per, varied
 from stagewise.stacking import BatchingChoice
 from stagewise.task import Task
+from stagewise.varied import Per, varied
 
 DIMS = ("trained", "asked", "train", "query")
 
@@ -112,7 +112,7 @@ def influence_in_time(
     steps = check_steps(start, asked)
     spans, trained, queried = (
         _spans(start.step, steps, bins),
-        varied(task, per, groups, lambda: start),
+        varied(task, per, groups),
         query_groups(task),
     )
     origin = start_at(task, start, curvature=True)

@@ -27,10 +27,10 @@ from stagewise.retraining.schedule import Order, Schedule
 from stagewise.retraining.start import check_moves, start_at
 from stagewise.retraining.training import weights_of
 from stagewise.retraining.unrolling import derivatives_along
-from stagewise.retraining.varied import Per, varied
 from stagewise.stacking import BatchingChoice
 from stagewise.task import Task
 from stagewise.usable import at_usable, chosen_steps
+from stagewise.varied import Per, varied
 
 Mode = Literal["auto", "reverse", "forward"]
 
@@ -116,7 +116,7 @@ def window_influence(
     if window < 1 or (repeats is not None and repeats < 1) or memory <= 0:
         raise ValueError(f"need window >= 1, repeats >= 1 and memory > 0, got {window}, {repeats} and {memory}")
     run, queried = as_trajectory(trajectory), query_groups(task)
-    trained = varied(task, per, groups, lambda: run.load(run.steps[0]))
+    trained = varied(task, per, groups)
     forward = not expected and _is_forward(mode, per, len(trained), len(queried))
     if expected and (trained.tokens or mode == "forward"):
         raise ValueError("expected=True is for samples and their groups, in reverse mode: not for tokens, not forwards")

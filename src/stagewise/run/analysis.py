@@ -1,12 +1,11 @@
-"""What a run computes beside its traces: losses, estimators without chains, measured effects."""
+"""What a run computes beside its traces, checkpoint by checkpoint: losses, measured effects, influence in two times."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +17,6 @@ from stagewise.checkpoints.batches import packed
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.evaluate import Point, chunks
 from stagewise.groups import query_groups
-from stagewise.influence.damped import damped_influence
-from stagewise.influence.gradients import gradient_product
-from stagewise.results import DAMPED, EXACT
 from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.losses import query_losses
 from stagewise.retraining.orders import all_kinds, window_orders
@@ -28,7 +24,6 @@ from stagewise.retraining.replay import replay
 from stagewise.retraining.schedule import BatchOrder, Order
 from stagewise.retraining.start import start_at
 from stagewise.retraining.two_times import influence_in_time
-from stagewise.retraining.window_influence import window_influence
 from stagewise.run.config import RunConfig
 from stagewise.run.kept import Kept
 from stagewise.run.progress import Progress
@@ -38,36 +33,58 @@ from stagewise.vector import ParameterVector
 
 _MOST_BINS = 24  # of time, in a picture
 
-SAMPLED = "bif"
-"""The estimator that needs chains, as a configuration calls it."""
 
-NAMES = {"exact": EXACT, "damped": DAMPED, "gradient": "gradient product"}
-"""What the estimators without chains are called in a report, by their name in a configuration."""
+@dataclass(frozen=True)
+class Analysis:
+    """What all results of a run depend on.
 
-
-def estimate(name: str, task: Task, trajectory: Trajectory, config: RunConfig) -> Callable[..., xr.Dataset]:
-    """An estimator without chains, as a function of ``steps``.
-
-    Raises:
-        ValueError: the exact influence is asked for, and no window is given.
+    Attributes:
+        task: what is studied.
+        trajectory: the checkpoints.
+        config: what is asked for.
+        digests: the content hash of every checkpoint that is asked for and can be used, by step.
+        kept: results that are there already.
+        progress: is told of every checkpoint.
     """
-    if name != "exact":
-        return partial(
-            {"damped": damped_influence, "gradient": gradient_product}[name], task, trajectory, config.posterior
-        )
-    if config.posterior.window is None:
-        raise ValueError("it is that of a window of training: set posterior.window instead of gamma")
-    order = recorded_order(task, trajectory, config)
-    asked = config.retraining.repeats if config.retraining else None
-    return partial(
-        window_influence,
-        task,
-        trajectory,
-        window=config.posterior.window,
-        per="sample" if task.train_groups is None else "group",
-        repeats=None if asked == 1 else asked,  # one order that is not the run's own would have no error
-        order=order,
-    )
+
+    task: Task
+    trajectory: Trajectory
+    config: RunConfig
+    digests: Mapping[int, str]
+    kept: Kept
+    progress: Progress
+
+    def of_windows(self, window: int) -> dict[int, str]:
+        """The hashes, with all else that windows from a checkpoint depend on."""
+        facts = {step: _window_facts(self.trajectory.load(step), window) for step in self.digests}
+        return {step: f"{digest} {facts[step]}" for step, digest in self.digests.items()}
+
+    def of_run(self) -> str:
+        """What depends on all checkpoints depends on this."""
+        return " ".join(_facts(checkpoint) for checkpoint in map(self.trajectory.load, self.trajectory.steps))
+
+    def step_by_step(
+        self, name: str, cause: str, estimate: Callable[..., xr.Dataset], digests: Mapping[int, str]
+    ) -> xr.Dataset:
+        """``estimate(steps=[step])`` of every checkpoint, along ``step``; what is kept is not computed again.
+
+        Raises:
+            ValueError: no checkpoint can be used, with the reasons.
+        """
+        rows, reasons = [], {}
+        for done, (step, digest) in enumerate(digests.items(), start=1):
+            try:
+                rows.append(self.kept.get(name, f"{cause} {step} {digest}", partial(estimate, steps=[step])))
+            except ValueError as error:
+                reasons[step] = str(error)
+            self.progress(name, done, len(digests))
+        if not rows:
+            raise ValueError(none_usable(reasons))
+        result = xr.concat(rows, "step", combine_attrs="override")
+        if kinds := [row.attrs["batches"] for row in rows if "batches" in row.attrs]:
+            result.attrs["batches"] = all_kinds(kinds)
+        result.attrs["omitted"] = json.dumps({str(step): reason for step, reason in reasons.items()})
+        return result
 
 
 def mean_losses(task: Task, trajectory: Trajectory, steps: Sequence[int]) -> xr.Dataset:
@@ -94,47 +111,14 @@ def mean_losses(task: Task, trajectory: Trajectory, steps: Sequence[int]) -> xr.
     )
 
 
-def baselines(
-    task: Task,
-    trajectory: Trajectory,
-    config: RunConfig,
-    digests: Mapping[int, str],
-    kept: Kept,
-    progress: Progress,
-) -> tuple[dict[str, xr.Dataset], dict[str, str]]:
-    """The deterministic estimators of the same influence, by name; and why one is left out.
-
-    ``digests`` are the content hashes of the checkpoints that are asked for, by step.
-    """
-    results: dict[str, xr.Dataset] = {}
-    left_out: dict[str, str] = {}
-    for name in (name for name in config.estimators if name in NAMES):
-        cause, seen = "", digests
-        if name == "exact":
-            cause = f"{config.posterior.window} {config.retraining!r}"
-            seen = _of_windows(digests, trajectory, config.posterior.window or 0)
-        try:
-            found = estimate(name, task, trajectory, config)
-            results[NAMES[name]] = _step_by_step(NAMES[name], cause, found, seen, kept, progress)
-        except ValueError as error:
-            left_out[NAMES[name]] = str(error)
-    return results, left_out
-
-
-def in_two_times(
-    task: Task,
-    trajectory: Trajectory,
-    config: RunConfig,
-    digests: Mapping[int, str],
-    kept: Kept,
-    progress: Progress,
-) -> xr.Dataset:
+def in_two_times(analysis: Analysis) -> xr.Dataset:
     """Influence in two times, from the first checkpoint on, asked at some of the others.
 
     Raises:
         ValueError: the run's own batches are not known, or as :func:`stagewise.influence_in_time`.
     """
-    steps = sorted(digests)
+    task, trajectory, config = analysis.task, analysis.trajectory, analysis.config
+    steps = sorted(analysis.digests)
     if len(steps) < 2:
         raise ValueError("two checkpoints or more are needed: one to start from, and one at which to ask")
     asked = spread(steps[1:], config.two_times)
@@ -146,22 +130,16 @@ def in_two_times(
     bins = sorted({*spread(edges, _MOST_BINS), *asked})
 
     def compute() -> xr.Dataset:
-        bar = partial(progress, "influence in two times")
+        bar = partial(analysis.progress, "influence in two times")
         return influence_in_time(task, start, orders.orders[0], asked, bins=bins, progress=bar)
 
-    run = " ".join(_facts(checkpoint) for checkpoint in map(trajectory.load, trajectory.steps))
-    return kept.get("influence in two times", f"{asked} {bins} {config.retraining!r} {run}", compute)
+    cause = f"{asked} {bins} {config.retraining!r} {analysis.of_run()}"
+    return analysis.kept.get("influence in two times", cause, compute)
 
 
-def measure(
-    task: Task,
-    trajectory: Trajectory,
-    config: RunConfig,
-    digests: Mapping[int, str],
-    kept: Kept,
-    progress: Progress,
-) -> dict[str, xr.Dataset]:
+def measure(analysis: Analysis) -> dict[str, xr.Dataset]:
     """Measured window effects, if asked for, and how well retraining repeats the run that they are to prove."""
+    task, trajectory, config = analysis.task, analysis.trajectory, analysis.config
     settings, window = config.retraining, retraining_window(config)
     if settings is None or window is None:
         return {}
@@ -175,66 +153,17 @@ def measure(
         repeats=settings.repeats,
         order=order,
     )
-    cause = f"{window} {settings!r}"
-    digests = _of_windows(digests, trajectory, window)
-    measured = _step_by_step("retraining windows", cause, ablation, digests, kept, progress)
+    cause, digests = f"{window} {settings!r}", analysis.of_windows(window)
+    measured = analysis.step_by_step("retraining windows", cause, ablation, digests)
     if "effect_stderr" in measured:  # where the run's own batches alone were replayed there is nothing to average over
         measured["effect_stderr"] = measured["effect_stderr"].fillna(0.0)
 
     def repeat() -> xr.Dataset:
-        bar = partial(progress, "repeating the run")
+        bar = partial(analysis.progress, "repeating the run")
         return replay(task, trajectory, order, list(digests), progress=bar)
 
-    run = " ".join(_facts(checkpoint) for checkpoint in map(trajectory.load, trajectory.steps))
-    return {"measured": measured, "replay": kept.get("replay", f"{cause} {list(digests)} {run}", repeat)}
-
-
-def _of_windows(digests: Mapping[int, str], trajectory: Trajectory, window: int) -> dict[int, str]:
-    """The hashes, with all else that windows from a checkpoint depend on."""
-    return {step: f"{digest} {_window_facts(trajectory.load(step), window)}" for step, digest in digests.items()}
-
-
-def _window_facts(checkpoint: Checkpoint, window: int) -> str:
-    """What windows from a checkpoint depend on besides its digest."""
-    return f"{checkpoint.changing_rates(window)}{_batches_digest(checkpoint.coming_batches[:window])}"
-
-
-def _facts(checkpoint: Checkpoint) -> str:
-    """What a replay that ends at a checkpoint depends on."""
-    return f"{checkpoint.step} {checkpoint.digest} {checkpoint.learning_rates}{_batches_digest(checkpoint.batches)}"
-
-
-def _batches_digest(batches: Sequence[Tensor]) -> str:
-    return f" {tensors_digest(packed(batches))}" if batches else ""
-
-
-def _step_by_step(
-    name: str,
-    cause: str,
-    estimate: Callable[..., xr.Dataset],
-    digests: Mapping[int, str],
-    kept: Kept,
-    progress: Progress,
-) -> xr.Dataset:
-    """``estimate(steps=[step])`` of every checkpoint, along ``step``; what is kept is not computed again.
-
-    Raises:
-        ValueError: no checkpoint can be used, with the reasons.
-    """
-    rows, reasons = [], {}
-    for done, (step, digest) in enumerate(digests.items(), start=1):
-        try:
-            rows.append(kept.get(name, f"{cause} {step} {digest}", partial(estimate, steps=[step])))
-        except ValueError as error:
-            reasons[step] = str(error)
-        progress(name, done, len(digests))
-    if not rows:
-        raise ValueError(none_usable(reasons))
-    result = xr.concat(rows, "step", combine_attrs="override")
-    if kinds := [row.attrs["batches"] for row in rows if "batches" in row.attrs]:
-        result.attrs["batches"] = all_kinds(kinds)
-    result.attrs["omitted"] = json.dumps({str(step): reason for step, reason in reasons.items()})
-    return result
+    repeated = analysis.kept.get("replay", f"{cause} {list(digests)} {analysis.of_run()}", repeat)
+    return {"measured": measured, "replay": repeated}
 
 
 def retraining_window(config: RunConfig) -> int | None:
@@ -261,57 +190,21 @@ def recorded_order(task: Task, trajectory: Trajectory, config: RunConfig) -> Ord
     return BatchOrder(len(task.train), size, settings.recorded_order_seed)
 
 
-def exact_samples(
-    task: Task,
-    trajectory: Trajectory,
-    config: RunConfig,
-    digests: Mapping[int, str],
-    kept: Kept,
-    progress: Progress,
-    steps: list[int],
-    queries: list[Any],
-) -> xr.Dataset:
-    """From the replayed window."""
-    of_samples = partial(estimate("exact", _asked(task, queries), trajectory, config), per="sample")
-    cause = f"{config.posterior.window} {config.retraining!r} {queries}"
-    seen = _of_windows({step: digests[step] for step in steps}, trajectory, config.posterior.window or 0)
-    return _step_by_step("exact influence of samples", cause, of_samples, seen, kept, progress)
-
-
-def exact_tokens(
-    task: Task,
-    trajectory: Trajectory,
-    config: RunConfig,
-    digests: Mapping[int, str],
-    kept: Kept,
-    progress: Progress,
-    picked: Mapping[int, Sequence[int]],
-    queries: list[Any],
-) -> dict[int, xr.Dataset]:
-    """Influence of every token of the samples that were picked at each step: the same window, replayed once more.
-
-    Nothing is held of the tokens of all the others, of which there may be too many.
-    """
-    found, name = dict[int, xr.Dataset](), "exact influence of tokens"
-    seen = _of_windows({step: digests[step] for step in picked}, trajectory, config.posterior.window or 0)
-    for done, (step, digest) in enumerate(seen.items(), start=1):
-        few = _asked(task, queries)
-        few.candidates = torch.tensor(sorted(picked[step]))
-        compute = partial(estimate("exact", few, trajectory, config), per="token", steps=[step])
-        cause = f"{config.posterior.window} {config.retraining!r} {queries} {few.candidates.tolist()} {step} {digest}"
-        found[step] = kept.get(name, cause, compute)
-        progress(name, done, len(seen))
-    return found
-
-
-def _asked(task: Task, queries: Sequence[Any]) -> Task:
-    """The same task with some of its query groups: each of them costs products of its own."""
-    few = copy(task)
-    few.grouped_queries = query_groups(task).named([str(query) for query in queries])
-    return few
-
-
 def spread(steps: Sequence[int], count: int) -> list[int]:
     """``count`` of the steps, evenly spread over their order."""
     index = np.unique(np.linspace(0, len(steps) - 1, count).round().astype(int))
     return [steps[i] for i in index]
+
+
+def _window_facts(checkpoint: Checkpoint, window: int) -> str:
+    """What windows from a checkpoint depend on besides its digest."""
+    return f"{checkpoint.changing_rates(window)}{_batches_digest(checkpoint.coming_batches[:window])}"
+
+
+def _facts(checkpoint: Checkpoint) -> str:
+    """What a replay that ends at a checkpoint depends on."""
+    return f"{checkpoint.step} {checkpoint.digest} {checkpoint.learning_rates}{_batches_digest(checkpoint.batches)}"
+
+
+def _batches_digest(batches: Sequence[Tensor]) -> str:
+    return f" {tensors_digest(packed(batches))}" if batches else ""

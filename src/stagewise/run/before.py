@@ -5,10 +5,12 @@ And what a folder holds already is compared, in numbers, with what the task give
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from stagewise.checkpoints.trajectory import Trajectory
+from stagewise.evaluate import at
 from stagewise.identity import GRADIENT, Probe, all_losses, changes, identity, part_of, probe, rounding, same
 from stagewise.sampling.posterior import LocalPosterior
 from stagewise.task import Task
@@ -17,22 +19,25 @@ from stagewise.traces.store import RunMismatchError, TraceStore
 
 
 def look(
-    task: Task, trajectory: Trajectory, posterior: LocalPosterior, steps: Sequence[int]
+    task: Task, trajectory: Trajectory, posterior: LocalPosterior, steps: Sequence[int], sampled: bool = True
 ) -> tuple[dict[int, str], dict[int, str]]:
-    """Try the posterior at every checkpoint, before anything is sampled.
+    """Try every checkpoint, and where it will be ``sampled`` its posterior, before the work.
 
     Returns:
-        The content hash of every checkpoint at which there is one, and the reasons at the others, by step.
+        The content hash of every checkpoint that can be used, and the reasons why others cannot, by step.
 
     Raises:
-        ValueError: there is none at any of them, or a class of tokens of which none counts.
+        ValueError: none can be used, or there is a class of tokens of which none counts.
     """
     usable, unusable = {}, {}
     cause: ValueError | None = None
     for step in steps:
         try:
             checkpoint = trajectory.load(step)
-            posterior.at(task, checkpoint)
+            if sampled:
+                posterior.at(task, checkpoint)
+            else:
+                at(task, checkpoint)
             usable[step] = task.fitted(checkpoint).digest
             if posterior.window and (rates := checkpoint.changing_rates(posterior.window)):
                 usable[step] += f" {rates}"
@@ -41,7 +46,7 @@ def look(
     if not usable:
         # What is wrong with the task is the same at all of them, but for the step it names.
         reasons = {
-            reason.replace(f"step {step}", "step"): f"step {step}: {reason}" for step, reason in unusable.items()
+            re.sub(rf"\bstep ?{step}\b", "step", reason): f"step {step}: {reason}" for step, reason in unusable.items()
         }
         only = len(reasons) == 1
         raise ValueError(

@@ -5,19 +5,31 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from stagewise.run import yaml12
 from stagewise.run.places import expanded, placed, portable, portable_task, task_place
+from stagewise.run.source import HUB, HubName
 from stagewise.sampling.chains import Chains
 from stagewise.sampling.posterior import LocalPosterior
 from stagewise.traces.files import write_text
+from stagewise.varied import Per
 
 Estimator = Literal["exact", "bif", "damped", "gradient"]
 
@@ -55,7 +67,10 @@ class RunConfig(_Settings):
         "is installed or lies beside the configuration"
     )
     task_args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of that function")
-    checkpoints: Path = Field(description="folder of checkpoints")
+    checkpoints: Path | HubName = Field(
+        description="folder of checkpoints, or hub:organisation/name of a repository on the Hugging Face Hub whose "
+        "revisions are called step0, step1000, ... (else hub:organisation/name@revision-of-{step}); with steps"
+    )
     out: Path = Field(description="run folder: traces, results and report")
     steps: tuple[int, ...] | None = Field(None, description="checkpoints to study; default all")
     posterior: LocalPosterior = Field(description="what is sampled: window (or gamma), n_beta, metric, ...")
@@ -64,6 +79,11 @@ class RunConfig(_Settings):
         get_args(Estimator),
         min_length=1,
         description=f"estimators of influence, some of {', '.join(get_args(Estimator))}",
+    )
+    per: Per | None = Field(
+        None,
+        description="whose influence each estimator gives: group, sample or token; default groups, or samples where "
+        "the task has no train groups",
     )
     retraining: Retraining | None = Field(None, description="measure window effects; needs recorded optimisers")
     two_times: int = Field(
@@ -76,8 +96,26 @@ class RunConfig(_Settings):
 
     @field_validator("task", "checkpoints", "out", mode="before")
     @classmethod
-    def _expand(cls, value: Any) -> Any:
+    def _expand(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.field_name == "checkpoints":
+            if isinstance(value, str) and value.startswith(HUB):
+                return HubName.parse(value)
+            if not isinstance(value, str | Path | HubName):
+                raise ValueError(f"expected a folder, or {HUB}organisation/name")
         return expanded(value) if isinstance(value, str) else value
+
+    @field_serializer("checkpoints")
+    def _as_text(self, source: Path | HubName) -> str:
+        return str(source)
+
+    @model_validator(mode="after")
+    def _name_steps(self) -> RunConfig:
+        if isinstance(self.checkpoints, HubName) and not self.steps:
+            raise ValueError(
+                f"steps: name those to fetch from {self.checkpoints}, e.g. steps: [0, 512, 143000]; a published run "
+                "has many, each as large as the model"
+            )
+        return self
 
 
 _SAVED_IN = "saved_in"  # in a saved configuration: the folder it was saved in
@@ -112,7 +150,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config.model_copy(
         update={
             "task": task_place(config.task, folders),
-            "checkpoints": placed(config.checkpoints, folders),
+            "checkpoints": _source(config.checkpoints, lambda path: placed(path, folders)),
             "out": placed(config.out, [here]),
         }
     )
@@ -136,11 +174,16 @@ def save_config(config: RunConfig, path: Path) -> None:
     folder = Path(path).absolute().parent
     places = {
         "task": portable_task(config.task, folder),
-        "checkpoints": portable(config.checkpoints, folder),
+        "checkpoints": str(_source(config.checkpoints, lambda path: portable(path, folder))),
         "out": portable(config.out, folder),
         _SAVED_IN: str(folder),
     }
     write_text(path, yaml12.dump(plain(config) | places))
+
+
+def _source(source: Path | HubName, place: Callable[[Path], Any]) -> Any:
+    """Where a folder is; a repository is the same from everywhere."""
+    return source if isinstance(source, HubName) else place(source)
 
 
 def plain(config: RunConfig) -> dict[str, Any]:

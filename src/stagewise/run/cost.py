@@ -12,12 +12,14 @@ from stagewise.checkpoint import Checkpoint
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.retraining.orders import window_orders
 from stagewise.retraining.start import start_at
-from stagewise.run.analysis import NAMES, SAMPLED, recorded_order, spread
-from stagewise.run.analysis import estimate as estimate_of
+from stagewise.run.analysis import recorded_order, spread
 from stagewise.run.before import look
 from stagewise.run.config import RunConfig
 from stagewise.run.engine import default_workers
+from stagewise.run.estimators import NAMES, SAMPLED
+from stagewise.run.estimators import estimate as estimate_of
 from stagewise.run.preflight import preflight
+from stagewise.run.source import trajectory_of
 from stagewise.run.task_file import load_task
 from stagewise.sampling.block import move_apart
 from stagewise.sampling.chains import Chains
@@ -82,9 +84,9 @@ def estimate(config: RunConfig) -> Cost:
     Raises:
         ValueError: the configuration, task or checkpoints cannot be used.
     """
-    task, trajectory = load_task(config.task, config.task_args), Trajectory.from_directory(config.checkpoints)
+    task, trajectory = load_task(config.task, config.task_args), trajectory_of(config.checkpoints, config.steps)
     steps = chosen_steps(trajectory, config.steps)
-    usable, unusable = look(task, trajectory, config.posterior, steps)
+    usable, unusable = look(task, trajectory, config.posterior, steps, SAMPLED in config.estimators)
     missing = preflight(task, trajectory, config, list(usable))
     workers = config.workers or default_workers(task)
     cost, notes = Cost(0, 0.0, 0.0, 0.0, workers, 0), [repr(task)]

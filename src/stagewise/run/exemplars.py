@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 from stagewise.influence.bif import bif
 from stagewise.results import Exemplar
 from stagewise.run.analysis import spread
+from stagewise.run.estimators import OneByOne
 from stagewise.task import Samples, Task
 from stagewise.traces.store import TraceStore
 
@@ -33,7 +34,21 @@ _LABEL = 120
 
 def sampled_samples(store: TraceStore, steps: list[int], queries: list[Any]) -> xr.Dataset:
     """From the chains."""
-    return bif(_SampleBySample(store, steps)).sel(query=queries)
+    return bif(OneByOne(store, steps)).sel(query=queries)
+
+
+def chosen(single: xr.Dataset, steps: list[int], queries: list[Any]) -> xr.Dataset:
+    """From what is known of every sample."""
+    return single.sel(step=steps, query=queries)
+
+
+def tokens_of(single: xr.Dataset, picked: Mapping[int, Sequence[int]], queries: list[Any]) -> dict[int, xr.Dataset]:
+    """From what is known of every token: those of the samples that were picked at each step."""
+    of_sample = np.array([int(label.split("/")[0]) for label in single["train"].values.tolist()])
+    return {
+        step: single.sel(step=[step], query=queries).isel(train=np.flatnonzero(np.isin(of_sample, [*samples])))
+        for step, samples in picked.items()
+    }
 
 
 def exemplars(
@@ -156,16 +171,6 @@ def _label(task: Task, sample: int) -> str:
     if groups is not None and groups.ndim == 1:
         return str(groups[sample])
     return "" if task.train_texts is None else "".join(task.train_texts[sample])[:_LABEL]
-
-
-class _SampleBySample:
-    """A store seen at some steps, with grouped queries but every training sample on its own."""
-
-    def __init__(self, store: TraceStore, steps: Sequence[int]) -> None:
-        self.steps = steps
-        self.load = store.load
-        self.labels = store.labels | {"train": None}
-        self.verdicts: Mapping[int, tuple[str, str]] = getattr(store, "verdicts", {})
 
 
 def _images(samples: Samples, index: Sequence[int]) -> np.ndarray[Any, Any] | None:

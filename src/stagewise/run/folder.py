@@ -9,9 +9,11 @@ report.html        the report, and figures/
 
 from __future__ import annotations
 
+import base64
 import json
 import platform
 import shutil
+import zlib
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -20,8 +22,12 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from numpy.typing import NDArray
 
 from stagewise.results import Exemplar
+
+# Arrays with more numbers than this are no longer written for a person to read.
+_READABLE = 2**16
 
 _PACKAGES = ("stagewise", "torch", "numpy", "scipy", "xarray", "zarr", "arviz-stats")
 
@@ -68,12 +74,25 @@ def load_results(folder: Path) -> tuple[dict[str, xr.Dataset], list[Exemplar]]:
 
 
 def dataset_to_json(dataset: xr.Dataset) -> dict[str, Any]:
-    """Values as nested lists, with the type and shape that lists do not tell: of no rows, or of text."""
-    content: dict[str, Any] = dataset.to_dict(data="list")
+    """Values as nested lists, with the type and shape that lists do not tell: of no rows, or of text.
+
+    Many numbers, as of single samples and tokens, are their bytes instead (little-endian, zlib, base64).
+    """
+    content: dict[str, Any] = dataset.to_dict(data=False)
     for part in ("coords", "data_vars"):
         for name, entry in content[part].items():
-            entry["dtype"], entry["shape"] = str(dataset[name].dtype), list(dataset[name].shape)
+            values = dataset[name].values
+            entry["dtype"], entry["shape"] = str(values.dtype), list(values.shape)
+            if values.size > _READABLE and values.dtype.kind in "biuf":
+                entry["bytes"] = _packed(values)
+            else:
+                entry["data"] = values.tolist()
     return content
+
+
+def _packed(values: NDArray[Any]) -> str:
+    raw = values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
+    return base64.b64encode(zlib.compress(raw, 1)).decode("ascii")
 
 
 def dataset_from_json(content: Mapping[str, Any]) -> xr.Dataset:
@@ -85,7 +104,13 @@ def dataset_from_json(content: Mapping[str, Any]) -> xr.Dataset:
 
 
 def _variable(entry: Mapping[str, Any]) -> xr.Variable:
-    values = np.array(entry["data"], entry["dtype"]).reshape(entry["shape"])
+    kind = np.dtype(entry["dtype"])
+    if "bytes" in entry:
+        raw = bytearray(zlib.decompress(base64.b64decode(entry["bytes"])))
+        values = np.frombuffer(raw, kind.newbyteorder("<")).astype(kind, copy=False)
+    else:
+        values = np.array(entry["data"], kind)
+    values = values.reshape(entry["shape"])
     return xr.Variable(entry["dims"], values, entry["attrs"])
 
 

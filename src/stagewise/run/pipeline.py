@@ -10,26 +10,30 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.dynamics.events import events
 from stagewise.influence.bif import NoTrustedCheckpointError, bif
 from stagewise.influence.trusted import ReadOnce
 from stagewise.reporting.contents import write_report
-from stagewise.results import EXACT, Exemplar, Results, headline, size_check
-from stagewise.run import analysis, yaml12
+from stagewise.results import BIF, EXACT, Exemplar, Results, headline, size_check
+from stagewise.run import yaml12
+from stagewise.run.analysis import Analysis, in_two_times, mean_losses, measure
 from stagewise.run.before import look
 from stagewise.run.config import RunConfig, save_config
 from stagewise.run.engine import Work, compute, default_workers, prepare
-from stagewise.run.exemplars import exemplars, sampled_samples
+from stagewise.run.estimators import NAMES, SAMPLED, Found, exact_samples, exact_tokens, of_chains, without_chains
+from stagewise.run.exemplars import chosen, exemplars, sampled_samples, tokens_of
 from stagewise.run.folder import load_results, provenance, save_results
 from stagewise.run.kept import Kept
+from stagewise.run.per import asked
 from stagewise.run.preflight import preflight
 from stagewise.run.progress import Progress, silent
+from stagewise.run.source import trajectory_of
 from stagewise.run.task_file import load_task
 from stagewise.task import Task
 from stagewise.traces.diagnostics import diagnose_run
 from stagewise.traces.store import TraceStore
 from stagewise.usable import chosen_steps
+from stagewise.varied import by_itself
 
 _NOT_SAMPLED = xr.Dataset({name: ("step", np.array([], dtype=str)) for name in ("verdict", "advice")}, {"step": []})
 
@@ -44,14 +48,15 @@ def run(config: RunConfig, progress: Progress = silent) -> Results:
         ValueError: the configuration, task, checkpoints or run folder cannot be used, with the reason.
     """
     make_task = partial(load_task, config.task, config.task_args)
-    task, trajectory = make_task(), Trajectory.from_directory(config.checkpoints)
-    looked = look(task, trajectory, config.posterior, chosen_steps(trajectory, config.steps))
+    task, trajectory = make_task(), trajectory_of(config.checkpoints, config.steps)
+    sampled = SAMPLED in config.estimators
+    looked = look(task, trajectory, config.posterior, chosen_steps(trajectory, config.steps), sampled)
     left_out = preflight(task, trajectory, config, list(looked[0]))
     work = prepare(task, trajectory, config.posterior, config.sampling, config.out, looked, make_task)
     with work.store.lock():
         save_config(config, config.out / "config.yaml")  # a killed run goes on from it
         (config.out / "provenance.json").write_text(json.dumps(provenance(), indent=1), encoding="utf-8")
-        if analysis.SAMPLED in config.estimators:
+        if sampled:
             compute(work, task, config.workers or default_workers(task), progress)
         traces = ReadOnce.of(work.store)
         influence = _influence(traces)
@@ -69,32 +74,49 @@ def _analyse(
     progress: Progress,
 ) -> None:
     """All that the report shows beside the traces, into the run folder."""
-    trajectory, kept = work.trajectory, Kept(work.store, task)
-    datasets = {"losses": analysis.mean_losses(task, trajectory, sorted({*work.usable, *work.unusable}))}
-    possible = tuple(name for name in config.estimators if analysis.NAMES.get(name) not in left_out)
-    wanted = config.model_copy(update={"estimators": possible})
-    found, failed = analysis.baselines(task, trajectory, wanted, work.usable, kept, progress)
-    datasets |= {f"baseline {name}": result for name, result in found.items()}
+    possible = tuple(name for name in config.estimators if NAMES.get(name) not in left_out)
+    given = config.model_copy(update={"estimators": possible})
+    analysis = Analysis(task, work.trajectory, given, work.usable, Kept(work.store, task), progress)
+    datasets = {"losses": mean_losses(task, work.trajectory, sorted({*work.usable, *work.unusable}))}
+    found = without_chains(analysis)
+    datasets |= {f"baseline {name}": curves for name, curves in found.curves.items()}
+    failed, per = found.left_out, asked(task, config)
+    if per == by_itself(task):
+        datasets["losses"].attrs["curves"] = per  # those of samples are not kept twice
+    else:
+        single = found.single
+        if influence is not None and SAMPLED in possible and f"{BIF} of {per}s" not in left_out:
+            single = single | {BIF: of_chains(analysis, traces)}
+        datasets |= {f"single {name}": values for name, values in single.items()}
     try:
-        datasets |= analysis.measure(task, trajectory, config, work.usable, kept, progress)
+        datasets |= measure(analysis)
     except ValueError as error:
         failed["retraining"] = str(error)
     if config.two_times:
         try:
-            datasets["in two times"] = analysis.in_two_times(task, trajectory, config, work.usable, kept, progress)
+            datasets["in two times"] = in_two_times(analysis)
         except ValueError as error:
             failed["influence in two times"] = str(error)
     notes = [f"Without {name}: {reason}" for name, reason in (left_out | failed).items()]
     datasets["losses"].attrs |= {"task": repr(task), "notes": json.dumps(notes)}
-    exact = found.get(EXACT)
-    chosen: list[Exemplar] = []
-    if exact is not None:
-        given = (task, trajectory, config, work.usable, kept, progress)
-        samples, tokens = partial(analysis.exact_samples, *given), partial(analysis.exact_tokens, *given)
-        chosen = exemplars(task, samples, exact, config.exemplars, of_tokens=tokens)
-    elif influence is not None:
-        chosen = exemplars(task, partial(sampled_samples, traces), influence, config.exemplars)
-    save_results(config.out, datasets, chosen)
+    save_results(config.out, datasets, _exemplars(analysis, found, influence, traces))
+
+
+def _exemplars(analysis: Analysis, found: Found, influence: xr.Dataset | None, traces: TraceStore) -> list[Exemplar]:
+    """By the best estimator that there is."""
+    task, count, single = analysis.task, analysis.config.exemplars, found.single
+    of_samples = {} if asked(task, analysis.config) == "token" else single
+    if (exact := found.curves.get(EXACT)) is not None:
+        samples = partial(chosen, single[EXACT]) if EXACT in of_samples else partial(exact_samples, analysis)
+        tokens = partial(exact_tokens, analysis)
+        if EXACT in single and EXACT not in of_samples:
+            tokens = partial(tokens_of, single[EXACT])
+        return exemplars(task, samples, exact, count, of_tokens=tokens)
+    if influence is not None:
+        return exemplars(task, partial(sampled_samples, traces), influence, count)
+    for name, values in of_samples.items():
+        return exemplars(task, partial(chosen, values), found.curves[name], count)
+    return []
 
 
 def report(folder: str | Path) -> Results:
@@ -111,24 +133,27 @@ def report(folder: str | Path) -> Results:
 
 def _report(traces: ReadOnce, influence: xr.Dataset | None) -> Results:
     folder = traces.root
-    datasets, found = load_results(folder)
+    datasets, picked = load_results(folder)
     settings = yaml12.load((folder / "config.yaml").read_text(encoding="utf-8"))
+    single = {name.removeprefix("single "): found for name, found in datasets.items() if name.startswith("single ")}
+    baselines = {
+        name.removeprefix("baseline "): found for name, found in datasets.items() if name.startswith("baseline ")
+    }
+    if datasets["losses"].attrs.get("curves") == "sample":
+        single = baselines | ({} if influence is None else {BIF: influence})
     results = Results(
         title=settings["title"],
         losses=datasets["losses"],
         diagnostics=traces.diagnostics if traces.steps else _NOT_SAMPLED,
         influence=influence,
         correlation=None if influence is None else bif(traces, kind="correlation"),
-        baselines={
-            name.removeprefix("baseline "): dataset
-            for name, dataset in datasets.items()
-            if name.startswith("baseline ")
-        },
+        baselines=baselines,
+        single=single,
         measured=datasets.get("measured"),
         replay=datasets.get("replay"),
         in_two_times=datasets.get("in two times"),
         notes=json.loads(datasets["losses"].attrs.get("notes", "[]")),
-        exemplars=found,
+        exemplars=picked,
         config=settings,
         provenance=json.loads((folder / "provenance.json").read_text(encoding="utf-8")),
     )

@@ -10,11 +10,14 @@ from torch import Tensor
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.data import Samples
 from stagewise.groups import query_groups, train_groups
+from stagewise.results import BIF
 from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.start import check_order, start_at
-from stagewise.run.analysis import NAMES, estimate, recorded_order, retraining_window
+from stagewise.run.analysis import recorded_order, retraining_window
 from stagewise.run.config import Retraining, RunConfig
+from stagewise.run.estimators import NAMES, SAMPLED, estimate
 from stagewise.run.exemplars import check_texts
+from stagewise.run.per import check_per, no_chains_of_tokens
 from stagewise.task import Task
 
 _FEW = 8
@@ -27,7 +30,7 @@ def preflight(task: Task, trajectory: Trajectory, config: RunConfig, steps: Sequ
         task: the task.
         trajectory: the run's checkpoints.
         config: what is asked for.
-        steps: the checkpoints at which there is a posterior.
+        steps: the checkpoints that can be used.
 
     Returns:
         The estimators that cannot be computed for this model or loss, with the reasons: the run goes on without them.
@@ -36,6 +39,7 @@ def preflight(task: Task, trajectory: Trajectory, config: RunConfig, steps: Sequ
         ValueError: what was asked for cannot be done, with the setting to change.
     """
     query_groups(task)
+    check_per(task, config, len(steps))
     check_texts(task)
     window, small, checkpoint = retraining_window(config), miniature(task), trajectory.load(steps[-1])
     # The run's own batches name samples that the small task does not have.
@@ -57,6 +61,12 @@ def preflight(task: Task, trajectory: Trajectory, config: RunConfig, steps: Sequ
             estimate(name, small, alone, brief)()
         except ValueError as error:
             missing[NAMES[name]] = str(error)
+    if missing and len(missing) == len(config.estimators):
+        reasons = dict.fromkeys(missing.values())
+        each = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+        raise ValueError(next(iter(reasons)) if len(reasons) == 1 else each)
+    if SAMPLED in config.estimators and (reason := no_chains_of_tokens(task, config)):
+        missing[f"{BIF} of tokens"] = reason
     return missing
 
 

@@ -1,29 +1,26 @@
-"""Whose weight exact influence is a derivative by: train groups, candidates one by one, or their tokens."""
+"""Whose weight influence is a derivative by: train groups, candidates one by one, or their tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from stagewise.checkpoint import Checkpoint
 from stagewise.evaluate import chunks
 from stagewise.groups import TRAIN, Groups, Labels, train_groups
-from stagewise.task import Params, Task
+from stagewise.task import Task
 
 Per = Literal["group", "sample", "token"]
 
 
-def varied(task: Task, per: Per, groups: Labels | None, checkpoint: Callable[[], Checkpoint]) -> Groups:
+def varied(task: Task, per: Per, groups: Labels | None = None) -> Groups:
     """Whose weight is varied.
 
     Args:
         task: the task.
         per: each train group, each candidate, or each token of the candidates.
         groups: labels of the train groups.
-        checkpoint: any of the run, read only if tokens must be counted.
 
     Raises:
         ValueError: there are no groups, ``groups`` where every sample or token is asked for, or losses without tokens.
@@ -35,13 +32,18 @@ def varied(task: Task, per: Per, groups: Labels | None, checkpoint: Callable[[],
     if per == "sample":
         candidates = task.candidates
         return Groups(tuple(map(str, candidates.tolist())), (TRAIN,) * len(candidates), tuple(candidates[:, None]))
-    counted = _counted_tokens(task, task.fitted(checkpoint()).params)
+    counted = counted_tokens(task)
     tokens, places = counted.shape[1], counted.flatten().nonzero()
     labels = tuple(f"{place // tokens}/{place % tokens}" for place in places[:, 0].tolist())
     return Groups(labels, (TRAIN,) * len(labels), tuple(places), {TRAIN: tokens})
 
 
-def _counted_tokens(task: Task, params: Params) -> Tensor:
+def by_itself(task: Task) -> Per:
+    """What a task is asked about by itself: its train groups, or every sample where it has none."""
+    return "sample" if task.train_groups is None else "group"
+
+
+def counted_tokens(task: Task) -> Tensor:
     """Which tokens of the candidates count in the objective ``(samples, tokens)``: it depends on the data alone.
 
     Raises:
@@ -50,7 +52,7 @@ def _counted_tokens(task: Task, params: Params) -> Tensor:
     rows: list[Tensor] = []
     for batch in chunks(task, task.train):
         with torch.no_grad():
-            shares = task.shares(task.weighted_losses(params, batch)).cpu()
+            shares = task.shares(task.weighted_losses(task.state(), batch)).cpu()
         if shares.ndim == 1:
             raise ValueError("per='token' needs a loss that returns (batch, tokens); this one returns (batch,)")
         rows += (shares > 0).unbind()

@@ -1,0 +1,62 @@
+"""Where the checkpoints of a configuration come from: a folder, or a repository on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stagewise.checkpoints.trajectory import Trajectory
+
+HUB = "hub:"
+"""How the name of a repository begins; a folder of such a name is ``./hub:...``."""
+
+_REVISION = "step{step}"
+
+
+@dataclass(frozen=True)
+class HubName:
+    """``hub:organisation/name``, or ``hub:organisation/name@revision`` with ``{step}`` in the revision.
+
+    Attributes:
+        repository: ``organisation/name``.
+        revision: how a step's branch or tag is called, see :meth:`stagewise.Trajectory.from_hub`.
+    """
+
+    repository: str
+    revision: str = _REVISION
+
+    def __post_init__(self) -> None:
+        parts = self.repository.split("/")
+        if len(parts) != 2 or not all(parts):
+            raise ValueError(f"expected {HUB}organisation/name, e.g. {HUB}EleutherAI/pythia-14m, got {str(self)!r}")
+        if self.revision.count("{step}") != 1:
+            raise ValueError(f"a revision has {{step}} in it once, e.g. {HUB}org/name@{_REVISION}, got {str(self)!r}")
+
+    @classmethod
+    def parse(cls, text: str) -> HubName:
+        """What follows ``hub:``.
+
+        Raises:
+            ValueError: it is not the name of a repository.
+        """
+        repository, at, revision = text.removeprefix(HUB).partition("@")
+        return cls(repository, revision if at else _REVISION)
+
+    def __str__(self) -> str:
+        return f"{HUB}{self.repository}" + (f"@{self.revision}" if self.revision != _REVISION else "")
+
+
+def trajectory_of(source: Path | HubName, steps: Sequence[int] | None) -> Trajectory:
+    """The checkpoints; those of the hub are fetched when they are read.
+
+    Raises:
+        ValueError: the folder or the repository cannot be used, or nothing is installed that can read from the hub.
+        FileNotFoundError: the folder is missing, or holds no checkpoint.
+    """
+    if isinstance(source, Path):
+        return Trajectory.from_directory(source)
+    try:
+        return Trajectory.from_hub(source.repository, steps, source.revision)
+    except ImportError as error:
+        raise ValueError(f"checkpoints: {error}") from error
