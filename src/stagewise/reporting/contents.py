@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
+from stagewise.dynamics.events import Event
 from stagewise.dynamics.stages import Transition, rise
 from stagewise.reporting import check_figures, figures, tables, triangle_figure
 from stagewise.reporting.exemplar_figure import PER_SIDE, exemplar_grid
@@ -22,6 +23,7 @@ from stagewise.retraining.scores import measured_influence
 
 _SHOWN_FLIPS = 15
 _TRIANGLES = 2
+_MOST_EVENTS = 500
 
 
 def sections(results: Results) -> list[Section]:
@@ -33,7 +35,7 @@ def sections(results: Results) -> list[Section]:
         *([Section("Influence in two times", in_two_times)] if in_two_times else []),
         Section("Held against retraining", [*_comparison(results)]),
         Section("Held against the replayed window", [*_size_checks(results)]),
-        Section("Samples that mattered most", [*_exemplars(results.exemplars)]),
+        Section("Samples that mattered most", [*_exemplars(results.exemplars), *_tokens(results)]),
         Section("Can the chains be trusted?", [*_chains(results)]),
     ]
 
@@ -83,9 +85,20 @@ def _influence(results: Results) -> Iterator[Plate | Table]:
     if flips := clearest_flips(influence, events)[:_SHOWN_FLIPS]:
         yield tables.events_table(flips, "The clearest sign flips between different groups")
     if events:
-        yield tables.events_table(events, f"All {count(len(events), 'event')}")
+        yield _events(influence, events)
     else:
         yield Plate("events", "There is no table of events: no curve has a sign that noise could not have made.")
+
+
+def _events(influence: xr.Dataset, events: Sequence[Event]) -> Table:
+    """All of them; of very many, as single samples have, those of the curves that reach furthest."""
+    if len(events) <= _MOST_EVENTS:
+        return tables.events_table(events, f"All {count(len(events), 'event')}")
+    reach = abs(influence["value"]).max("step").transpose("train", "query").values
+    rows, columns = ({label: k for k, label in enumerate(influence[d].values.tolist())} for d in ("train", "query"))
+    first = sorted(events, key=lambda event: -float(reach[rows[event.train], columns[event.query]]))[:_MOST_EVENTS]
+    title = f"{_MOST_EVENTS} of {len(events):,} events, those of the curves that reach furthest from zero"
+    return tables.events_table(first, title)
 
 
 def _beside(results: Results) -> tuple[xr.Dataset | None, str]:
@@ -117,8 +130,12 @@ def _curves_caption(influence: xr.Dataset) -> str:
 
 
 def _matrices_caption(influence: xr.Dataset, steps: Sequence[int]) -> str:
+    rows = influence.sizes["train"]
+    every = (
+        "every train group" if rows <= figures.MAX_ROWS else f"the {figures.MAX_ROWS} of {rows:,} that reach furthest"
+    )
     caption = (
-        f"Influence of every train group (rows) on every query (columns) at {count(len(steps), 'checkpoint')}, those "
+        f"Influence of {every} (rows) on every query (columns) at {count(len(steps), 'checkpoint')}, those "
         "with most flips and peaks where there are any. Blue is helpful, red harmful; a dot marks cells within two "
         "standard errors of zero."
     )
@@ -206,6 +223,19 @@ def _exemplars(exemplars: Sequence[Exemplar]) -> Iterator[Plate | Table | Passag
             "its influence ± one standard error. Extremes picked from many samples look larger than they are."
         )
         yield Plate(f"exemplars-{k + 1}", caption, exemplar_grid(chosen))
+
+
+def _tokens(results: Results) -> Iterator[Table]:
+    """The single tokens that matter most for the queries that are looked at, where no text shows them."""
+    if any(exemplar.token_values for exemplar in results.exemplars):
+        return
+    looked_at = dict.fromkeys(exemplar.query for exemplar in results.exemplars)
+    for name, single in results.single.items():
+        if member_of(single) == "token":
+            steps = sorted({exemplar.step for exemplar in results.exemplars} & {*single["step"].values.tolist()})
+            for query in looked_at:
+                yield tables.tokens_table(single.sel(step=steps, query=query), f"{query}, by {name}")
+            return
 
 
 def _chains(results: Results) -> Iterator[Plate | Table]:

@@ -22,6 +22,7 @@ from stagewise.results import others
 MAX_QUERIES = 12
 MAX_CURVES = 4
 MAX_MATRICES = 4
+MAX_ROWS = 40
 _MAX_TICK_LABELS = 40
 _WITHOUT_UNIT = {"correlation": "minus correlation of losses", "partial": "minus partial correlation of losses"}
 
@@ -162,8 +163,10 @@ def _mark(ax: Axes, event: Event, colour: str, scale: float) -> None:
 def influence_heatmaps(influence: xr.Dataset, steps: Sequence[int]) -> Figure:
     """The whole matrix of influence at a few steps, on one scale that the pairs of different labels set.
 
-    Cells within two standard errors of zero carry a dot.
+    Cells within two standard errors of zero carry a dot. Of more than :data:`MAX_ROWS` rows those are drawn that reach
+    furthest from zero.
     """
+    influence = furthest_rows(influence)
     matrices = influence.transpose("step", ..., "train", "query").sel(step=list(steps))
     value, stderr = matrices["value"].values, matrices["stderr"].values
     relative = _WITHOUT_UNIT.get(influence.attrs.get("kind", ""))
@@ -190,6 +193,14 @@ def influence_heatmaps(influence: xr.Dataset, steps: Sequence[int]) -> Figure:
     bar.ax.text(0.5, 1.05, "harmful", va="bottom", color=style.HARMFUL, **end)
     bar.ax.text(0.5, -0.05, "helpful", va="top", color=style.HELPFUL, **end)
     return figure
+
+
+def furthest_rows(influence: xr.Dataset) -> xr.Dataset:
+    """As many train groups, or samples, as a figure can hold: those that reach furthest from zero, in their order."""
+    if influence.sizes["train"] <= MAX_ROWS:
+        return influence
+    reach = _reach(influence).max("query").values
+    return influence.isel(train=np.sort(np.argsort(-reach, kind="stable")[:MAX_ROWS]))
 
 
 def eventful_steps(influence: xr.Dataset, events: Sequence[Event], most: int = MAX_MATRICES) -> list[int]:

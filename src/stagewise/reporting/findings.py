@@ -51,24 +51,22 @@ def findings(results: Results) -> list[str]:
         *_agreement(results),
         *_repeated(results),
         *_trust(results),
+        *_single(results),
         *results.notes,
     ]
 
 
 def clearest_flips(influence: xr.Dataset, events: Sequence[Event]) -> list[Event]:
     """The sign flips between different labels, those first whose curves reach far to both sides of zero."""
+    value = influence["value"].transpose("train", "query", "step").values
+    reach, between = np.minimum(value.max(-1), -value.min(-1)), others(influence)
+    rows, columns = ({label: k for k, label in enumerate(influence[d].values.tolist())} for d in ("train", "query"))
 
-    def reach(event: Event) -> float:
-        curve = influence["value"].sel(train=event.train, query=event.query)
-        return float(min(curve.max(), -curve.min()))
+    def place(event: Event) -> tuple[int, int]:
+        return rows[event.train], columns[event.query]
 
-    flips = [event for event in events if event.kind == "flip" and _between_others(influence, event)]
-    return sorted(flips, key=reach, reverse=True)
-
-
-def _between_others(influence: xr.Dataset, event: Event) -> bool:
-    row, column = (influence[d].values.tolist().index(getattr(event, d)) for d in ("train", "query"))
-    return bool(others(influence)[row, column])
+    flips = [event for event in events if event.kind == "flip" and between[place(event)]]
+    return sorted(flips, key=lambda event: float(reach[place(event)]), reverse=True)
 
 
 def _effects(results: Results) -> Iterator[str]:
@@ -243,6 +241,18 @@ def _exact(results: Results) -> Iterator[str]:
                 f"Held against it without any retraining, {name} correlates with a median of {r} at "
                 f"{count(scores.sizes['step'], 'checkpoint')}; exact effects are {slope} times as large as its own."
             )
+
+
+def _single(results: Results) -> Iterator[str]:
+    """What is known of single samples or tokens."""
+    if results.single:
+        first = next(iter(results.single.values()))
+        kind = str(first.attrs.get("member", "sample"))
+        yield (
+            f"The run folder holds the influence of {count(first.sizes['train'], f'single {kind}')} on "
+            f"{count(first.sizes['query'], 'query', 'queries')} by {enumeration([*results.single])}: "
+            "stagewise.report(folder).single in Python."
+        )
 
 
 def _repeated(results: Results) -> Iterator[str]:

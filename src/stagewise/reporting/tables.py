@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import xarray as xr
 
 from stagewise.dynamics.events import Event
 from stagewise.reporting import words
-from stagewise.reporting.exemplar_figure import extremes
+from stagewise.reporting.exemplar_figure import PER_SIDE, extremes
 from stagewise.reporting.words import label_text, number, plus_minus, step_number
 from stagewise.results import Exemplar, headline
 
@@ -133,3 +134,19 @@ def exemplars_table(exemplars: Sequence[Exemplar]) -> Table:
     columns = ("Step", "", "Training sample", "Index", "Influence (nats per unit weight)")
     title = f"Training samples that mattered most for {label_text(exemplars[0].query)}"
     return Table(title, columns, rows, frozenset({"", "Training sample"}))
+
+
+def tokens_table(influence: xr.Dataset, whom: str) -> Table:
+    """The single tokens that matter most for one query at every step; ``influence`` is ``(step, train)``."""
+    rows = []
+    for step in influence["step"].values.tolist():
+        at = influence.sel(step=step)
+        order = np.argsort(at["value"].values, kind="stable")
+        for k in dict.fromkeys([*order[:PER_SIDE].tolist(), *order[::-1][:PER_SIDE].tolist()]):
+            value, stderr = float(at["value"][k]), float(at["stderr"][k])
+            sample, token = str(at["train"][k].item()).split("/")
+            if value:
+                side = "most helpful" if value < 0 else "most harmful"
+                rows.append((step_number(step), side, sample, token, plus_minus(value, stderr)))
+    columns = ("Step", "", "Training sample", "Token", "Influence (nats per unit weight)")
+    return Table(f"Training tokens that mattered most for {label_text(whom)}", columns, rows, frozenset({""}))

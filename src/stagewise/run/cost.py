@@ -10,14 +10,12 @@ import torch
 
 from stagewise.checkpoint import Checkpoint
 from stagewise.checkpoints.trajectory import Trajectory
-from stagewise.retraining.orders import window_orders
-from stagewise.retraining.start import start_at
-from stagewise.run.analysis import recorded_order, spread
+from stagewise.run.analysis import spread
 from stagewise.run.before import look
 from stagewise.run.config import RunConfig
 from stagewise.run.engine import default_workers
-from stagewise.run.estimators import NAMES, SAMPLED
-from stagewise.run.estimators import estimate as estimate_of
+from stagewise.run.estimator_cost import duration, estimator_costs
+from stagewise.run.estimators import SAMPLED
 from stagewise.run.preflight import preflight
 from stagewise.run.source import trajectory_of
 from stagewise.run.task_file import load_task
@@ -72,12 +70,6 @@ class Cost:
         )
 
 
-def duration(seconds: float) -> str:
-    """``40 seconds``, ``3.5 minutes``."""
-    minutes = seconds / 60
-    return f"{minutes:.1f} minutes" if minutes >= 1 else f"{seconds:.0f} seconds"
-
-
 def estimate(config: RunConfig) -> Cost:
     """Cost of a configuration's sampling, after trying on a few samples all that the run will need.
 
@@ -93,8 +85,7 @@ def estimate(config: RunConfig) -> Cost:
     if SAMPLED in config.estimators:
         cost = sampling_cost(task, trajectory, config.posterior, config.sampling, list(usable), workers)
         notes += answered(task, trajectory, config.posterior, list(usable))
-    if "exact" in config.estimators and NAMES["exact"] not in missing:
-        notes.append(exact_cost(task, trajectory, config, list(usable)))
+    notes += estimator_costs(task, trajectory, config, list(usable), missing)
     notes += [f"step {step} cannot be used: {reason}" for step, reason in unusable.items()]
     notes += [f"without {name}: {reason}" for name, reason in missing.items()]
     return replace(cost, notes=tuple(notes))
@@ -139,24 +130,6 @@ def copies(sampling: Chains, parameters: int) -> int:
     return _FIXED + _MOVING * sampling.chains
 
 
-def exact_cost(task: Task, trajectory: Trajectory, config: RunConfig, steps: Sequence[int]) -> str:
-    """Time of the exact influence at all checkpoints, from a window of one and one of three updates, as a note."""
-    compute, step = estimate_of("exact", task, trajectory, config), steps[-1]
-
-    def seconds(window: int) -> float:
-        start = time.perf_counter()
-        compute(window=window, steps=[step], repeats=1)
-        return time.perf_counter() - start
-
-    seconds(1)  # the first time some things are made that are kept
-    one, three = seconds(1), seconds(3)
-    window, order = config.posterior.window or 1, recorded_order(task, trajectory, config)
-    asked = config.retraining.repeats if config.retraining else None
-    orders = window_orders(start_at(task, trajectory.load(step)), order, window, asked, 0).orders
-    total = len(steps) * (one + len(orders) * (window - 1) * max(three - one, 0.0) / 2)
-    return f"exact influence: about {duration(total)} for {len(steps)} checkpoints, on one process"
-
-
 def answered(task: Task, trajectory: Trajectory, posterior: LocalPosterior, steps: Sequence[int]) -> list[str]:
     """How many checkpoints have a posterior for the window asked for, and for shorter and longer ones, as a note.
 
@@ -189,11 +162,16 @@ def _probe(density: LocalDensity, sampling: Chains) -> tuple[float, int]:
 
 
 def _times(tuning: Tuning, sampling: Chains) -> tuple[float, float]:
-    """Seconds of one gradient and of one draw of a block of chains."""
+    """Seconds of one gradient and of one draw of a block of chains.
+
+    Chains of a large model move one by one: one of them is timed, and the others are not held.
+    """
     density, batching = tuning.density, tuning.batching
-    u = torch.zeros(sampling.chains, density.vector.size).to(density.anchor)
+    one_by_one = batching != "stacked" and move_apart(sampling.chains, density.vector.size)
+    chains = 1 if one_by_one else sampling.chains
+    u = torch.zeros(chains, density.vector.size).to(density.anchor)
     gradient = potential_gradient(
-        density, sampling.chains, tuning.batch_size, sampling.control_variate, batching, torch.Generator()
+        density, chains, tuning.batch_size, sampling.control_variate, batching, torch.Generator()
     )
     gradient(u)
     start = time.perf_counter()
@@ -201,7 +179,8 @@ def _times(tuning: Tuning, sampling: Chains) -> tuple[float, float]:
         gradient(u).potential.sum().item()
     middle = time.perf_counter()
     Watch(density, batching, sampling.reflect, sampling.single_tokens).draw(u)
-    return (middle - start) / 3, time.perf_counter() - middle
+    times = sampling.chains // chains
+    return times * (middle - start) / 3, times * (time.perf_counter() - middle)
 
 
 def _tokens(task: Task) -> int:

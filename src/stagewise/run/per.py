@@ -36,10 +36,15 @@ def size_of(task: Task, per: Per, steps: int) -> int:
     Raises:
         ValueError: tokens are asked for, and the loss has none.
     """
-    return _members(task, per) * len(query_groups(task)) * steps * _PAIR
+    return members(task, per) * len(query_groups(task)) * steps * _PAIR
 
 
-def _members(task: Task, per: Per) -> int:
+def members(task: Task, per: Per) -> int:
+    """How many groups, samples or tokens there are.
+
+    Raises:
+        ValueError: as :func:`size_of`.
+    """
     if per == "group":
         return len(train_groups(task))
     return len(task.candidates) if per == "sample" else int(counted_tokens(task).sum())
@@ -68,7 +73,7 @@ def check_per(task: Task, config: RunConfig, steps: int) -> None:
     if size > MOST_BYTES:
         queries = len(query_groups(task))
         raise ValueError(
-            f"per: {per} would be {_members(task, per):,} {per}s x {queries:,} queries x {steps:,} checkpoints, "
+            f"per: {per} would be {members(task, per):,} {per}s x {queries:,} queries x {steps:,} checkpoints, "
             f"{size / 2**30:,.1f} GiB for each estimator, and {MOST_BYTES / 2**30:,.1f} GiB is the most: name fewer "
             "candidates (Task(candidates=...)), fewer queries (query_groups) or fewer steps"
         )

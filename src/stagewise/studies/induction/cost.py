@@ -13,7 +13,7 @@ from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.leave_out import retrain
 from stagewise.retraining.schedule import BatchOrder, Schedule
 from stagewise.retraining.window_influence import window_influence
-from stagewise.run.cost import duration
+from stagewise.run.estimator_cost import duration
 from stagewise.studies.induction.classes import CLASSES
 from stagewise.studies.induction.lab import Lab
 from stagewise.studies.induction.settings import FULL, Settings
