@@ -36,6 +36,7 @@ def labelled(values, **attrs):
         labelled(np.array([[0.1 + 0.2, 1e-320, 1e300]]), omitted=json.dumps({"5": "no"}), weight=0.8, window=3),
         xr.Dataset({"verdict": ("step", np.array(["ok", "not 'localised'"], object)), "n": 3}, {"step": [1, 2]}),
         xr.Dataset(),
+        labelled(np.append(np.arange(2.0**17), [np.nan, -0.0, 1e-320, np.inf]).reshape(-1, 4)),
     ],
 )
 def test_datasets_come_back_with_their_values_types_labels_and_attributes(tmp_path, dataset):
