@@ -103,6 +103,15 @@ def test_a_token_without_label_is_in_no_group_and_rows_may_be_as_long_as_their_s
     assert [index.tolist() for index in train_groups(samples).indices] == [[0, 3], [2, 5, 6, 7]]
 
 
+def test_influence_on_one_query_set_alone_is_that_beside_another_whose_groups_are_of_tokens():
+    of = task()
+    run = trajectory(of)
+    every = sw.window_influence(of, run, window=WINDOW, mode="reverse").value
+    for names in (["other:y", "other:x"], ["val:odd"], ["other:y", "val:even"]):
+        some = sw.window_influence(of, run, window=WINDOW, queries=names, mode="reverse").value
+        np.testing.assert_allclose(some, every.sel(query=names), rtol=1e-9)
+
+
 def test_labels_that_are_shifted_by_one_are_refused_where_they_enter():
     shifted = [[*row, None] for row in kinds(sentences(0))]
     shifted[0] = [*shifted[0][:-1], "odd"]  # a label for each word, but no loss for the first

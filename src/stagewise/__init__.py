@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from stagewise.checkpoints.directory import write_checkpoint as write_checkpoint
     from stagewise.checkpoints.huggingface import RecorderCallback as RecorderCallback
     from stagewise.checkpoints.recorder import Recorder as Recorder
+    from stagewise.checkpoints.snapshot import snapshot as snapshot
     from stagewise.checkpoints.trajectory import Trajectory as Trajectory
     from stagewise.checkpoints.when import linear as linear
     from stagewise.checkpoints.when import log_spaced as log_spaced
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from stagewise.influence.response import response_influence as response_influence
     from stagewise.influence.trusted import TracesInMemory as TracesInMemory
     from stagewise.retraining.ablation import window_ablation as window_ablation
+    from stagewise.retraining.curriculum import curriculum as curriculum
     from stagewise.retraining.extremes import extremes_ablation as extremes_ablation
     from stagewise.retraining.halves import window_halves as window_halves
     from stagewise.retraining.lds import lds as lds
@@ -75,6 +77,7 @@ _ROOMS = {
     "stagewise.checkpoints.directory": ("write_checkpoint",),
     "stagewise.checkpoints.huggingface": ("RecorderCallback",),
     "stagewise.checkpoints.recorder": ("Recorder",),
+    "stagewise.checkpoints.snapshot": ("snapshot",),
     "stagewise.checkpoint": ("Checkpoint", "Optimizer"),
     "stagewise.checkpoints.trajectory": ("Trajectory",),
     "stagewise.checkpoints.when": ("linear", "log_spaced"),
@@ -92,6 +95,7 @@ _ROOMS = {
     "stagewise.influence.response": ("response_influence",),
     "stagewise.influence.trusted": ("TracesInMemory",),
     "stagewise.retraining.ablation": ("window_ablation",),
+    "stagewise.retraining.curriculum": ("curriculum",),
     "stagewise.retraining.extremes": ("extremes_ablation",),
     "stagewise.retraining.halves": ("window_halves",),
     "stagewise.retraining.lds": ("lds", "window_lds"),

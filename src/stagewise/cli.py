@@ -71,6 +71,10 @@ def run(
 def study(
     name: Annotated[str, typer.Argument(metavar="NAME", help="`digits`, `hierarchy` or `induction`")],
     out: Annotated[Path, typer.Option(help="Folder for everything the study writes.")] = Path("runs"),
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="EXPERIMENT", help="Carry out this experiment alone, e.g. `intervention` of `induction`."),
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
     """A complete experiment with its report.
@@ -95,7 +99,7 @@ def study(
                 console.print(text, highlight=False, markup=False)
             return
         with progress_bars(console) as progress:
-            outcomes = list(STUDIES[name].carry_out(out / name, progress))
+            outcomes = list(STUDIES[name].carry_out(out / name, progress, only or ()))
         for outcome in outcomes:
             console.rule(outcome.title)
             _show(outcome.findings, outcome.report)

@@ -83,13 +83,22 @@ class Groups:
 
     def chosen(self, rows: slice) -> Groups:
         """Some of the groups."""
-        return Groups(self.labels[rows], self.datasets[rows], self.indices[rows], self.widths)
+        return self._of(range(len(self))[rows])
 
     def named(self, labels: Sequence[str]) -> Groups:
-        """The groups of these labels, in their order."""
-        rows = [self.labels.index(label) for label in labels]
-        indices = tuple(self.indices[k] for k in rows)
-        return Groups(tuple(labels), tuple(self.datasets[k] for k in rows), indices, self.widths)
+        """The groups of these labels, in their order.
+
+        Raises:
+            ValueError: there are none, or no group has one of them.
+        """
+        unknown = [label for label in labels if label not in self.labels]
+        if unknown or not labels:
+            raise ValueError(f"no group is called {unknown or 'nothing'}; there are {list(self.labels)}")
+        return self._of([self.labels.index(label) for label in labels])
+
+    def _of(self, rows: Sequence[int]) -> Groups:
+        labels, datasets, indices = (tuple(of[k] for k in rows) for of in (self.labels, self.datasets, self.indices))
+        return Groups(labels, datasets, indices, {name: self.widths[name] for name in self.widths if name in datasets})
 
     def places(self, n: int, dataset: str = TRAIN) -> Tensor:
         """Which group each of a data set's ``n`` samples ``(n,)`` is in, or its tokens ``(n, tokens)``.

@@ -29,6 +29,18 @@ def test_samples_that_do_not_exist_are_named(sample):
         Schedule.window([0, sample], 0, 1, 0.5).weights(0, 4)
 
 
+def test_weights_of_all_samples_or_tokens_hold_during_their_window():
+    for weights in (torch.tensor([0.5, 1.0, 2.0]), torch.tensor([[0.5, 1.0], [3.0, 0.0]])):
+        schedule = Schedule.of_weights(weights, start=4, length=2)
+        assert torch.equal(schedule.weights(5, len(weights)), weights.double())
+        assert (schedule.weights(6, len(weights)) == 1).all()
+
+
+def test_weights_that_are_not_one_for_each_sample_are_refused():
+    with pytest.raises(ValueError, match=r"weights \(3,\) for samples \(2,\)"):
+        Schedule.window([0, 1], 0, 1, torch.ones(3))
+
+
 @pytest.mark.parametrize(("start", "length", "weight"), [(0, 0, 0.5), (-1, 2, 0.5), (0, 1, float("nan"))])
 def test_empty_windows_and_weights_that_are_no_numbers_are_refused(start, length, weight):
     with pytest.raises(ValueError, match=r"start|finite"):

@@ -209,20 +209,39 @@ def test_expected_influence_is_that_of_the_whole_set_and_the_mean_over_many_batc
     assert abs(mean.value).max() > 5 * mean.stderr.max()
 
 
-def test_a_sample_that_no_update_saw_has_an_expected_influence_and_tokens_have_none():
+def test_a_sample_that_no_update_saw_has_an_expected_influence():
     task, order = classifier(), ORDERS["minibatches"]
     run = trajectory(task, RULES["SGD"], order)
     trained, drawn = (window_influence(task, run, window=2, order=order, per="sample", expected=e) for e in (0, 1))
     unseen = (trained.value == 0).all("query")
     assert unseen.sum() == 60 - 2 * 16
     assert (abs(drawn.value.where(unseen, drop=True)) > 0).all()
-    with pytest.raises(ValueError, match="not for tokens, not forwards"):
-        window_influence(
-            words(), trajectory(words(), RULES["SGD"], BatchOrder(6)), window=2, per="token", expected=True
-        )
+    with pytest.raises(ValueError, match="leave out mode='forward'"):
+        window_influence(task, run, window=2, expected=True, mode="forward")
 
 
-def words(lengths=(5, 3, 4, 5, 2, 5), weights=True, dtype=torch.float64):
+@pytest.mark.parametrize("objective", ["tokens", "samples"])
+def test_expected_influence_of_tokens_is_exact_where_every_batch_is_the_whole_set(objective):
+    task = words(objective=objective)
+    run = trajectory(task, RULES["AdamW"], BatchOrder(6))
+    for options in ({"per": "token"}, {"groups": [[f"{(k + t) % 3}" for t in range(4)] for k in range(6)]}):
+        exact, expected = (window_influence(task, run, window=5, expected=e, **options) for e in (False, True))
+        assert expected.train.values.tolist() == exact.train.values.tolist()
+        close(expected.value, exact.value, 1e-12)
+
+
+def test_queries_that_are_asked_for_alone_have_the_influence_that_they_have_beside_all_others():
+    labels = [[f"{t % 2}" for t in range(4)] for _ in range(6)]
+    task = words(query_groups={"same": labels})
+    run, options = trajectory(task, RULES["SGD"], BatchOrder(6)), {"window": 3, "per": "token"}
+    every = window_influence(task, run, **options)
+    assert every["query"].values.tolist() == ["0", "1"]
+    close(window_influence(task, run, queries=["1"], **options).value, every.value.sel(query=["1"]), 1e-12)
+    with pytest.raises(ValueError, match="no group is called .'nobody'.; there are"):
+        window_influence(task, run, queries=["nobody"], **options)
+
+
+def words(lengths=(5, 3, 4, 5, 2, 5), weights=True, dtype=torch.float64, objective="tokens", **fields):
     """Sequences that are padded by collate to the longest of a batch, and a model that reads them word by word."""
     generator = torch.Generator().manual_seed(0)
     data = [torch.randint(1, 7, (length,), generator=generator) for length in lengths]
@@ -237,7 +256,7 @@ def words(lengths=(5, 3, 4, 5, 2, 5), weights=True, dtype=torch.float64):
     def collate(rows):
         return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
-    return Task(model, loss, train=data, queries={"same": data}, collate=collate, objective="tokens")
+    return Task(model, loss, train=data, queries={"same": data}, collate=collate, objective=objective, **fields)
 
 
 def test_tokens_add_up_to_their_samples_and_padding_is_no_token():

@@ -14,9 +14,10 @@ from stagewise.cli import app
 from stagewise.studies.induction import cost as cost_module
 from stagewise.studies.induction import lab as lab_module
 from stagewise.studies.induction import study as study_module
+from stagewise.studies.induction.arms import ARMS, CHANCE, NAMED, UNCHANGED, formed, trained
 from stagewise.studies.induction.cost import cost
-from stagewise.studies.induction.experiments.boosting import boosting
 from stagewise.studies.induction.experiments.class_influence import class_influence
+from stagewise.studies.induction.experiments.intervention import intervention
 from stagewise.studies.induction.experiments.stages import stages
 from stagewise.studies.induction.experiments.windows import windows
 from stagewise.studies.induction.lab import Lab
@@ -26,7 +27,7 @@ from stagewise.studies.induction.study import study
 
 cli = CliRunner()
 PLATEAU = replace(
-    REDUCED, seeds=1, sequences=96, last=4, every=2, window_starts=(1, 2), boost_starts=(1,), boost_length=1
+    REDUCED, seeds=1, sequences=96, last=4, every=2, window_starts=(1, 2), until=4, choose_every=2, look_every=2
 )
 """Ends long before anything is learnt, and one seed has no interval."""
 
@@ -89,15 +90,24 @@ def test_a_t_interval_is_that_of_the_tables_and_one_seed_has_none():
     assert np.isnan(t_interval([1.0, np.nan])[0])
 
 
-def test_steps_gained_are_given_with_intervals_over_seeds_beside_chance_and_where_the_window_lies(lab):
-    found = boosting(lab)
-    first, last = (f"step {start} (" for start in REDUCED.boost_starts)
-    for start in (first, last):
-        own, chance, beyond = (check(found, start, name) for name in (": induction t", ": chance", "− chance"))
-        assert beyond.value == pytest.approx(own.value - chance.value)
-        assert all(c.lower[0] < c.value < c.upper[0] for c in (own, chance, beyond))
-    assert "before the transition in 2 of 2" in check(found, first, ": chance").what
-    assert "in the transition in 2 of 2" in check(found, last, ": chance").what
+def test_every_arm_is_told_with_intervals_beside_the_unchanged_run_and_beside_chance(lab):
+    found = intervention(lab)
+    when = {arm: np.array([formed(trained(lab, seed, arm)) for seed in lab.seeds]) for arm in ARMS}
+    _, table = found.section.parts
+    assert [row[0] for row in table.rows] == [arm for arm in ARMS if arm != UNCHANGED]
+    for arm, *_, gained, beyond, _ in table.rows:
+        told = check(found, f"{arm}: ", "than unchanged" if arm == CHANCE else "earlier than unchanged")
+        mean, lower, upper = t_interval(when[UNCHANGED] - when[arm])
+        assert (told.value, told.lower[0], told.upper[0]) == pytest.approx((mean, lower, upper))
+        assert gained == told.text
+        if arm != CHANCE:
+            assert check(found, f"{arm}: ", "than chance").value == pytest.approx((when[CHANCE] - when[arm]).mean())
+        assert any(sentence.startswith(f"{arm}: {gained}") for sentence in found.findings)
+        assert beyond or arm == CHANCE
+    end = check(found, f"{NAMED}: ", "excess at the end").value
+    excess = [[trained(lab, seed, arm)["excess"].values[-1] for seed in lab.seeds] for arm in (NAMED, UNCHANGED)]
+    assert end == pytest.approx(1e3 * np.subtract(*excess).mean())
+    assert len(plate(found, "intervention").axes) == 2
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -108,7 +118,7 @@ def test_a_study_that_ends_on_the_plateau_is_told_without_numbers_that_are_not_t
     assert {c["what"]: c["reached"] for c in checks}["seeds that learn induction"] is False
     assert not [text for part in parts for text in part.findings if "nan" in text]
     page = " ".join((tmp_path / "report.html").read_text(encoding="utf-8").split())
-    for text in ("What is learnt, and when", "Held against retraining", "no transition", "one training token"):
+    for text in ("What is learnt, and when", "Held against retraining", "nothing to bring", "one training token"):
         assert text in page
 
 
@@ -132,12 +142,26 @@ def test_command_carries_out_the_study_and_predicts_its_cost(tmp_path, monkeypat
     monkeypatch.setattr(cost_module, "cost", partial(cost, PLATEAU))
     predicted = cli.invoke(app, ["study", "induction", "--out", str(tmp_path), "--dry-run"])
     assert predicted.exit_code == 0, predicted.output
-    for text in ("time ", "training 1 run", "exact influence of", "training with more weight"):
+    for text in ("time ", "training 1 run", "exact influence of", "training with other weights, in 9 ways"):
         assert text in predicted.output
     assert not list(tmp_path.iterdir())
     result = cli.invoke(app, ["study", "induction", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "None of 1 run" in result.output
+    assert (tmp_path / "induction" / "report.html").exists()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_command_carries_out_one_experiment_alone_and_names_those_there_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_module, "study", partial(study, settings=PLATEAU))
+    result = cli.invoke(app, ["study", "induction", "--out", str(tmp_path), "--only", "intervention"])
+    assert result.exit_code == 0, result.output
+    assert "nothing to bring forward" in result.output
+    assert "None of 1 run" not in result.output
+    for name, message in (("induction", "there are: stages, class_influence,"), ("digits", "carried out whole")):
+        refused = cli.invoke(app, ["study", name, "--out", str(tmp_path), "--only", "nobody"])
+        assert refused.exit_code == 1
+        assert message in " ".join(refused.output.split())
     assert (tmp_path / "induction" / "report.html").exists()
 
 

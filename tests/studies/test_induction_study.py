@@ -12,12 +12,26 @@ from stagewise.groups import query_groups
 from stagewise.retraining.schedule import BatchOrder
 from stagewise.retraining.scores import agreement, predicted_effect
 from stagewise.retraining.window_influence import window_influence
+from stagewise.studies.induction import arms as arms_module
 from stagewise.studies.induction import lab as lab_module
-from stagewise.studies.induction.boosted import UNCHANGED, boosted, gained, reached
+from stagewise.studies.induction.arms import (
+    ARMS,
+    CHANCE,
+    NAMED,
+    UNCHANGED,
+    arms,
+    chosen,
+    formed,
+    forming,
+    kinds,
+    named,
+    trained,
+)
 from stagewise.studies.induction.classes import CLASSES
 from stagewise.studies.induction.influence import control, exact, gradients, of_classes, trained_again
 from stagewise.studies.induction.lab import Lab
 from stagewise.studies.induction.network import loss
+from stagewise.studies.induction.rules import divergence
 from stagewise.studies.induction.settings import Settings
 from stagewise.studies.induction.stages import Probes, counts_best, induction, stages
 from stagewise.studies.induction.training import EXCESS, LOSS
@@ -37,8 +51,9 @@ TINY = Settings(
     window_starts=(5, 10),
     weights=(0.95,),
     queries=12,
-    boost_starts=(5, 10),
-    boost_length=3,
+    until=15,
+    choose_every=5,
+    look_every=5,
 )
 """As little as goes through all of it. No stage is reached."""
 
@@ -213,31 +228,86 @@ def test_a_run_that_ends_on_the_plateau_has_no_transition(small):
     assert small.transition(0) is None
 
 
-def test_a_boost_changes_a_run_from_its_window_on_and_the_unchanged_run_is_the_recorded_one(small):
-    found = boosted(small, 0)
-    assert found["run"].values.tolist() == ["unchanged", "induction 5", "induction 10", "chance 5", "chance 10"]
-    unchanged = found.sel(run=UNCHANGED)
-    for step in found["step"].values.tolist():
-        params = small.run(0).load(step).params
-        losses = small.task(0).losses(params, small.task(0).queries[EXCESS].batch(slice(None)), EXCESS)
-        assert unchanged.sel(step=step).item() == pytest.approx(losses.mean().item(), rel=1e-4)
-    assert unchanged.sel(step=10).item() == found.sel(run="induction 10", step=10).item()
-    for name in found["run"].values[1:]:
-        assert abs(found.sel(run=name, step=15) - unchanged.sel(step=15)) > 1e-6
-    assert abs(found.sel(run="chance 5", step=10) - found.sel(run="induction 5", step=10)) > 1e-6
+WINDOW = range(8, 11)
+"""As if induction formed in these updates of every run, which are too few to learn it."""
 
 
-def test_steps_gained_are_how_much_earlier_a_boosted_run_is_half_way_from_the_plateau_to_the_end(small):
-    names = [UNCHANGED, "induction 5", "induction 10", "chance 5", "chance 10"]
-    fall = np.linspace(1.5, 0, 31)[None].repeat(5, 0) * small.plateau  # half-way at step 20
-    for row, earlier in enumerate([0, 4, 2, 1, 0]):
-        fall[row] = np.maximum(fall[row] - 0.05 * earlier * small.plateau, 0)
-    found = gained(small, xr.DataArray(fall, {"run": names, "step": range(31)}, ("run", "step")))
-    np.testing.assert_allclose(found["induction"], [4, 2], atol=1e-9)
-    np.testing.assert_allclose(found["chance"], [1, 0], atol=1e-9)
+def test_induction_forms_from_its_onset_to_half_of_its_rise_and_nowhere_if_it_is_not_learnt(small, monkeypatch):
+    assert forming(small, 0) is None
+    with pytest.raises(ValueError, match="seed 0 does not learn induction"):
+        trained(small, 0, NAMED)
+    found = induction(xr.Dataset({"prefix_matching": ("step", [0.0, 0.02, 1.0])}, {"step": [0, 10, 30]}))
+    monkeypatch.setattr(Lab, "transition", lambda *_: found)
+    assert forming(small, 0) == range(round(found.step), round(found.detail["half"]))
 
 
-def test_a_level_is_reached_between_the_looks_around_it_the_first_time():
-    curves = [[0.4, 0.2, 0.0, 0.3], [0.4, 0.4, 0.4, 0.4], [0.0, 0.0, 0.0, 0.0]]
-    excess = xr.DataArray(curves, {"run": list("abc"), "step": [0, 10, 30, 40]}, ("run", "step"))
-    np.testing.assert_allclose(reached(excess, 0.05), [25, np.nan, np.nan])
+def test_the_weight_that_is_moved_is_the_same_in_every_arm_and_the_mean_stays_one(small):
+    ways = arms(small, 0, WINDOW)
+    assert list(ways) == list(ARMS)
+    for name, arm in ways.items():
+        moved, last = 0.0, (*arm.decisions[1:], TINY.until)
+        schedules = [arm.schedule(small.run(0).load(step // 5 * 5)) for step in arm.decisions]
+        for schedule, first, stop in zip(schedules, (0, *arm.decisions[1:]), last, strict=True):
+            for step in range(first, stop):
+                weights = schedule.weights(step, TINY.sequences)
+                assert weights.mean().item() == pytest.approx(1, abs=1e-6)
+                moved += 1 - weights.min().item()  # the lowest weight is what is left of 1
+        by_batches = name in (UNCHANGED, "replaced, while it forms")
+        assert moved == pytest.approx(0 if by_batches else TINY.budget * len(WINDOW), abs=1e-5), name
+    of_kinds = [named(small, 0, step) for step in (WINDOW.start, TINY.last)]
+    assert not torch.equal(*of_kinds)
+
+
+def test_the_named_kinds_are_those_that_the_curriculum_gives_more_weight_at_the_checkpoint(small):
+    weights, (names, places) = named(small, 1, 12), kinds(small)
+    torch.testing.assert_close(weights, chosen(small, 1, small.run(1).load(10)))
+    assert set(names) == {f"{name} {third}" for name in CLASSES for third in ("first", "middle", "last")} & set(names)
+    labels = names[places]
+    assert (np.char.partition(labels, " ")[..., 0] == small.data.classes).all()
+    assert np.char.endswith(labels[:, 0], " first").all()
+    assert np.char.endswith(labels[:, -1], " last").all()
+
+
+def test_tokens_drawn_by_chance_have_the_same_weights_at_every_place_and_are_others(small):
+    ways = arms(small, 0, WINDOW)
+    own, chance = (ways[name].schedule(None).weights(WINDOW.start, TINY.sequences) for name in (NAMED, CHANCE))
+    assert torch.equal(own.sort(0).values, chance.sort(0).values)
+    assert not torch.equal(own, chance)
+
+
+def test_half_of_each_batch_is_replaced_while_it_forms_by_the_sequences_with_most_named_tokens(small):
+    arm, order = arms(small, 0, WINDOW)["replaced, while it forms"], BatchOrder(TINY.sequences, TINY.batch_size, 0)
+    weights = named(small, 0, WINDOW.start)
+    others = []
+    for step in range(TINY.until):
+        kept = TINY.batch_size // 2 if step in WINDOW else 0
+        assert torch.equal(arm.order(step)[kept:], order(step)[kept:])
+        others += arm.order(step)[:kept].tolist()
+    assert weights[others].mean() > weights.mean()
+    assert len(set(others)) > 1
+
+
+def test_arms_leave_the_recorded_run_where_their_weights_begin(small, monkeypatch):
+    monkeypatch.setattr(arms_module, "forming", lambda *_: WINDOW)
+    found = {name: trained(small, 0, name) for name in ARMS}
+    rules, n = small.data.probes.rules, TINY.queries
+    for step in (5, 10, 15):
+        logits = torch.func.functional_call(
+            small.task(0).model, small.run(0).load(step).params, small.data.probes.tokens[n:, :-1]
+        )
+        expected = divergence(rules["bigram"][n:], logits.double().log_softmax(-1)).mean().item()
+        assert found[UNCHANGED]["excess"].sel(step=step).item() == pytest.approx(expected, rel=1e-4)
+    late = found.pop("named, after")  # from step 11 on
+    xr.testing.assert_allclose(late.sel(step=10), found[UNCHANGED].sel(step=10), rtol=1e-4)
+    ends = [one["excess"].sel(step=15).item() for one in (late, *found.values())]
+    assert len(set(ends)) == len(ARMS)
+
+
+def test_induction_has_formed_once_both_measures_have_crossed_their_levels_between_looks():
+    def run(excess, attention):
+        return xr.Dataset({"excess": ("step", excess), "previous_token": ("step", attention)}, {"step": [0, 10, 30]})
+
+    assert formed(run([0.1, 0.08, 0.04], [0.0, 0.2, 0.6])) == pytest.approx(20)
+    assert formed(run([0.1, 0.04, 0.02], [0.0, 0.2, 0.6])) == pytest.approx(15)
+    assert np.isnan(formed(run([0.1, 0.08, 0.07], [0.0, 0.2, 0.6])))
+    assert np.isnan(formed(run([0.1, 0.04, 0.02], [0.0, 0.1, 0.2])))

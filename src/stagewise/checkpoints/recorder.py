@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import sys
 import warnings
@@ -19,21 +18,11 @@ from stagewise.checkpoints import optimizers
 from stagewise.checkpoints.batches import Batches, sample_indices
 from stagewise.checkpoints.directory import make_folder, write_checkpoint
 from stagewise.checkpoints.models import names_of, state_of, unwrapped
+from stagewise.checkpoints.snapshot import check_clip_norm, with_memory
 from stagewise.checkpoints.updates import Updates, numbers, rates_of
 from stagewise.checkpoints.weights import reason_of
 from stagewise.checkpoints.when import check_steps
 from stagewise.layers import acting_in_train_mode
-
-
-def check_clip_norm(clip_norm: float | None) -> float | None:
-    """The norm, or None where nothing is clipped: 0 by the convention of many loops, or infinity.
-
-    Raises:
-        ValueError: it is negative or NaN.
-    """
-    if clip_norm is not None and not clip_norm >= 0:
-        raise ValueError(f"clip_norm must be positive, or None or 0 for no clipping, got {clip_norm}")
-    return float(clip_norm) if clip_norm and math.isfinite(clip_norm) else None
 
 
 class Recorder:
@@ -225,24 +214,11 @@ class Recorder:
     def _with_optimizer(self, checkpoint: Checkpoint, names: dict[Tensor, str]) -> Checkpoint:
         step, optimizer = checkpoint.step, self._optimizer
         rule = optimizers.describe(optimizer, names, self._rates(), self._batch_size, self._clip_norm)
-        first = optimizers.moments(optimizer, names, "momentum_buffer", "exp_avg")
-        second = optimizers.moments(optimizer, names, "exp_avg_sq")
-        counts = optimizers.update_counts(optimizer, names)
         in_use = step == self._first or self._updates.made > 0
-        if step > 0 and not first and in_use and (rule.name == "adam" or rule.momentum):
-            # Not to be mistaken for moments that were not recorded: this optimiser has made none yet.
-            first = optimizers.zero_moments(optimizer, names)
-            second = dict(first) if rule.name == "adam" else {}
-        self._look_at_rule(step, max(counts.values(), default=None))
+        known = with_memory(checkpoint, optimizer, names, rule, in_use)
+        self._look_at_rule(step, max(optimizers.update_counts(optimizer, names).values(), default=None))
         since = () if self._saved is None else (step - self._saved, optimizers.group_sizes(optimizer, names))
-        return replace(
-            checkpoint,
-            optimizer=rule,
-            first_moment=first,
-            second_moment=second,
-            update_counts={name: count for name, count in counts.items() if count != step},
-            learning_rates=self._updates.learning_rates(*since) if since else (),
-        )
+        return replace(known, learning_rates=self._updates.learning_rates(*since) if since else ())
 
     def _rates(self) -> tuple[float, ...]:
         """By parameter group: of the next update; where a schedule has come down to 0, of the last."""

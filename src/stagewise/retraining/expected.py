@@ -1,4 +1,4 @@
-"""Exact influence of samples that need not be in the window's batches: what they would do at the rate they are drawn.
+"""Exact influence of data that need not be in the window's batches: what they would do at the rate they are drawn.
 
 In an update, weight on sample i changes the gradient by a_i grad l_i / sum_k a_k over its batch, if it is in it. Of
 all batches it is in a share of B/n, so that weight in every update has in expectation the influence
@@ -16,7 +16,6 @@ from scipy.interpolate import CubicSpline
 from torch import Tensor
 
 from stagewise.derivatives import directional_derivatives, group_gradients
-from stagewise.evaluate import sample_weights
 from stagewise.groups import Groups
 from stagewise.labelled import Array
 from stagewise.retraining.adjoint import Adjoint, Replay, step_back
@@ -36,17 +35,20 @@ def expected_sums(replay: Replay, trained: Groups, queried: Groups) -> tuple[Arr
 def _of_queries(replay: Replay, trained: Groups, queried: Groups) -> tuple[Tensor, Tensor]:
     task, states = replay.start.task, replay.states()
     adjoint = Adjoint.of(group_gradients(replay.start.point, next(states)[1].params[0], queried))
-    shares = sample_weights(replay.start.point)
-    shares = shares / shares.sum()
+    places = trained.places(len(task.train)).flatten()
     fine, coarse = _weights(replay.span, 1), _weights(replay.span, 2)
-    sums = torch.zeros(2, len(queried), len(task.train), dtype=torch.float64)
+    sums = torch.zeros(2, len(queried), len(places), dtype=torch.float64)
     for step, state in states:
         along = step_back(replay, state, step, adjoint).by_gradient
         if step in fine:
-            found, _ = directional_derivatives(replay.start.point, state.params[0], along, task.train)
-            sums += torch.tensor([fine[step], coarse.get(step, 0.0)])[:, None, None] * found * shares
-    by_group = torch.stack([sums[..., index].sum(-1) for index in trained.indices], 1)
-    return by_group[0], (by_group[0] - by_group[1]).abs()
+            found, weights = directional_derivatives(
+                replay.start.point, state.params[0], along, task.train, tokens=trained.tokens
+            )
+            by_weight = torch.tensor([fine[step], coarse.get(step, 0.0)])[:, None, None]
+            sums += by_weight * found * (weights / weights.sum())
+    by_group = torch.zeros(2, len(queried), len(trained) + 1, dtype=torch.float64).index_add_(2, places, sums)
+    value, fewer = by_group[..., :-1].mT
+    return value, (value - fewer).abs()
 
 
 def _weights(span: range, every: int) -> dict[int, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,21 +27,24 @@ class Change:
         start: first step that is changed.
         stop: first step that is not changed any more.
         samples: indices of training samples.
-        weight: their weight beta; 0 removes them.
+        weight: their weight beta, or that of each ``(samples,)``; 0 removes them.
         tokens: how many a sample has, where ``samples`` are tokens: token t of sample i is i * tokens + t. 0: samples.
     """
 
     start: int
     stop: int
     samples: Tensor
-    weight: float
+    weight: float | Tensor
     tokens: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.stop:
             raise ValueError(f"a change lasts from start to stop > start >= 0, got [{self.start}, {self.stop})")
-        if not math.isfinite(self.weight):
-            raise ValueError(f"weight must be finite, got {self.weight}")
+        weight = torch.as_tensor(self.weight, dtype=torch.float64)
+        if not weight.isfinite().all():
+            raise ValueError(f"weight must be finite, got {weight[~weight.isfinite()].flatten()[0].item()}")
+        if weight.ndim and weight.shape != self.samples.shape:
+            raise ValueError(f"there are weights {tuple(weight.shape)} for samples {tuple(self.samples.shape)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,10 +74,16 @@ class Schedule:
 
     @classmethod
     def window(
-        cls, samples: Tensor | Sequence[int], start: int, length: int, weight: float, tokens: int = 0
+        cls, samples: Tensor | Sequence[int], start: int, length: int, weight: float | Tensor, tokens: int = 0
     ) -> Schedule:
         """``samples`` have ``weight`` during the ``length`` updates from ``start`` on, else 1; see :class:`Change`."""
         return cls((Change(start, start + length, torch.as_tensor(samples, dtype=torch.long), weight, tokens),))
+
+    @classmethod
+    def of_weights(cls, weights: Tensor, start: int, length: int) -> Schedule:
+        """All samples have their ``weights (n,)``, or tokens ``(n, tokens)``, during ``length`` updates, else 1."""
+        tokens = weights.shape[1] if weights.ndim == 2 else 0
+        return cls.window(torch.arange(weights.numel()), start, length, weights.flatten(), tokens)
 
     @classmethod
     def whole_run(cls, samples: Tensor | Sequence[int], weight: float, tokens: int = 0) -> Schedule:
@@ -105,7 +113,8 @@ class Schedule:
                     f"a change names {what} {outside[0].item()}, but there are {there} of the training set"
                 )
             if change.start <= step < change.stop:
-                (weights.view(-1) if change.tokens else weights)[change.samples] = change.weight
+                beta = torch.as_tensor(change.weight, dtype=torch.float64)
+                (weights.view(-1) if change.tokens else weights)[change.samples] = beta
         return weights
 
 

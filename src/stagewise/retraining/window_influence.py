@@ -43,6 +43,7 @@ def window_influence(
     per: Per = "group",
     expected: bool = False,
     groups: Labels | None = None,
+    queries: Sequence[str] | None = None,
     steps: Sequence[int] | None = None,
     repeats: int | None = None,
     seed: int = 0,
@@ -70,9 +71,10 @@ def window_influence(
         per: influence of each train group, each candidate, or each token of the candidates.
         expected: influence of weight in every update at the rate at which a sample is drawn, whether or not the
             window's batches hold it: of candidates that were not trained on during the window. From a few updates on
-            the way, evenly spaced; in reverse mode, of samples and their groups.
+            the way, evenly spaced, with passes over the training set; in reverse mode.
         groups: label of every training sample, or of every token ``(samples, tokens)``; default ``task.train_groups``,
             or every candidate alone if there are at most 64. With ``per="group"`` only.
+        queries: names of the query groups, as results carry them; default all. In reverse mode each costs time.
         steps: the checkpoints to start from; default all.
         repeats: number of batch orders to average over, one where the batch is the whole set; default the run's own
             alone where it is known, else four.
@@ -116,10 +118,11 @@ def window_influence(
     if window < 1 or (repeats is not None and repeats < 1) or memory <= 0:
         raise ValueError(f"need window >= 1, repeats >= 1 and memory > 0, got {window}, {repeats} and {memory}")
     run, queried = as_trajectory(trajectory), query_groups(task)
+    queried = queried if queries is None else queried.named(queries)
     trained = varied(task, per, groups)
     forward = not expected and _is_forward(mode, per, len(trained), len(queried))
-    if expected and (trained.tokens or mode == "forward"):
-        raise ValueError("expected=True is for samples and their groups, in reverse mode: not for tokens, not forwards")
+    if expected and mode == "forward":
+        raise ValueError("expected=True is found backwards; leave out mode='forward'")
     total, seen = len(chosen_steps(run, steps)), iter(range(1, len(run.steps) + 1))
     kinds, counts = list[str](), list[int]()
 

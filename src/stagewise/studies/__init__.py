@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from stagewise.run.progress import Progress
 
 if TYPE_CHECKING:
     from stagewise.studies.experiment import Experiment
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,19 +36,21 @@ class Study:
     """A study that can be named on the command line.
 
     Attributes:
-        carry_out: does it in a folder; what the folder holds already is not sampled again.
+        carry_out: does it in a folder; what the folder holds already is not sampled again. Of studies of several
+            experiments, all of them, or those that are named.
         cost: predicts its cost, as text; nothing is sampled.
     """
 
-    carry_out: Callable[[Path, Progress], Iterator[Outcome]]
+    carry_out: Callable[[Path, Progress, Sequence[str]], Iterator[Outcome]]
     cost: Callable[[Path], Iterator[str]]
 
 
-def _digits(folder: Path, progress: Progress) -> Iterator[Outcome]:
+def _digits(folder: Path, progress: Progress, only: Sequence[str] = ()) -> Iterator[Outcome]:
     from stagewise.reporting.findings import findings
     from stagewise.run.pipeline import run
     from stagewise.studies.digits.study import study
 
+    named((), only)
     for settings in study(folder):
         yield Outcome(settings.title, findings(run(settings, progress)), settings.out / "report.html")
 
@@ -59,11 +63,11 @@ def _digits_cost(folder: Path) -> Iterator[str]:
         yield f"{settings.title}\n{estimate(settings).text()}"
 
 
-def _hierarchy(folder: Path, progress: Progress) -> Iterator[Outcome]:
-    from stagewise.studies.hierarchy.study import TITLE, study
+def _hierarchy(folder: Path, progress: Progress, only: Sequence[str] = ()) -> Iterator[Outcome]:
+    from stagewise.studies.hierarchy.study import EXPERIMENTS, TITLE, study
 
     with _one_thread():
-        parts = study(folder, progress)
+        parts = study(folder, progress, experiments=named(EXPERIMENTS, only))
     yield _outcome(TITLE, parts, folder)
 
 
@@ -73,11 +77,11 @@ def _hierarchy_cost(folder: Path) -> Iterator[str]:
     yield cost(folder)
 
 
-def _induction(folder: Path, progress: Progress) -> Iterator[Outcome]:
-    from stagewise.studies.induction.study import TITLE, study
+def _induction(folder: Path, progress: Progress, only: Sequence[str] = ()) -> Iterator[Outcome]:
+    from stagewise.studies.induction.study import EXPERIMENTS, TITLE, study
 
     with _one_thread():
-        parts = study(folder, progress)
+        parts = study(folder, progress, experiments=named(EXPERIMENTS, only))
     yield _outcome(TITLE, parts, folder)
 
 
@@ -86,6 +90,19 @@ def _induction_cost(_: Path) -> Iterator[str]:
 
     with _one_thread():
         yield cost()
+
+
+def named(experiments: Sequence[T], only: Sequence[str]) -> Sequence[T]:
+    """The experiments of these names, in their own order; all if there are no names.
+
+    Raises:
+        ValueError: no experiment is called so.
+    """
+    there = {getattr(one, "__name__", ""): one for one in experiments}
+    if unknown := [name for name in only if name not in there]:
+        which = f"there are: {', '.join(there)}" if there else "this study is carried out whole"
+        raise ValueError(f"there is no experiment {unknown[0]!r}; {which}")
+    return [one for name, one in there.items() if name in only or not only]
 
 
 def _outcome(title: str, parts: Sequence[Experiment], folder: Path) -> Outcome:

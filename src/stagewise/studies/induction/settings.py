@@ -29,12 +29,14 @@ class Settings:
         window_starts: checkpoints where windows begin: on the plateau, at the transition's start, in it and after it.
         weights: of a class during a window; none of them 1.
         queries: of the probes, those whose losses are influenced.
-        boost_starts: checkpoints from which one class counts more for a while.
-        boost_length: for so many updates.
-        boost: its weight then.
+        budget: share of all weight that is moved onto some tokens while induction forms, see :func:`curriculum`.
+        most: largest weight of a token then.
+        until: last update of runs with other weights.
+        choose_every: updates after which weights that are not set beforehand are chosen again.
+        look_every: updates between looks at runs with other weights.
     """
 
-    seeds: int = 5
+    seeds: int = 8
     vocabulary: int = 3
     length: int = 100
     sequences: int = 8192
@@ -50,9 +52,11 @@ class Settings:
     window_starts: tuple[int, ...] = (150, 300, 375, 600)
     weights: tuple[float, ...] = (0.8, 0.95)
     queries: int = 128
-    boost_starts: tuple[int, ...] = (75, 175, 275, 375)
-    boost_length: int = 100
-    boost: float = 2.0
+    budget: float = 0.5
+    most: float = 2.0
+    until: int = 600
+    choose_every: int = 50
+    look_every: int = 10
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -66,7 +70,8 @@ class Settings:
 
     def of_a_run(self) -> dict[str, int | float]:
         """Those that a training run and its checkpoints depend on, and not only what is asked of them."""
-        asked = ("seeds", "window", "window_starts", "weights", "queries", "boost_starts", "boost_length", "boost")
+        asked = {"seeds", "window", "window_starts", "weights", "queries"}
+        asked |= {"budget", "most", "until", "choose_every", "look_every"}
         return {name: value for name, value in vars(self).items() if name not in asked}
 
 
@@ -79,7 +84,7 @@ EIGHT = Settings(
     rate=1e-3,
     last=1000,
     window_starts=(300, 600, 700, 900),
-    boost_starts=(350, 450, 550, 650),
+    until=1000,
 )
 """The same with eight tokens: a longer plateau and a sharper transition."""
 
@@ -96,7 +101,8 @@ REDUCED = Settings(
     window_starts=(20, 60),
     weights=(0.95,),
     queries=16,
-    boost_starts=(10, 40),
-    boost_length=20,
+    until=100,
+    choose_every=20,
+    look_every=5,
 )
 """As little as shows the stages: seconds."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from stagewise.run.progress import Progress, silent
 from stagewise.studies.experiment import Experiment
-from stagewise.studies.induction.experiments.boosting import boosting
 from stagewise.studies.induction.experiments.class_influence import class_influence
+from stagewise.studies.induction.experiments.intervention import intervention
 from stagewise.studies.induction.experiments.stages import stages
 from stagewise.studies.induction.experiments.windows import windows
 from stagewise.studies.induction.lab import Lab
@@ -16,7 +16,7 @@ from stagewise.studies.induction.settings import FULL, Settings
 from stagewise.studies.page import write_study
 
 TITLE = "In-context Markov chains: which tokens teach a transformer induction, and when"
-EXPERIMENTS: tuple[Callable[[Lab], Experiment], ...] = (stages, class_influence, windows, boosting)
+EXPERIMENTS: tuple[Callable[[Lab], Experiment], ...] = (stages, class_influence, windows, intervention)
 
 
 def study(
