@@ -97,8 +97,9 @@ class Groups:
         return self._of([self.labels.index(label) for label in labels])
 
     def _of(self, rows: Sequence[int]) -> Groups:
-        labels, datasets, indices = (tuple(of[k] for k in rows) for of in (self.labels, self.datasets, self.indices))
-        return Groups(labels, datasets, indices, {name: self.widths[name] for name in self.widths if name in datasets})
+        datasets = tuple(self.datasets[k] for k in rows)
+        widths = {name: width for name, width in self.widths.items() if name in datasets}
+        return Groups(tuple(self.labels[k] for k in rows), datasets, tuple(self.indices[k] for k in rows), widths)
 
     def places(self, n: int, dataset: str = TRAIN) -> Tensor:
         """Which group each of a data set's ``n`` samples ``(n,)`` is in, or its tokens ``(n, tokens)``.

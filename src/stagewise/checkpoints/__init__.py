@@ -1,6 +1,6 @@
 """Where weights come from: a training run as ordered checkpoints, and the recorder that writes them.
 
-``Recorder`` saves the model and the optimiser's moments from any training loop;
+``Recorder`` saves the model and the optimiser's moments from any training loop, ``snapshot`` holds them in memory;
 ``stagewise.checkpoints.huggingface.RecorderCallback`` does so inside a ``transformers.Trainer`` (imported
 from there, because transformers is optional). ``Trajectory`` reads a run back, one checkpoint at a time, be
 it recorded here, saved by somebody else's script or published on the Hugging Face Hub; ``TokenBatches`` the tokens of a
