@@ -15,9 +15,9 @@ from stagewise.checkpoint import Checkpoint
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.groups import Labels
 from stagewise.labelled import Array
-from stagewise.retraining.varied import Per, varied
 from stagewise.retraining.window_influence import window_influence
 from stagewise.task import Task
+from stagewise.varied import Per, varied
 
 
 def curriculum(
@@ -101,7 +101,7 @@ def curriculum(
     values = influence["value"].values[0, :, 0]
     if not np.isfinite(values).all():
         raise ValueError(f"training from step {checkpoint.step} does not stay finite for {window} updates")
-    trained = varied(task, per, groups, lambda: checkpoint)
+    trained = varied(task, per, groups)
     weights = torch.ones((len(task.train), trained.tokens) if trained.tokens else (len(task.train),))
     filled = _filled(values, np.array(trained.sizes), budget, most).tolist()
     for index, weight in zip(trained.indices, filled, strict=True):
