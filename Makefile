@@ -1,12 +1,13 @@
 # Everything runs from one virtual environment, made on first use from pyproject.toml and constraints.txt.
 PYTHON ?= python3
 VENV := .venv
+PEERS := .venv-peers
 BIN := $(VENV)/bin
 PIP_VERSION := 26.3
 # Bytecode is kept whatever the environment says: tests start many processes, and each would compile all of it again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test test-studies lint format bench clean
+.PHONY: help demo test test-studies lint format bench peers clean
 
 help:
 	@echo "make demo     real handwritten digits: train, sample, analyse, report (a few minutes)"
@@ -14,6 +15,7 @@ help:
 	@echo "make test-studies   the studies in miniature, against their exact answers"
 	@echo "make lint     format check, lint and type check"
 	@echo "make bench    accuracy against measured effects, and cost (long)"
+	@echo "make peers    two other libraries against the same retraining, in an environment of their own (long)"
 
 # The pins were resolved on Python 3.11. On a newer Python only torch is held; the rest follows pyproject.toml.
 $(VENV)/constraints.txt: constraints.txt
@@ -68,5 +70,14 @@ bench: $(VENV)/.installed-baselines
 	$(BIN)/python benchmarks/strangers.py
 	$(BIN)/python benchmarks/kills.py
 
+# Libraries that come with many others, which ours are not to be mixed with.
+$(PEERS)/.installed: benchmarks/peers-requirements.txt $(VENV)/constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet -c $(VENV)/constraints.txt -r benchmarks/peers-requirements.txt
+	@touch $@
+
+peers: $(VENV)/.installed-test $(PEERS)/.installed
+	$(BIN)/python benchmarks/peers.py --peers $(PEERS)/bin/python
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(PEERS) runs

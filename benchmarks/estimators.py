@@ -13,7 +13,8 @@ different groups; the slope only where the estimate is in nats of a window. LDS 
 over windows with a random half of the samples at weight .5 and the others at 1.5. All are medians [range] over the
 checkpoints that the estimator answers. Gradients are its floating-point operations in products of matrices and
 convolutions at the first of these, in units of those of the loss and gradient of one sample; seconds are medians per
-checkpoint.
+checkpoint. MiB is memory: every estimator has a process of its own, which loads its problem and the libraries and makes
+one gradient; counted is how far the peak of its resident set lies above that, which Linux alone tells.
 
 Nothing is tuned: apart from windows and seeds, every setting of stagewise is its default. TRAK and EK-FAC are optional
 libraries: `make .venv/.installed-baselines`. They, the response, chains, gradients and damped forms know the checkpoint
@@ -24,12 +25,14 @@ alone. Exact replay knows the window's batches too, as the measurement does, and
 from __future__ import annotations
 
 import argparse
-import sys
+import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,264 +40,20 @@ import numpy as np
 import others
 import torch
 import xarray as xr
-from exact_accuracy import Text, compared, record_language
+from exact_accuracy import compared
 from held_out import spread
-from language import CLASSES, token_losses
+from peak import forget_peak, peak
+from problems import PROBLEMS, Problem
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import stagewise as sw
-from stagewise.evaluate import spread_rows
-from stagewise.studies.digits import training as digit_run
 
 console = Console(width=170)
-WEIGHT = 0.95
-COLUMNS = ("estimator", "answered", "r", "slope", "LDS", "gradients", "seconds")
-
-
-@dataclass(eq=False)
-class Problem:
-    """A recorded run, and its data as estimators are given them: every training sample on its own.
-
-    Attributes:
-        name: in words.
-        folder: of the checkpoints.
-        window: number of updates.
-        steps: of the checkpoints that are used.
-        task: without train groups, with one query set.
-        groups: of every training sample.
-        predict: logits, classes and weights of a batch, for EK-FAC.
-        order: the run's own batches, where checkpoints have not recorded them.
-        traces: of the chains, by step.
-        long: rows that take too long on a CPU to be made unless they are asked for.
-    """
-
-    name: str
-    folder: Path
-    window: int
-    steps: Sequence[int]
-    task: sw.Task
-    groups: Sequence[str]
-    predict: others.Predict
-    order: sw.BatchOrder | None = None
-    traces: dict[int, sw.TraceStore] = field(default_factory=dict)
-    long: frozenset[str] = frozenset()
-
-    @property
-    def run(self) -> sw.Trajectory:
-        return sw.Trajectory.from_directory(self.folder)
-
-    @property
-    def posterior(self) -> sw.LocalPosterior:
-        return sw.LocalPosterior(window=self.window)
-
-    @cached_property
-    def measured(self) -> xr.Dataset:
-        """Effects of groups."""
-        options = {"window": self.window, "steps": self.steps, "order": self.order}
-        return sw.window_ablation(self.task, self.folder, weight=WEIGHT, groups=self.groups, **options)
-
-    @cached_property
-    def halves(self) -> xr.Dataset | None:
-        """Effects of random halves of the samples."""
-        options = {"window": self.window, "steps": self.steps, "order": self.order}
-        return sw.window_halves(self.task, self.folder, **options)
-
-    def exact(self, step: int, task: sw.Task | None = None, **options: Any) -> xr.Dataset:
-        options |= {"window": self.window, "steps": [step], "order": self.order}
-        return sw.window_influence(task or self.task, self.folder, per="sample", **options)
-
-    def by_queries(self) -> dict[int, sw.Task]:
-        """The task with all queries in one group, and with every query on its own."""
-        (name, data), train = next(iter(self.task.queries.items())), others.everything(self.task.train)
-        make = partial(sw.Task, self.task.model, self.task.loss, train=train, queries={name: others.everything(data)})
-        return {1: make(), len(data): make(query_groups={name: range(len(data))})}
-
-    def sample(self, step: int) -> sw.TraceStore:
-        """New chains."""
-        out = tempfile.mkdtemp(dir=self.folder.parent)
-        self.traces[step] = sw.sample(self.task, self.folder, self.posterior, out=out, steps=[step])
-        return self.traces[step]
-
-    def bif(self, step: int, part: Any = "full") -> xr.Dataset:
-        """From the chains that there are."""
-        return sw.bif(self.traces[step], part=part)
-
-    def by_group(self, influence: xr.Dataset) -> xr.Dataset:
-        """Means over the samples of every group, where it is not that of groups already."""
-        labels = np.array(self.groups)
-        if set(influence["train"].values.tolist()) <= set(labels.ravel().tolist()):
-            return influence
-        own = xr.DataArray(labels[influence["train"].values.astype(int)], dims="train", name="group")
-        mean = influence["value"].groupby(own).mean().rename(group="train")
-        names, sizes = np.unique(labels, return_counts=True)
-        return xr.Dataset({"value": mean.sel(train=names)}, {"train_size": ("train", sizes)})
-
-
-# Problems
-
-DIGIT_STEPS = (8, 20, 60, 180, 500, 1500)
-
-
-def digits(folder: Path) -> Problem:
-    """Six checkpoints of the digits study."""
-    digit_run.record(folder / "checkpoints", 64, DIGIT_STEPS)
-    own = digit_run.task()
-    return samples("digits", folder, 30, DIGIT_STEPS, own, digit_run.batch_order(64))
-
-
-SHAPE_STEPS, SHAPE_WINDOW, SHAPE_BATCH = sw.log_spaced(300, 8, first=10), 8, 40
-
-
-def shapes(folder: Path) -> Problem:
-    """The run of examples/own_model/train.py, with checkpoints at the ends of the windows too."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "own_model"))
-    import shapes as example
-
-    torch.manual_seed(0)
-    (images, classes), model = example.draw(240, seed=1), example.ConvNet()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    ends = [step + SHAPE_WINDOW for step in SHAPE_STEPS]
-    recorder = sw.Recorder(
-        folder / "checkpoints", model, optimizer, sorted({*SHAPE_STEPS, *ends}), batch_size=SHAPE_BATCH
-    )
-    for step in range(1, ends[-1] + 1):
-        chosen = torch.randint(len(images), (SHAPE_BATCH,))
-        optimizer.zero_grad()
-        example.losses(model, (images[chosen], classes[chosen])).mean().backward()
-        optimizer.step()
-        recorder(step, chosen)
-    return samples("shapes", folder, SHAPE_WINDOW, SHAPE_STEPS, example.task(), None)
-
-
-def samples(
-    name: str, folder: Path, window: int, steps: Sequence[int], own: sw.Task, order: sw.BatchOrder | None
-) -> Problem:
-    """A problem of classified images, grouped by class."""
-    query = next(iter(own.queries))
-    alone = sw.Task(
-        own.model,
-        own.loss,
-        train=others.everything(own.train),
-        queries={query: others.everything(own.queries[query])},
-        query_groups={query: own.query_groups[query]},
-    )
-    groups = [str(label) for label in own.train_groups]
-    return Problem(name, folder / "checkpoints", window, steps, alone, groups, predict_class, order)
-
-
-def predict_class(model: Any, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return model(batch[0]), batch[1], torch.ones(len(batch[1]))
-
-
-LANGUAGE_STEPS = (60, 600)
-LONG = frozenset({"response", "BIF", "BIF, odd part", "damped, Gauss-Newton", "damped, Hessian"})
-SEEN, ASKED, SAMPLED = 64, 64, 64  # sequences that estimators see, that they are asked about, and that chains follow
-
-
-@dataclass(eq=False)
-class LanguageProblem(Problem):
-    """Groups are classes of tokens, and a sample is what one sequence holds of one class.
-
-    The sum of the losses of these samples is that of the sequences, so that estimators of samples become estimators of
-    classes of tokens; they see some of the sequences, as evenly spaced as the chains'.
-    """
-
-    text: Text | None = None
-
-    @cached_property
-    def measured(self) -> xr.Dataset:
-        options = {"window": self.window, "steps": self.steps, "groups": self.text.labels}
-        return sw.window_ablation(self.text.task(), self.folder, weight=WEIGHT, **options)
-
-    @cached_property
-    def halves(self) -> None:
-        return None
-
-    def exact(self, step: int, task: sw.Task | None = None, **options: Any) -> xr.Dataset:
-        options |= {"window": self.window, "steps": [step], "groups": self.text.labels, "mode": "reverse"}
-        return sw.window_influence(task or self.text.task(), self.folder, **options)
-
-    def by_queries(self) -> dict[int, sw.Task]:
-        return {count: self.text.task(CLASSES[:count]) for count in (1, len(CLASSES))}
-
-    def sample(self, step: int) -> sw.TraceStore:
-        """Of sequences, with the loss of every token."""
-        train, held_out = self.text.train, self.text.held_out
-        rows = spread_rows(SAMPLED, len(train))
-        own = sw.Task(
-            self.task.model,
-            token_losses,
-            train=(train,),
-            queries={"held-out": (held_out[spread_rows(SAMPLED, len(held_out))],)},
-            candidates=rows,
-            objective="tokens",
-            forward_batch=256,
-        )
-        out = tempfile.mkdtemp(dir=self.folder.parent)
-        self.traces[step] = sw.sample(own, self.folder, self.posterior, out=out, steps=[step])
-        return self.traces[step]
-
-    def bif(self, step: int, part: Any = "full") -> xr.Dataset:
-        asked = self.text.held_out_classes[spread_rows(SAMPLED, len(self.text.held_out))]
-        queries = {"held-out": np.array(CLASSES)[asked.numpy()]}
-        found = sw.bif(self.traces[step], part=part, tokens=True, train_groups=self.text.labels, query_groups=queries)
-        names, sizes = np.unique(self.text.labels, return_counts=True)
-        counts = dict(zip(names.tolist(), sizes.tolist(), strict=True))
-        return found.assign_coords(train_size=("train", [counts[name] for name in found["train"].values.tolist()]))
-
-
-def language(folder: Path) -> Problem:
-    """The transformer of exact_accuracy.py."""
-    text = Text.of_library()
-    record_language(text.task(), folder / "checkpoints")
-    train, labels = pairs(text.train, text.train_classes, SEEN)
-    asked, asked_labels = pairs(text.held_out, text.held_out_classes, ASKED)
-    alone = sw.Task(
-        text.task().model,
-        pair_losses,
-        train=train,
-        queries={"held-out": asked},
-        query_groups={"held-out": asked_labels},
-        objective="tokens",
-        forward_batch=256,
-    )
-    return LanguageProblem(
-        "language model",
-        folder / "checkpoints",
-        30,
-        LANGUAGE_STEPS,
-        alone,
-        labels,
-        predict_token,
-        long=LONG,
-        text=text,
-    )
-
-
-def pairs(tokens: Tensor, classes: Tensor, count: int) -> tuple[tuple[Tensor, Tensor], list[str]]:
-    """Of some sequences the tokens, and which of them are predicted and of one class; and the class."""
-    rows = spread_rows(count, len(tokens))
-    of_class = classes[rows, None] == torch.arange(len(CLASSES))[:, None]  # (sequence, class, token)
-    sequence, number = of_class.any(2).nonzero(as_tuple=True)
-    return (tokens[rows][sequence], of_class[sequence, number].float()), [CLASSES[k] for k in number.tolist()]
-
-
-def pair_losses(model: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return token_losses(model, batch), batch[1]
-
-
-def predict_token(model: Any, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return model(batch[0][:, :-1]), batch[0][:, 1:], batch[1]
-
-
-PROBLEMS: dict[str, Callable[[Path], Problem]] = {"digits": digits, "shapes": shapes, "language model": language}
-
-
-# Estimators
+COUNTED = 32  # samples whose loss and gradient are the unit of work
+COLUMNS = ("estimator", "answered", "r", "slope", "LDS", "gradients", "seconds", "MiB")
 
 
 def sampled(problem: Problem, step: int) -> xr.Dataset:
@@ -303,7 +62,7 @@ def sampled(problem: Problem, step: int) -> xr.Dataset:
 
 
 def from_checkpoint(estimate: Callable[..., xr.Dataset], problem: Problem, step: int) -> xr.Dataset:
-    return estimate(problem.task, problem.folder, problem.posterior, steps=[step])
+    return estimate(problem.grouped, problem.folder, problem.posterior, steps=[step])
 
 
 def along_checkpoints(estimate: Callable[..., xr.Dataset], problem: Problem, step: int) -> xr.Dataset:
@@ -350,11 +109,15 @@ SHARED = {"BIF, odd part": "as BIF"}  # the same chains
 
 @dataclass(frozen=True)
 class Answers:
-    """What an estimator says at the checkpoints that it answers, why it leaves out others, and the seconds of all."""
+    """What an estimator says at the checkpoints that it answers, why it leaves out others, and the seconds of all.
+
+    ``peak`` is memory in MiB, see above; NaN where it is not known.
+    """
 
     values: dict[int, xr.Dataset]
     seconds: dict[int, float]
     omitted: dict[int, str]
+    peak: float = np.nan
 
     @property
     def median_seconds(self) -> float:
@@ -378,15 +141,37 @@ def answers(problem: Problem, row: Row) -> Answers:
     return found
 
 
+def answers_alone(problem: Problem, name: str) -> Answers:
+    """In a process of its own, with its peak memory.
+
+    Raises:
+        ImportError: its library is not installed.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(answers_here, problem.name, problem.folder.parent, name).result()
+
+
+def answers_here(problem_name: str, folder: Path, name: str) -> Answers:
+    """With the peak memory of this process, beyond what it has with a problem loaded."""
+    problem = PROBLEMS[problem_name](folder)
+    one_gradient(problem)
+    with suppress(ImportError):
+        import kronfluence  # noqa: F401
+        import trak  # noqa: F401
+    before = forget_peak()
+    found = answers(problem, ROWS[name])
+    return replace(found, peak=peak() - before)
+
+
+def one_gradient(problem: Problem) -> None:
+    """Of the mean loss of a few samples."""
+    place = {k: v.requires_grad_(k in problem.task.trainable) for k, v in problem.task.state().items()}
+    problem.task.sample_losses(place, problem.task.train.batch(slice(0, COUNTED)))[0].mean().backward()
+
+
 def gradients(problem: Problem, row: Row, step: int) -> float:
     """Operations of the estimate over those of the loss and gradient of one sample."""
-    few = problem.task.train.batch(slice(0, 32))
-    place = {k: v.requires_grad_(k in problem.task.trainable) for k, v in problem.task.state().items()}
-    return (
-        operations(lambda: row.estimate(problem, step))
-        / operations(lambda: problem.task.sample_losses(place, few)[0].mean().backward())
-        * 32
-    )
+    return operations(lambda: row.estimate(problem, step)) / operations(lambda: one_gradient(problem)) * COUNTED
 
 
 def operations(call: Callable[[], object]) -> int:
@@ -409,13 +194,13 @@ def convolution_backward(slope: Any, _input: Any, weight: Any, *rest: Any, **_op
 def cells(problem: Problem, name: str, found: Answers) -> list[str]:
     """A row of the table."""
     row, answered = ROWS[name], f"{len(found.values)} of {len(problem.steps)}"
-    seconds = SHARED.get(name) or f"{found.median_seconds:.3g}"
+    cost = [SHARED[name]] * 2 if name in SHARED else [f"{found.median_seconds:.3g}", f"{found.peak:,.0f}"]
     if not found.values:
-        return [name, answered, "-", "-", "-", "-", seconds]
+        return [name, answered, "-", "-", "-", "-", *cost]
     scores = compared(xr.concat([problem.by_group(v) for v in found.values.values()], "step"), problem.measured)
     slope = spread(scores["slope"]) if row.nats else "-"
     count = SHARED.get(name) or f"{gradients(problem, row, next(iter(found.values))):,.0f}"
-    return [name, answered, spread(scores["correlation"]), slope, lds(problem, found), count, seconds]
+    return [name, answered, spread(scores["correlation"]), slope, lds(problem, found), count, *cost]
 
 
 def reasons(name: str, omitted: dict[int, str]) -> list[str]:
@@ -456,12 +241,12 @@ def show(problem: Problem, every: bool) -> None:
     """The table of a problem, and what stands below it."""
     title = f"{problem.name}, W = {problem.window}, steps {', '.join(map(str, problem.steps))}: median [range]"
     table, notes, chains = Table(*COLUMNS, title=escape(title)), list[str](), np.nan
-    for name, row in ROWS.items():
+    for name in ROWS:
         if name in problem.long and not every:
             table.add_row(name, "with --all")
             continue
         try:
-            found = answers(problem, row)
+            found = answers_alone(problem, name)
         except ImportError:
             table.add_row(name, "not installed")
             continue

@@ -9,14 +9,15 @@ libraries included. A draw is timed beside its forward and backward passes alone
 
 from __future__ import annotations
 
+import itertools
 import json
-import resource
 import subprocess
 import sys
 import time
 from typing import Any
 
 import torch
+from peak import peak
 from rich.console import Console
 from rich.table import Table
 
@@ -25,15 +26,9 @@ PARTS = ("sgld", "underdamped", "rmsprop_sgld", "curvature", "time")
 console = Console(width=110)
 
 
-def peak() -> float:
-    """Most memory that this process has had, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 1024) / 1
-
-
-def language_task() -> Any:
+def model_and_tokens() -> tuple[Any, torch.Tensor]:
+    """Random ones, of the shape of Pythia-14M."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    import stagewise as sw
 
     torch.manual_seed(0)
     model = GPTNeoXForCausalLM(
@@ -46,7 +41,13 @@ def language_task() -> Any:
             max_position_embeddings=CONTEXT,
         )
     ).eval()
-    tokens = torch.randint(WORDS, (5 * BATCH, CONTEXT))
+    return model, torch.randint(WORDS, (5 * BATCH, CONTEXT))
+
+
+def language_task() -> Any:
+    import stagewise as sw
+
+    model, tokens = model_and_tokens()
     return sw.Task(
         model,
         sw.losses.causal_lm,
@@ -80,9 +81,11 @@ def memory(sampler: str, draws: int) -> dict[str, float]:
     task = language_task()
     with_model = peak()
     checked: list[float] = []
-    tree = by_hand(task, sampler, draws, lambda: checked.append(peak()))
+    ends: list[float] = []
+    tree = by_hand(task, sampler, draws, lambda: (checked.append(peak()), ends.append(time.process_time())))
     assert (tree["chains"]["status"] == "ok").all()
-    return {"model": with_model, "first": checked[0], "peak": peak()}
+    cpu = sorted(after - before for before, after in itertools.pairwise(ends))[(len(ends) - 1) // 2]
+    return {"model": with_model, "first": checked[0], "peak": peak(), "cpu of a draw": cpu / CHAINS}
 
 
 def curvature(_: int) -> dict[str, float]:
