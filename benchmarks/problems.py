@@ -205,7 +205,7 @@ class LanguageProblem(Problem):
             queries={"held-out": (self.text.held_out[asked],)},
             query_groups={"held-out": np.array(CLASSES)[self.text.held_out_classes[asked]]},
             objective="tokens",
-            forward_batch=256,
+            forward_batch=16,
         )
 
     @cached_property
