@@ -1,6 +1,7 @@
 """Labels of tokens, of candidates and of queries: every estimator and measurement means the same tokens by them."""
 
 import json
+from functools import cache
 
 import numpy as np
 import pytest
@@ -193,17 +194,23 @@ def test_damped_influence_of_tokens_is_that_of_their_gradients_and_the_curvature
     np.testing.assert_allclose(found["value"][0], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("objective", ["samples", "tokens"])
-@pytest.mark.parametrize("options", [{}, {"self_pairs": False}, {"part": "odd"}], ids=str)
-def test_losses_kept_by_sample_and_label_give_the_influence_that_single_tokens_give(objective, options):
+@cache
+def drawn_by_class_and_singly(objective):
+    """A task, and the same draws with losses by sample and label and with those of single tokens."""
     train = sentences(0)
     of = task(objective, queries={"val": sentences(1), "train": train}, query_groups={"train": kinds(train)})
     run, posterior = trajectory(of, sw.Optimizer("sgd", 0.05, batch_size=0)), sw.LocalPosterior(window=4)
     settings = {"chains": 4, "draws": 8, "batching": "loop"}
-    classes, single = (
+    return of, *(
         sample_block(of, run.load(3), posterior, sw.Chains(**settings, single_tokens=single))
         for single in (False, True)
     )
+
+
+@pytest.mark.parametrize("objective", ["samples", "tokens"])
+@pytest.mark.parametrize("options", [{}, {"self_pairs": False}, {"part": "odd"}], ids=str)
+def test_losses_kept_by_sample_and_label_give_the_influence_that_single_tokens_give(objective, options):
+    of, classes, single = drawn_by_class_and_singly(objective)
     assert classes["train/loss"].sizes["token"] == 3  # two kinds, and none
     assert single["train/loss"].sizes["token"] == WIDTH
     np.testing.assert_allclose(classes["train/tokens"].sum(), sum(length - 1 for length in LENGTHS))

@@ -15,7 +15,7 @@ from stagewise.cli import app
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "language_model"
 # Less of everything than the example has: what is looked at is that the lines work.
-LESS = ["-s", "steps=[4,14]", "-s", "posterior.window=3", "-s", "workers=1"]
+LESS = ["-s", "steps=[4,14]", "-s", "posterior.window=2", "-s", "workers=1"]
 SIZES = {"slice(0, 600), slice(600, 660)": "slice(0, 40), slice(40, 50)", "32, 400, 200": "32, 400, 20"}
 
 

@@ -11,7 +11,7 @@ from stagewise.cli import app
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_model"
 # Less of everything than the example has: what is looked at is that the lines work.
-SETTINGS = "sampling.chains=4 sampling.draws=32 retraining.repeats=1 workers=1 steps=[10,70,300]"
+SETTINGS = "sampling.chains=4 sampling.draws=32 retraining.repeats=1 workers=1 steps=[10,300]"
 LESS = [part for setting in SETTINGS.split() for part in ("-s", setting)]
 
 

@@ -118,7 +118,7 @@ def test_line_breaks_have_a_mark_and_what_cannot_be_printed_is_written_out(text,
 
 
 @pytest.fixture(scope="module")
-def page(make, tmp_path_factory):
+def page(make, no_pictures, tmp_path_factory):
     numbers = [-0.1 * (k + 1) for k in range(len(HOSTILE))]
     hostile = exemplar(
         query=HOSTILE[0],

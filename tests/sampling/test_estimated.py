@@ -52,7 +52,7 @@ def test_late_in_a_noisy_run_it_is_near_what_adam_had():
     assert spread < 0.22
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 64])
+@pytest.mark.parametrize("batch_size", [1, 64])
 def test_batches_of_any_size_have_the_mean_square_that_theory_says(batch_size):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(20, 3, generator=generator, dtype=torch.float64) + torch.tensor([0.0, 0.5, 2.0])

@@ -49,7 +49,10 @@ def intervention(lab: Lab) -> Experiment:
         numbers += [] if arm == CHANCE else [_said_of(arm, _BEYOND, beyond)]
         numbers += [_said_of(arm, _END, 1e3 * (left[arm] - left[UNCHANGED]), ".2f")]
         checks += numbers
-        texts = [check.text for check in numbers]
+        never = int(np.isnan(when[arm]).sum())
+        texts = [
+            f"never in {never} of {len(learnt)} runs" if "–" in one.text and never else one.text for one in numbers
+        ]
         rows.append([arm, ARMS[arm], texts[0], "" if arm == CHANCE else texts[1], texts[-1]])
         told.append(
             f"{arm}: {', '.join(f'{text} {_unit(check)}' for text, check in zip(texts, numbers, strict=True))}."
