@@ -21,7 +21,7 @@ POSTERIOR = LocalPosterior(gamma=1e5, n_beta=100.0)
 
 
 def sampled(task, out, steps=(0,)):
-    settings = {"chains": 2, "draws": 2, "burn_in": 1, "thinning": 1, "batching": "loop"}
+    settings = {"chains": 2, "draws": 2, "burn_in": 1, "thinning": 1, "step_size": 1e-3, "batching": "loop"}
     store = sample(task, trajectory(), POSTERIOR, out=out, steps=steps, **settings)
     assert all((store.load(step)["chains/status"] == "ok").all() for step in store.steps)
     return store

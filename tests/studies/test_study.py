@@ -64,7 +64,8 @@ def tiny(folder, *experiments, **changes):
 @pytest.fixture
 def tiny_command(monkeypatch):
     """The command line's study is a tiny one."""
-    monkeypatch.setattr(study_module, "study", partial(study, settings=TINY, experiments=(sampling,)))
+    monkeypatch.setattr(study_module, "study", partial(study, settings=TINY))
+    monkeypatch.setattr(study_module, "EXPERIMENTS", (sampling,))
     monkeypatch.setattr(cost_module, "cost", partial(cost, settings=TINY))
 
 
