@@ -59,3 +59,6 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     gc.freeze()  # libraries and tests stay: nothing is gained by looking through them for garbage again and again
+    gc.set_threshold(
+        50_000
+    )  # graphs of small tensors are many objects and little memory: a sixth of the time went there
