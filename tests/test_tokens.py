@@ -92,6 +92,15 @@ def test_a_context_longer_than_the_models_is_refused_and_not_extrapolated(model)
     refused(f"queries['val']: sample 8 {said}", model(), ragged(), one_longer, collate=padded("right"))
 
 
+def test_a_sequence_with_its_last_target_is_no_longer_than_the_context_it_gives_the_model():
+    def next_token(model, batch):
+        logits = model(input_ids=batch[:, :-1]).logits
+        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
+
+    checked(neox(), tokens(length=CONTEXT + 1), loss=next_token)
+    refused("has 10 tokens, but the model was made for contexts of 8", neox(), tokens(length=10), loss=next_token)
+
+
 def test_a_run_that_was_trained_on_longer_contexts_says_so():
     model = neox()
     model.config.max_position_embeddings = 9

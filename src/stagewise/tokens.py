@@ -30,11 +30,13 @@ def check_tokens(task: Task, data: Samples) -> None:
     Raises:
         ValueError: the first sample whose tokens do not fit.
     """
-    embedding, longest = _vocabulary(task.model), _context(task.model)
+    embedding, context = _vocabulary(task.model), _context(task.model)
     if embedding is None:
         return
     causal = task.loss is causal_lm
     shortest = 2 if causal else 1
+    # Another loss may give the model all tokens but the last, which is a target only.
+    longest = context if context is None or causal else context + 1
     for first, batch in _batches(data, task.forward_batch):
         tokens, labels = _tokens(batch)
         if tokens is None:
@@ -47,7 +49,7 @@ def check_tokens(task: Task, data: Samples) -> None:
             )
         if longest is not None and width > longest:
             raise ValueError(
-                f"{data.name}: sample {first} has {width} tokens, but the model was made for contexts of {longest} "
+                f"{data.name}: sample {first} has {width} tokens, but the model was made for contexts of {context} "
                 "(model.config.max_position_embeddings); cut the sequences, or set that number if the run was trained "
                 "on longer ones"
             )

@@ -1,4 +1,4 @@
-"""A run in a process of its own, which says how far it is."""
+"""A run in a process of its own, which ends itself at a given moment."""
 
 import os
 import signal
@@ -9,8 +9,13 @@ from stagewise.run.config import load_config
 from stagewise.run.pipeline import run
 
 
-def drive(config: Path, teller) -> None:
+def drive(config: Path, moment: str, how: signal.Signals | None) -> None:
     os.setsid()  # its workers can be known by its group
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     without_pictures()
-    run(load_config(config), lambda what, done, total: teller.send(f"{what} {done}"))
+
+    def progress(what, done, total):
+        if f"{what} {done}" == moment:
+            os.kill(os.getpid(), how)
+
+    run(load_config(config), progress)

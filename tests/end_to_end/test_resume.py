@@ -32,22 +32,6 @@ def complete(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in [*cells, *(folder / "kept").glob("[!.]*")]}
 
 
-def start(config: Path):
-    """A process that carries out a configuration, and where it tells how far it is."""
-    told, teller = processes.Pipe(duplex=False)
-    process = processes.Process(target=drive, args=(config, teller))
-    process.start()
-    teller.close()  # the process has its own, and the end of that is the end of what it tells
-    return process, told
-
-
-def messages(told):
-    """All that is told, until the process ends."""
-    with told, suppress(EOFError):
-        while True:
-            yield told.recv()
-
-
 def nobody_left(group: int, seconds: float = 20) -> bool:
     """Whether all processes of a group have ended."""
     for _ in range(int(10 * seconds)):
@@ -79,10 +63,8 @@ def test_a_killed_run_goes_on_from_its_own_configuration_to_the_same_bits(tmp_pa
     config, folder = write_run(tmp_path / "killed", workers=2), tmp_path / "killed" / "run"
     done = {}
     for moment, how in [*KILLS, ("never", None)]:
-        process, told = start(config)
-        for message in messages(told):
-            if message == moment:
-                os.kill(process.pid, how)
+        process = processes.Process(target=drive, args=(config, moment, how))
+        process.start()
         process.join()
         assert (process.exitcode == 0) == (how is None)
         with suppress(ProcessLookupError):
