@@ -12,7 +12,7 @@ export PYTHONDONTWRITEBYTECODE :=
 help:
 	@echo "make demo     real handwritten digits: train, sample, analyse, report (a few minutes)"
 	@echo "make test     all tests but those of the studies"
-	@echo "make test-studies   the studies in miniature, against their exact answers"
+	@echo "make test-studies   the studies in miniature, against their exact answers, and every remedy for chains, followed"
 	@echo "make lint     format check, lint and type check"
 	@echo "make bench    accuracy against measured effects, and cost (long)"
 	@echo "make peers    two other libraries against the same retraining, in an environment of their own (long)"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 _LOW = (torch.float32, torch.float16, torch.bfloat16)
 _CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
@@ -32,10 +33,8 @@ class InDouble(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         if name.startswith("__") and name not in _OPERATORS:
             return function(*args, **kwargs)
-        args, kwargs = tree_map(_double_type, (args, kwargs))
-        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
-        if any(tensor.dtype == torch.float64 for tensor in tensors) and not name.endswith("_") and "out" not in kwargs:
-            args, kwargs = doubled((args, kwargs))
+        spreads = not name.endswith("_") and "out" not in kwargs and _any_double((args, kwargs))
+        args, kwargs = _over(_double if spreads else _double_type, (args, kwargs))
         result = function(*args, **kwargs)
         self.failed |= isinstance(result, Tensor) and result.dtype in _LOW and result.requires_grad
         return result
@@ -43,8 +42,32 @@ class InDouble(TorchFunctionMode):
 
 def doubled(tree: Any) -> Any:
     """Tensors, in whatever containers, of lower precision to float64."""
-    return tree_map(lambda leaf: leaf.double() if isinstance(leaf, Tensor) and leaf.dtype in _LOW else leaf, tree)
+    return tree_map(_double, tree)
+
+
+def _double(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.double() if leaf.dtype in _LOW else leaf
+    return _double_type(leaf)
 
 
 def _double_type(leaf: Any) -> Any:
     return torch.float64 if isinstance(leaf, torch.dtype) and leaf in _LOW else leaf
+
+
+def _over(change: Callable[[Any], Any], tree: Any) -> Any:
+    """As torch's ``tree_map``, which takes more time than most of what is called here."""
+    kind = type(tree)
+    if kind is tuple or kind is list:
+        return kind([_over(change, part) for part in tree])
+    if kind is dict:
+        return {key: _over(change, part) for key, part in tree.items()}
+    return tree_map(change, tree) if isinstance(tree, tuple | list | dict) else change(tree)
+
+
+def _any_double(tree: Any) -> bool:
+    if isinstance(tree, Tensor):
+        return tree.dtype == torch.float64
+    if isinstance(tree, tuple | list):
+        return any(map(_any_double, tree))
+    return isinstance(tree, dict) and any(map(_any_double, tree.values()))

@@ -31,7 +31,7 @@ from stagewise.sampling.posterior import LocalPosterior
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-NUMBERS = range(150)
+NUMBERS = range(141)
 # What is said of networks whose second derivatives are not those of training.
 NO_CURVATURE = "hidden from differentiation|twice differentiated"
 
