@@ -1,6 +1,7 @@
 """What all tests share.
 
 One thread per test process and all it starts: workers share the cores, and small tensors gain nothing from more.
+Large libraries are imported where they are used: the process that only hands out the tests has no use for them.
 Every sentence is printed on one line: where it would break depends on how many digits its numbers have.
 """
 
@@ -10,11 +11,6 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
 import pytest
-import torch
-
-from hurried import without_pictures
-
-torch.set_num_threads(1)
 
 # Files that take longest, so that they begin first and no process of `make test` is left with a long one at the end.
 LONGEST = (
@@ -45,6 +41,8 @@ def wide_terminal():
 @pytest.fixture(scope="module")
 def no_pictures():
     """Reports without pictures."""
+    from hurried import without_pictures
+
     with pytest.MonkeyPatch.context() as patch:
         without_pictures(patch.setattr)
         yield
@@ -59,6 +57,5 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     gc.freeze()  # libraries and tests stay: nothing is gained by looking through them for garbage again and again
-    gc.set_threshold(
-        50_000
-    )  # graphs of small tensors are many objects and little memory: a sixth of the time went there
+    # Graphs of small tensors are many objects and little memory: a sixth of the time went there.
+    gc.set_threshold(50_000)

@@ -107,21 +107,23 @@ class Samples:
             ValueError: a sample cannot be read, or the samples do not go together.
         """
         with torch.inference_mode(False):  # a batch that autograd can keep, whatever the caller's mode
-            return on_device(self._batch(torch.arange(len(self))[index]), device)
+            rows = torch.arange(*index.indices(len(self))) if isinstance(index, slice) else index
+            return self._batch(rows, device)
 
-    def _batch(self, rows: Tensor) -> Batch:
+    def _batch(self, rows: Tensor, device: torch.device | str) -> Batch:
         if self._columns is not None:
             chosen = rows if self._rows is None else self._rows[rows]
-            return tree_map(lambda leaf: leaf[chosen], self._columns)
+            return tree_map(lambda leaf: leaf[chosen].to(device), self._columns)
         samples = [self.item(row) for row in rows.tolist()]
         try:
-            return (self.collate or default_collate)(samples)
+            batch = (self.collate or default_collate)(samples)
         except Exception as error:
             raise ValueError(
                 f"{self.name}: {len(samples)} samples cannot be made into one batch "
                 f"({type(error).__name__}: {_one_line(error)}); pass Task(collate=...), a function that makes one of a "
                 "list of samples, e.g. by padding"
             ) from error
+        return on_device(batch, device)
 
     def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
         """All samples in order, in batches of at most ``size``."""
