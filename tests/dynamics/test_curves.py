@@ -39,6 +39,13 @@ def test_band_without_replicates_is_normal(sampled):
     np.testing.assert_allclose(banded.upper - banded.value, 1.959964 * sampled.stderr, rtol=1e-6)
 
 
+def test_an_error_over_four_batch_orders_knows_that_they_are_four(sampled):
+    four = sampled.drop_vars("replicates").assign_attrs(repeats=4)
+    np.testing.assert_allclose(curves(four).upper, curves(sampled).upper, rtol=1e-12)
+    one = four.assign_attrs(repeats=1)  # the run's own: no order was drawn
+    np.testing.assert_allclose(curves(one).upper - one.value, 1.959964 * one.stderr, rtol=1e-6)
+
+
 def test_nothing_of_the_influence_is_lost(sampled):
     banded = curves(sampled)
     xr.testing.assert_identical(banded.drop_vars(["lower", "upper"]), sampled)

@@ -14,9 +14,10 @@ DIMS = ("step", "train", "query")
 def curves(influence: xr.Dataset, level: float = 0.95) -> xr.Dataset:
     """The influence with a pointwise confidence band: value +- c stderr.
 
-    c is the two-sided quantile of Student's t with R-1 degrees of freedom for R replicates, of the normal
-    distribution without replicates. The band holds at each step taken alone. Whether a curve as a whole
-    changed its sign is another question, answered by :func:`stagewise.dynamics.events`.
+    c is the two-sided quantile of Student's t with R-1 degrees of freedom for R replicates (or R batch orders,
+    attribute ``repeats``), of the normal distribution without any. The band holds at each step taken alone.
+    Whether a curve as a whole changed its sign is another question, answered by
+    :func:`stagewise.dynamics.events`.
 
     Args:
         influence: ``value`` and ``stderr`` (step, train, query) in nats per unit weight, negative is helpful.
@@ -63,8 +64,11 @@ def pair(curves: xr.Dataset, train: Any, query: Any) -> xr.Dataset:
 
 
 def degrees(influence: xr.Dataset) -> float:
-    """Degrees of freedom behind ``stderr``: replicates - 1, infinite if there are none."""
-    return influence.sizes["replicate"] - 1 if "replicates" in influence else float("inf")
+    """Degrees of freedom behind ``stderr``: replicates, or batch orders, - 1; infinite if there are none."""
+    orders = influence.attrs.get("repeats", 1)
+    if "replicates" in influence or orders > 1:
+        return float(influence.sizes.get("replicate", orders) - 1)
+    return float("inf")
 
 
 def critical(error: float, degrees: float) -> float:

@@ -67,9 +67,9 @@ def events(influence: xr.Dataset, level: float = 0.95) -> list[Event]:
     """All flips, peaks and onsets that noise cannot have made, in the order of the curves.
 
     A value has a sign if |value| > c stderr, with c the two-sided quantile of Student's t (R-1 degrees of
-    freedom for R replicates; normal without) at error (1 - level) / (steps * curves). By Bonferroni's
-    inequality all signs of all curves passed in are right together with probability ``level``, however they
-    depend.
+    freedom for R replicates, or R batch orders; normal without) at error (1 - level) / (steps * curves). By
+    Bonferroni's inequality all signs of all curves passed in are right together with probability ``level``,
+    however they depend.
 
     * flip: a signed value followed by one of the other sign;
     * helpful (harmful) peak: the most negative (positive) signed value;
@@ -77,7 +77,7 @@ def events(influence: xr.Dataset, level: float = 0.95) -> list[Event]:
 
     The interval of each event covers with probability ``level`` or more, provided the checkpoints resolve the
     curve: between two of them it turns or crosses at most once. With stderr 0 every non-zero value has a
-    sign, and the intervals are the spacing of the checkpoints. A handful of replicates makes c large (for a
+    sign, and the intervals are the spacing of the checkpoints. A handful of replicates or orders makes c large (for a
     thousand values 35 with four, 5.6 with sixteen): to speak of many curves at once takes tens of them.
 
     Args:

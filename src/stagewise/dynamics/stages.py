@@ -87,7 +87,7 @@ def extrema(curve: xr.Dataset, level: float = 0.95) -> list[Transition]:
     """Stage boundaries of a curve with errors, such as :func:`stagewise.llc`: the turns that noise cannot have made.
 
     A maximum lies between a rise and a fall, both shown by differences of more than c standard errors, with c the
-    two-sided quantile of Student's t (R-1 degrees of freedom for R replicates; normal without) at error
+    two-sided quantile of Student's t (R-1 degrees of freedom for R replicates or batch orders; normal without) at error
     (1 - level) / pairs of steps. By Bonferroni's inequality all differences that are called rises or falls are right
     together with probability ``level``, whatever the curve. An extremum of the curve is one along any time axis; along
     log(1 + step) it is a zero of d value / d log(1 + step).
