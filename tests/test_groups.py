@@ -136,3 +136,9 @@ def test_event_is_public_and_every_public_name_is_where_it_is_said_to_be():
     assert stagewise.Event is Event
     for name in stagewise.__all__:
         assert getattr(stagewise, name) is not None
+
+
+def test_a_single_sample_is_not_the_class_that_is_called_by_its_number():
+    assert not same_label(range(3), ["0", "1"], [1, 1, 1]).any()
+    assert same_label(["a", "b"], ["a"], [1, 1]).tolist() == [[True], [False]]  # groups that hold one sample each
+    assert same_label(range(2), ["0"], [5, 1]).tolist() == [[True], [False]]

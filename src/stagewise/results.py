@@ -230,7 +230,7 @@ def others(matrix: xr.Dataset) -> NDArray[np.bool_]:
 
     The influence of a group on itself is large and no surprise; next to it nothing else can be seen.
     """
-    different = ~same_label(matrix["train"].values, matrix["query"].values)
+    different = ~same_label(matrix["train"].values, matrix["query"].values, matrix.coords.get("train_size"))
     return np.asarray(different if different.any() else np.ones_like(different))
 
 

@@ -74,7 +74,7 @@ def lds(
     effect = effect.sel({dim: whole[dim] for dim, whole in (("step", losses), ("train", kept), ("query", losses))})
     predicted = np.einsum("rt,stq->srq", ~kept.values, effect.transpose("step", "train", "query").values)
     measured = losses.values.astype(float)
-    usable = _usable(losses["query"].values, kept)
+    usable = _usable(losses["query"].values, kept, effect.coords.get("train_size"))
     return _scored(predicted, measured, usable, losses, resamples, seed)
 
 
@@ -154,9 +154,9 @@ def _scored(
     return dataset.assign(rank)
 
 
-def _usable(queries: Labels, kept: xr.DataArray) -> Array:
+def _usable(queries: Labels, kept: xr.DataArray, sizes: xr.DataArray | None) -> Array:
     """Which replays count for which query ``(query, replay)``, as 0 and 1: those that kept all groups of its label."""
-    lacking = ~kept.values @ same_label(kept["train"].values, queries)
+    lacking = ~kept.values @ same_label(kept["train"].values, queries, sizes)
     return (~lacking.T).astype(float)
 
 

@@ -140,7 +140,7 @@ def agreement(predicted: xr.DataArray, measured: xr.DataArray, seed: int = 0) ->
         [2.0]
     """
     p, m = _aligned(predicted, measured)
-    other = ~same_label(measured["train"].values, measured["query"].values)
+    other = ~same_label(measured["train"].values, measured["query"].values, measured.coords.get("train_size"))
     choices = {"": np.ones_like(other)} | ({} if other.all() else {"_off_diagonal": other})
     rows, columns = _resampled(other.shape, np.random.default_rng(seed))
     attrs = {"interval": f"{LEVEL:.0%} bootstrap over train and query groups", "resamples": _RESAMPLES}
