@@ -8,7 +8,7 @@ import springs
 import torch
 
 from stagewise.checkpoints.directory import write_checkpoint
-from stagewise.run import cost
+from stagewise.run import cost, estimator_cost
 from stagewise.run.config import make_config
 from stagewise.run.cost import Cost, answered, copies, estimate, sampling_cost
 from stagewise.sampling.chains import Chains
@@ -140,3 +140,28 @@ def test_checkpoints_that_a_window_can_answer_are_counted_before_any_sampling():
     assert counts == {window: sum(most >= window for most in longest) for window in (2, 4, 8, 16)}
     assert min(counts.values()) < max(counts.values()), "the windows tell nothing apart"
     assert answered(saddle, springs.trajectory(), LocalPosterior(gamma=1.0), [0]) == []
+
+
+def test_exact_influence_is_priced_by_updates_orders_and_checkpoints_and_others_by_checkpoints(monkeypatch):
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    asked = []
+
+    def estimate(name, *_):
+        def compute(window=0, **settings):
+            asked.append((name, window))
+            clock.now += 1 + 2 * window if name == "exact" else 60
+            return settings
+
+        return compute
+
+    monkeypatch.setattr(estimator_cost, "time", clock)
+    monkeypatch.setattr(estimator_cost, "estimate", estimate)
+    content = {"task": "t.py:task", "checkpoints": "c", "out": "o", "posterior": {"window": 11}}
+    settings = {"estimators": ["exact", "gradient"], "retraining": {"repeats": 2}}
+    config = make_config(content | settings)
+    exact, gradient = estimator_cost.estimator_costs(springs.task(), springs.trajectory(), config, [0, 10, 20], {})
+    # Three checkpoints; in each two fresh orders of 11 updates of 2 seconds, and one second for all.
+    assert f"about {(3 * (3 + 2 * 10 * 2)) / 60:.1f} minutes for 3 checkpoints" in exact
+    assert "about 3.0 minutes for 3 checkpoints" in gradient
+    assert "2 groups x 3 queries" in exact
+    assert asked == [("exact", 1), ("exact", 1), ("exact", 3), ("gradient", 0)]
