@@ -26,6 +26,8 @@ from torch.autograd.function import once_differentiable
 
 # Bytes of logits at a time, of which there are a few copies: large enough for matrix products at full speed.
 _BYTES = 2**24
+# Bytes of a product of matrices at a time, where it is added to others.
+_ROWS_BYTES = 2**21
 
 
 def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -54,6 +56,16 @@ def _onto(total: Tensor | None, part: Tensor) -> Tensor:
     return part if total is None else total.add_(part)
 
 
+def _product_onto(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """The same of a matrix product, of which a few rows exist at a time."""
+    if total is None:
+        return left @ right
+    size = max(1, _ROWS_BYTES // (right.shape[1] * right.element_size()))
+    for start in range(0, len(left), size):
+        total[start : start + size] += left[start : start + size] @ right
+    return total
+
+
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     logits = hidden @ weight.mT
     return logits + bias if bias.ndim else logits
@@ -73,8 +85,9 @@ class _Losses(torch.autograd.Function):
         losses, totals = [], []
         for piece in _pieces(hidden, weight):
             logits = _logits(hidden[piece], weight, bias)
-            totals.append(logits.logsumexp(1))
-            losses.append(totals[-1] - logits.gather(1, targets[piece, None])[:, 0])
+            came = logits.gather(1, targets[piece, None])[:, 0]
+            totals.append(_logsumexp(logits))
+            losses.append(totals[-1] - came)
             del logits  # before those of the next piece: pieces are what takes memory here
         return torch.cat(losses), torch.cat(totals)
 
@@ -101,7 +114,7 @@ class _Slopes(torch.autograd.Function):
         for piece in _pieces(hidden, weight):
             slopes = _slopes(_shares(hidden[piece], weight, bias, totals[piece]), cotangent[piece], targets[piece])
             to_hidden.append(slopes @ weight)
-            to_weight = _onto(to_weight, slopes.mT @ hidden[piece])
+            to_weight = _product_onto(to_weight, slopes.mT, hidden[piece])
             to_bias = _onto(to_bias, _to_bias(slopes, bias))
             del slopes
         return torch.cat(to_hidden), torch.as_tensor(to_weight), torch.as_tensor(to_bias)
@@ -131,6 +144,12 @@ class _Slopes(torch.autograd.Function):
             to_bias = _onto(to_bias, _to_bias(bends, bias))
             del bends, slopes
         return torch.cat(to_cotangent), torch.cat(to_hidden), to_weight, to_bias, None, None
+
+
+def _logsumexp(logits: Tensor) -> Tensor:
+    """Of every row. It is computed in the place of the logits."""
+    most = logits.amax(1)
+    return logits.sub_(most[:, None]).exp_().sum(1).log_().add_(most)
 
 
 def _shares(hidden: Tensor, weight: Tensor, bias: Tensor, totals: Tensor) -> Tensor:
