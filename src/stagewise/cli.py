@@ -69,7 +69,7 @@ def run(
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="`digits`, `hierarchy` or `induction`")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="`digits`, `hierarchy`, `induction` or `language`")],
     out: Annotated[Path, typer.Option(help="Folder for everything the study writes.")] = Path("runs"),
     only: Annotated[
         list[str] | None,
@@ -84,6 +84,8 @@ def study(
     `hierarchy`: a deep linear network learns a tree of concepts, and every estimator is held against exact answers.
 
     `induction`: a transformer learns in-context Markov chains in stages, and exact influence says what teaches it.
+
+    `language`: the same of classes of tokens in a small GPT-NeoX on the source of Python's standard library.
     """
     from stagewise.run.engine import quiet_vmap
     from stagewise.run.progress import progress_bars

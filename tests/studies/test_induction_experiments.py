@@ -21,9 +21,9 @@ from stagewise.studies.induction.experiments.intervention import intervention
 from stagewise.studies.induction.experiments.stages import stages
 from stagewise.studies.induction.experiments.windows import windows
 from stagewise.studies.induction.lab import Lab
-from stagewise.studies.induction.seeds import t_interval
 from stagewise.studies.induction.settings import FULL, REDUCED
 from stagewise.studies.induction.study import study
+from stagewise.studies.seeds import t_interval
 
 cli = CliRunner()
 PLATEAU = replace(

@@ -12,7 +12,8 @@ from stagewise.studies.induction.chains import draw
 from stagewise.studies.induction.network import Attention, loss, network
 from stagewise.studies.induction.rules import bigram
 from stagewise.studies.induction.settings import FULL
-from stagewise.studies.induction.stages import Probes, in_context, prefix_matching, previous_token, stages
+from stagewise.studies.induction.stages import Probes, stages
+from stagewise.studies.measures import in_context, prefix_matching, previous_token
 
 
 @pytest.fixture(scope="module")

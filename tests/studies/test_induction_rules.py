@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from stagewise.studies.chance import shares, shuffled
 from stagewise.studies.induction import rules
 from stagewise.studies.induction.chains import draw
-from stagewise.studies.induction.classes import CLASSES, shares, shuffled, token_classes
+from stagewise.studies.induction.classes import CLASSES, token_classes
 
 EVERY = torch.tensor(list(product(range(2), repeat=6)))
 """All sequences of six of two tokens."""
@@ -168,10 +169,10 @@ def test_classes_of_a_sequence_that_can_be_checked_by_hand():
 
 def test_every_class_has_two_per_cent_of_the_tokens_and_shares_sum_to_one():
     tokens = draw(100, 100, 3, generator()).tokens
-    usual = shares(token_classes(tokens, 3))
+    usual = shares(token_classes(tokens, 3), CLASSES)
     assert sum(usual.values()) == pytest.approx(1)
     assert min(usual.values()) > 0.02
-    none_alike = shares(token_classes(tokens, 3, threshold=-1.0))
+    none_alike = shares(token_classes(tokens, 3, threshold=-1.0), CLASSES)
     assert none_alike["neither"] == 0
     assert none_alike["early"] == usual["early"]
 

@@ -12,8 +12,9 @@ from stagewise.groups import query_groups
 from stagewise.retraining.schedule import BatchOrder
 from stagewise.retraining.scores import agreement, predicted_effect
 from stagewise.retraining.window_influence import window_influence
+from stagewise.studies import runs as runs_module
+from stagewise.studies.effects import of_classes, trained_again
 from stagewise.studies.induction import arms as arms_module
-from stagewise.studies.induction import lab as lab_module
 from stagewise.studies.induction.arms import (
     ARMS,
     CHANCE,
@@ -28,13 +29,13 @@ from stagewise.studies.induction.arms import (
     trained,
 )
 from stagewise.studies.induction.classes import CLASSES
-from stagewise.studies.induction.influence import control, exact, gradients, of_classes, trained_again
+from stagewise.studies.induction.influence import control, exact, gradients
 from stagewise.studies.induction.lab import Lab
 from stagewise.studies.induction.network import loss
-from stagewise.studies.induction.rules import divergence
 from stagewise.studies.induction.settings import Settings
 from stagewise.studies.induction.stages import Probes, counts_best, induction, stages
 from stagewise.studies.induction.training import EXCESS, LOSS
+from stagewise.studies.measures import divergence
 from stagewise.traces.files import RunFolderError
 
 TINY = Settings(
@@ -210,7 +211,7 @@ def test_a_result_of_other_settings_or_another_seed_is_not_taken_for_this_one(sm
 
 def test_a_result_of_other_numerics_is_computed_again(small, monkeypatch):
     exact(small, 0)
-    monkeypatch.setattr(lab_module, "NUMERICS_VERSION", "another")
+    monkeypatch.setattr(runs_module, "NUMERICS_VERSION", "another")
     with pytest.raises(AssertionError, match="computed again"):
         small.kept("influence", 0, refuse)
 

@@ -92,6 +92,23 @@ def _induction_cost(_: Path) -> Iterator[str]:
         yield cost()
 
 
+def _language(folder: Path, progress: Progress, only: Sequence[str] = ()) -> Iterator[Outcome]:
+    import stagewise.checkpoints.huggingface  # noqa: F401  (says what to install)
+    from stagewise.studies.language.study import EXPERIMENTS, TITLE, study
+
+    with _one_thread():
+        parts = study(folder, progress, experiments=named(EXPERIMENTS, only))
+    yield _outcome(TITLE, parts, folder)
+
+
+def _language_cost(_: Path) -> Iterator[str]:
+    import stagewise.checkpoints.huggingface  # noqa: F401
+    from stagewise.studies.language.cost import cost
+
+    with _one_thread():
+        yield cost()
+
+
 def named(experiments: Sequence[T], only: Sequence[str]) -> Sequence[T]:
     """The experiments of these names, in their own order; all if there are no names.
 
@@ -126,4 +143,5 @@ STUDIES = {
     "digits": Study(_digits, _digits_cost),
     "hierarchy": Study(_hierarchy, _hierarchy_cost),
     "induction": Study(_induction, _induction_cost),
+    "language": Study(_language, _language_cost),
 }

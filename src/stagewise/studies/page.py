@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from stagewise.reporting.page import Page, Section, write_page
 from stagewise.reporting.tables import Table
 from stagewise.run.folder import provenance
 from stagewise.studies.experiment import Experiment
+from stagewise.studies.runs import Runs
+
+L = TypeVar("L", bound=Runs[Any])
+
+
+def carry_out(lab: L, title: str, experiments: Sequence[Callable[[L], Experiment]]) -> list[Experiment]:
+    """Carry out experiments on influence of tokens, and write the report into the lab's folder.
+
+    Args:
+        lab: the runs; what its folder holds already is not made again.
+        title: headline.
+        experiments: what is carried out, in the order of the page.
+    """
+    parts = []
+    for done, experiment in enumerate(experiments, start=1):
+        parts.append(experiment(lab))
+        lab.progress("experiments", done, len(experiments))
+    when = f"during the {lab.settings.window} training steps after a checkpoint"
+    write_study(lab.folder, title, when, parts, lab.settings.as_plain(), "token")
+    return parts
 
 
 def write_study(

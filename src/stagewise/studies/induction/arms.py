@@ -25,13 +25,12 @@ from stagewise.retraining.curriculum import curriculum
 from stagewise.retraining.schedule import BatchOrder, Order, Schedule
 from stagewise.retraining.start import start_at
 from stagewise.retraining.training import train
-from stagewise.studies.induction.classes import Labels
+from stagewise.studies.chance import Labels
 from stagewise.studies.induction.lab import Lab
 from stagewise.studies.induction.network import Network
-from stagewise.studies.induction.rules import divergence
 from stagewise.studies.induction.settings import Settings
-from stagewise.studies.induction.stages import previous_token
 from stagewise.studies.induction.training import EXCESS
+from stagewise.studies.measures import divergence, previous_token
 
 UNCHANGED, NAMED, CHANCE = "unchanged", "named, while it forms", "chance, while it forms"
 ARMS = {

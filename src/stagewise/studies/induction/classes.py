@@ -16,19 +16,16 @@ once the network weighs contexts rightly. What is left is what it learns, and th
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from torch import Tensor
 
+from stagewise.studies.chance import Labels
 from stagewise.studies.induction.rules import followers, gain, log_ratio
 
 CLASSES = ("induction", "against", "neither", "early")
 
 THRESHOLD = 0.05
 """Nats. About half of the mean gain in sequences of 100 of three tokens: below it there is little to be learnt."""
-
-Labels = np.ndarray[Any, np.dtype[np.str_]]
 
 
 def token_classes(tokens: Tensor, vocabulary: int, threshold: float = THRESHOLD) -> Labels:
@@ -37,17 +34,3 @@ def token_classes(tokens: Tensor, vocabulary: int, threshold: float = THRESHOLD)
     alike = gain(tokens, vocabulary).numpy() < threshold
     helped = log_ratio(tokens, vocabulary).numpy() > 0
     return np.select([early, alike, helped], ["early", "neither", "induction"], "against")
-
-
-def shares(labels: Labels) -> dict[str, float]:
-    """Which part of all tokens is of each class."""
-    return {name: float((labels == name).mean()) for name in CLASSES}
-
-
-def shuffled(labels: Labels, generator: np.random.Generator) -> Labels:
-    """A control: every class has as many tokens at every place of a sequence as before, but which ones is chance.
-
-    Nearly all ``early`` tokens lie at the first places, where nearly all are: they stay nearly the same, and what this
-    control shows of them is that their place alone says what they do.
-    """
-    return generator.permuted(labels, axis=0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +15,7 @@ from stagewise.studies.induction.classes import CLASSES
 from stagewise.studies.induction.lab import Lab
 from stagewise.studies.induction.settings import FULL, Settings
 from stagewise.studies.induction.training import EXCESS
+from stagewise.studies.timing import of_window, timed
 
 _SHORT = 12
 
@@ -45,24 +44,11 @@ def _seconds(folder: Path, settings: Settings) -> tuple[float, float, float, flo
     """Of an update, a window differentiated, a window with every class at another weight, a choice of weights."""
     lab = Lab(folder, replace(settings, last=_SHORT, every=_SHORT))
     task = lab.task(0)
-    update = _timed(lambda: lab.run(0)) / _SHORT
+    update = timed(lambda: lab.run(0)) / _SHORT
     run = lab.run(0)
-    exact = _of_window(lambda length: window_influence(task, run, window=length, steps=[0]), settings.window)
-    again = _of_window(lambda length: window_ablation(task, run, window=length, steps=[0]), settings.window)
-    choice = _of_window(
+    exact = of_window(lambda length: window_influence(task, run, window=length, steps=[0]), settings.window)
+    again = of_window(lambda length: window_ablation(task, run, window=length, steps=[0]), settings.window)
+    choice = of_window(
         lambda length: window_influence(task, run, window=length, steps=[0], queries=[EXCESS]), settings.window
     )
     return update, exact, again, choice
-
-
-def _of_window(work: Callable[[int], object], length: int) -> float:
-    """Seconds of a window, from those of short ones: some are for its ends, however long it is."""
-    work(1)  # what is checked when a task meets a checkpoint, is checked once
-    one, three = _timed(lambda: work(1)), _timed(lambda: work(3))
-    return one + (length - 1) * (three - one) / 2
-
-
-def _timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start

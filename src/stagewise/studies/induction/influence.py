@@ -1,4 +1,4 @@
-"""Influence between classes of tokens along a run: exact, with a control, and what changed weights really do."""
+"""Influence between classes of tokens along a run: exact, with a control, and by products of gradients."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import numpy as np
 import xarray as xr
 
 from stagewise.influence.gradients import gradient_product
-from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.window_influence import window_influence
 from stagewise.sampling.posterior import LocalPosterior
-from stagewise.studies.induction.classes import Labels, shuffled
+from stagewise.studies.chance import Labels, shuffled
 from stagewise.studies.induction.lab import Lab
 
 
@@ -20,7 +19,7 @@ def exact(lab: Lab, seed: int) -> xr.Dataset:
 
     Returns:
         ``value`` ``(step, train, query)``, nats per unit weight of one token; negative is helpful. See
-        :func:`stagewise.window_influence`, and :func:`of_classes` for that of a whole class.
+        :func:`stagewise.window_influence`, and :func:`stagewise.studies.effects.of_classes` for that of a whole class.
     """
     return lab.kept("influence", seed, lambda: _exact(lab, seed, lab.data.classes, "exact influence"))
 
@@ -48,37 +47,6 @@ def _exact(lab: Lab, seed: int, classes: Labels, what: str) -> xr.Dataset:
         steps=[step for step in run.steps if step + settings.window <= settings.last],
         progress=lab.told(what, seed),
     )
-
-
-def of_classes(influence: xr.Dataset) -> xr.DataArray:
-    """Influence of whole classes ``(step, train, query)``, nats per unit weight of all tokens of a class."""
-    return (influence["value"] * influence["train_size"]).transpose("step", "train", "query")
-
-
-def trained_again(lab: Lab, seed: int) -> xr.Dataset:
-    """What happens where a class has another weight during the settings' windows.
-
-    Returns:
-        ``effect`` ``(weight, step, train, query)``, nats; see :func:`stagewise.window_ablation`.
-    """
-    return lab.kept("trained-again", seed, lambda: _trained_again(lab, seed))
-
-
-def _trained_again(lab: Lab, seed: int) -> xr.Dataset:
-    settings = lab.settings
-    effects = [
-        window_ablation(
-            lab.task(seed),
-            lab.run(seed),
-            window=settings.window,
-            weight=weight,
-            steps=settings.window_starts,
-            progress=lab.told(f"training again at weight {weight:g}", seed),
-        )
-        for weight in settings.weights
-    ]
-    weights = xr.DataArray(list(settings.weights), dims="weight", name="weight")
-    return xr.concat(effects, weights, combine_attrs="drop_conflicts")
 
 
 def gradients(lab: Lab, seed: int) -> xr.Dataset:

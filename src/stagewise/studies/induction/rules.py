@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from stagewise.studies.measures import divergence
+
 Rule = Callable[[Tensor, int], Tensor]
 """Tokens ``(n, length)`` and the size of the vocabulary to log probabilities ``(n, length - 1, vocabulary)``."""
 
@@ -58,11 +60,6 @@ def smoothed(counts: Tensor) -> Tensor:
     """Log of (1 + count) / (vocabulary + sum of counts): the mean of a Dirichlet(1) distribution after the counts."""
     weights = 1 + counts.double()
     return weights.log() - weights.sum(-1, keepdim=True).log()
-
-
-def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) over the last axis, nats: what q loses on tokens that follow p."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def gain(tokens: Tensor, vocabulary: int) -> Tensor:

@@ -13,7 +13,7 @@ from stagewise.studies.induction.experiments.stages import stages
 from stagewise.studies.induction.experiments.windows import windows
 from stagewise.studies.induction.lab import Lab
 from stagewise.studies.induction.settings import FULL, Settings
-from stagewise.studies.page import write_study
+from stagewise.studies.page import carry_out
 
 TITLE = "In-context Markov chains: which tokens teach a transformer induction, and when"
 EXPERIMENTS: tuple[Callable[[Lab], Experiment], ...] = (stages, class_influence, windows, intervention)
@@ -36,10 +36,4 @@ def study(
     Raises:
         ValueError: the folder holds runs of other settings.
     """
-    lab, parts = Lab(folder, settings, progress), []
-    for done, experiment in enumerate(experiments, start=1):
-        parts.append(experiment(lab))
-        progress("experiments", done, len(experiments))
-    when = f"during the {settings.window} training steps after a checkpoint"
-    write_study(folder, TITLE, when, parts, settings.as_plain(), "token")
-    return parts
+    return carry_out(Lab(folder, settings, progress), TITLE, experiments)

@@ -17,12 +17,14 @@ from torch import Tensor
 from stagewise.checkpoints.recorder import Recorder
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.retraining.schedule import BatchOrder
+from stagewise.studies.chance import Labels
 from stagewise.studies.induction.chains import draw
-from stagewise.studies.induction.classes import Labels, token_classes
+from stagewise.studies.induction.classes import token_classes
 from stagewise.studies.induction.network import loss, network
-from stagewise.studies.induction.rules import bigram, divergence
+from stagewise.studies.induction.rules import bigram
 from stagewise.studies.induction.settings import Settings
 from stagewise.studies.induction.stages import Probes
+from stagewise.studies.measures import divergence
 from stagewise.task import Task
 
 LOSS = "loss"

@@ -22,10 +22,11 @@ from stagewise.dynamics.stages import Transition
 from stagewise.reporting import style, words
 from stagewise.reporting.page import Plate, Section
 from stagewise.reporting.tables import Table
+from stagewise.studies.effects import of_classes
 from stagewise.studies.experiment import Check, Claim, Experiment
 from stagewise.studies.induction import drawing
 from stagewise.studies.induction.classes import CLASSES
-from stagewise.studies.induction.influence import control, exact, of_classes
+from stagewise.studies.induction.influence import control, exact
 from stagewise.studies.induction.lab import Lab
 from stagewise.studies.induction.stages import counts_best
 from stagewise.studies.induction.training import EXCESS, LOSS

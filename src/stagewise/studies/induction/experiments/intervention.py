@@ -24,7 +24,7 @@ from stagewise.studies.induction.arms import (
     trained,
 )
 from stagewise.studies.induction.lab import Lab
-from stagewise.studies.induction.seeds import t_interval
+from stagewise.studies.seeds import t_interval
 
 _TITLE = "Bringing it forward"
 _GAINED, _BEYOND, _END = (

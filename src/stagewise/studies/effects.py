@@ -1,0 +1,90 @@
+"""Influence of whole classes of tokens, and what happens where windows are trained again with other weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import xarray as xr
+
+from stagewise.retraining.ablation import window_ablation
+from stagewise.retraining.scores import agreement, predicted_effect
+from stagewise.studies.runs import Runs
+
+Estimator = Callable[[Any, int], xr.Dataset]
+"""A lab and a seed to influence ``value`` ``(step, train, query)``, of all windows or of those that it can answer."""
+
+
+def of_classes(influence: xr.Dataset) -> xr.DataArray:
+    """Influence of whole classes ``(step, train, query)``, nats per unit weight of all tokens of a class."""
+    return (influence["value"] * influence["train_size"]).transpose("step", "train", "query")
+
+
+def trained_again(lab: Runs[Any], seed: int) -> xr.Dataset:
+    """What happens where a class has another weight during the settings' windows.
+
+    Returns:
+        ``effect`` ``(weight, step, train, query)``, nats; see :func:`stagewise.window_ablation`.
+    """
+    return lab.kept("trained-again", seed, lambda: _trained_again(lab, seed))
+
+
+def _trained_again(lab: Runs[Any], seed: int) -> xr.Dataset:
+    settings = lab.settings
+    effects = [
+        window_ablation(
+            lab.task(seed),
+            lab.run(seed),
+            window=settings.window,
+            weight=weight,
+            steps=settings.window_starts,
+            progress=lab.told(f"training again at weight {weight:g}", seed),
+        )
+        for weight in settings.weights
+    ]
+    weights = xr.DataArray(list(settings.weights), dims="weight", name="weight")
+    return xr.concat(effects, weights, combine_attrs="drop_conflicts")
+
+
+class Effects(NamedTuple):
+    """Effects ``(seed, step, train, query)``, nats, and how they agree ``(seed, step)``; NaN where nothing answers.
+
+    Attributes:
+        predicted: what an estimator says.
+        measured: by training again.
+        scores: ``correlation`` and ``slope``.
+    """
+
+    predicted: xr.DataArray
+    measured: xr.DataArray
+    scores: xr.Dataset
+
+
+def effects(lab: Runs[Any], estimator: Estimator, weight: float, apart: bool) -> Effects:
+    """What an estimator says of windows in which a class has another weight, and what happens there.
+
+    Args:
+        lab: the runs.
+        estimator: which one.
+        weight: of the class.
+        apart: score only pairs of different classes.
+    """
+    predicted, measured, scores = [], [], []
+    for seed in lab.seeds:
+        happened = trained_again(lab, seed)["effect"].sel(weight=weight, drop=True)
+        said = predicted_effect(estimator(lab, seed), weight)["effect"]
+        measured.append(happened)
+        scores.append(_scores(said, happened, "_off_diagonal" if apart else ""))
+        predicted.append(said.reindex(step=happened["step"]))
+    return Effects(xr.concat(predicted, "seed"), xr.concat(measured, "seed"), xr.concat(scores, "seed"))
+
+
+def _scores(predicted: xr.DataArray, measured: xr.DataArray, suffix: str) -> xr.Dataset:
+    """Correlation and slope ``(step)`` at all steps of ``measured``."""
+    names = {f"{name}{suffix}": name for name in ("correlation", "slope")}
+    shared = np.intersect1d(predicted["step"].values, measured["step"].values)
+    if not len(shared):
+        return xr.Dataset(dict.fromkeys(names.values(), measured["step"] * np.nan))
+    found = agreement(predicted, measured.sel(step=shared))
+    return found[list(names)].rename(names).reindex(step=measured["step"])
