@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -81,8 +82,8 @@ class Runs(ABC, Generic[S]):
         """The task of a run, whose model holds its initial weights."""
 
     @abstractmethod
-    def record(self, folder: Path, seed: int) -> Trajectory:
-        """Train, or read what ``folder`` holds."""
+    def record(self, folder: Path, seed: int) -> None:
+        """Train, and record it in ``folder``."""
 
     @abstractmethod
     def measured(self, model: Any) -> Numbers:
@@ -110,7 +111,13 @@ class Runs(ABC, Generic[S]):
             ValueError: the folder holds runs of other settings.
         """
         self._claim_folder()
-        return self.record(self.folder / f"seed-{seed}", seed)
+        folder = self.folder / f"seed-{seed}"
+        if not folder.exists():
+            partial = folder.with_name(f".{folder.name}-partial")  # a killed recording must not pass for a whole one
+            shutil.rmtree(partial, ignore_errors=True)
+            self.record(partial, seed)
+            partial.rename(folder)
+        return Trajectory.from_directory(folder)
 
     def _claim_folder(self) -> None:
         """Write down what the folder's runs are made with, or refuse it: nothing in a checkpoint tells of the data."""

@@ -6,7 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.dynamics.stages import Transition
 from stagewise.studies.induction.settings import Settings
 from stagewise.studies.induction.stages import DESCRIBED, induction, stages
@@ -30,9 +29,9 @@ class Lab(Runs[Settings]):
         """The task of a run."""
         return task(self.data, self.settings, seed)
 
-    def record(self, folder: Path, seed: int) -> Trajectory:
-        """The checkpoints of a run."""
-        return record(folder, self.task(seed), self.settings, seed)
+    def record(self, folder: Path, seed: int) -> None:
+        """Train."""
+        record(folder, self.task(seed), self.settings, seed)
 
     def measured(self, model: Any) -> Numbers:
         """The network's own stages."""

@@ -6,7 +6,6 @@ here the set is fixed, and so large that a run sees each sequence about three ti
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor
 
 from stagewise.checkpoints.recorder import Recorder
-from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.retraining.schedule import BatchOrder
 from stagewise.studies.chance import Labels
 from stagewise.studies.induction.chains import draw
@@ -106,8 +104,8 @@ def excess(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
     return divergence(rule, model(tokens[:, :-1]).log_softmax(-1))
 
 
-def record(folder: Path, task: Task, settings: Settings, seed: int) -> Trajectory:
-    """Train with Adam in an ordinary loop, and record it; what ``folder`` already holds is read.
+def record(folder: Path, task: Task, settings: Settings, seed: int) -> None:
+    """Train with Adam in an ordinary loop, and record it.
 
     Args:
         folder: of the checkpoints.
@@ -115,15 +113,7 @@ def record(folder: Path, task: Task, settings: Settings, seed: int) -> Trajector
         settings: sizes and rates.
         seed: of the order of the batches.
     """
-    if not folder.exists():
-        partial = folder.with_name(f".{folder.name}-partial")  # a killed recording must not pass for a whole one
-        shutil.rmtree(partial, ignore_errors=True)
-        _train(partial, task, settings, BatchOrder(len(task.train), settings.batch_size, seed))
-        partial.rename(folder)
-    return Trajectory.from_directory(folder)
-
-
-def _train(folder: Path, task: Task, settings: Settings, order: BatchOrder) -> None:
+    order = BatchOrder(len(task.train), settings.batch_size, seed)
     model = task.pure.reference({})
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.rate)
     recorded = Recorder(folder, model, optimizer, settings.steps, batch_size=settings.batch_size)

@@ -6,8 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.dynamics.stages import Transition
+from stagewise.run.progress import Progress, silent
 from stagewise.studies.language.settings import Settings
 from stagewise.studies.language.stages import DESCRIBED, losses_of, stages, transitions
 from stagewise.studies.language.training import Data, record, task
@@ -20,6 +20,10 @@ class Lab(Runs[Settings]):
     """Runs of the network on one text."""
 
     descriptions = DESCRIBED
+
+    def __init__(self, folder: Path, settings: Settings, progress: Progress = silent) -> None:
+        super().__init__(folder, settings, progress)
+        self._parts: dict[int, Task] = {}
 
     @cached_property
     def data(self) -> Data:
@@ -36,11 +40,13 @@ class Lab(Runs[Settings]):
 
     def part(self, seed: int) -> Task:
         """The same with a part of the training set, for estimators that look at a checkpoint alone."""
-        return task(self.data, self.settings, seed, self.settings.part)
+        if seed not in self._parts:
+            self._parts[seed] = task(self.data, self.settings, seed, self.settings.part)
+        return self._parts[seed]
 
-    def record(self, folder: Path, seed: int) -> Trajectory:
-        """The checkpoints of a run."""
-        return record(folder, self.task(seed), self.settings, seed)
+    def record(self, folder: Path, seed: int) -> None:
+        """Train."""
+        record(folder, self.task(seed), self.settings, seed)
 
     def measured(self, model: Any) -> Numbers:
         """The network's own stages."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import random
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from stagewise.checkpoints.huggingface import RecorderCallback
-from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.evaluate import spread_rows
 from stagewise.studies.chance import Labels
 from stagewise.studies.language.classes import token_classes
@@ -91,8 +90,8 @@ def task(data: Data, settings: Settings, seed: int, part: int | None = None) -> 
     )
 
 
-def record(folder: Path, task: Task, settings: Settings, seed: int) -> Trajectory:
-    """Train with a Trainer of Hugging Face, and record it; what ``folder`` already holds is read.
+def record(folder: Path, task: Task, settings: Settings, seed: int) -> None:
+    """Train with a Trainer of Hugging Face, and record it.
 
     Args:
         folder: of the checkpoints.
@@ -100,18 +99,13 @@ def record(folder: Path, task: Task, settings: Settings, seed: int) -> Trajector
         settings: sizes and rates.
         seed: of the order of the batches.
     """
-    if not folder.exists():
-        partial = folder.with_name(f".{folder.name}-partial")  # a killed recording must not pass for a whole one
-        shutil.rmtree(partial, ignore_errors=True)
-        with _own_random_numbers():
-            _train(partial, task, settings, seed)
-        partial.rename(folder)
-    return Trajectory.from_directory(folder)
+    with _own_random_numbers(), TemporaryDirectory() as output:
+        _train(folder, task, settings, seed, output)
 
 
-def _train(folder: Path, task: Task, settings: Settings, seed: int) -> None:
+def _train(folder: Path, task: Task, settings: Settings, seed: int, output: str) -> None:
     arguments = TrainingArguments(
-        output_dir=str(folder.with_name(f"{folder.name}-trainer")),
+        output_dir=output,
         max_steps=settings.last,
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.rate,
