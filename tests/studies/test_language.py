@@ -22,6 +22,7 @@ from stagewise.influence.trusted import NoTrustedCheckpointError
 from stagewise.losses import causal_lm
 from stagewise.retraining.window_influence import window_influence
 from stagewise.studies.chance import shuffled_within
+from stagewise.studies.effects import effects
 from stagewise.studies.language import cost as cost_module
 from stagewise.studies.language import influence as influence_module
 from stagewise.studies.language import study as study_module
@@ -316,6 +317,22 @@ def test_exact_influence_of_pairs_of_different_classes_reaches_its_targets_and_g
     assert [row[0] for row in answered] == [str(step) for step in MINIATURE.solved]
     assert [row[:3] for row in sampled.rows] == [["0", str(MINIATURE.sampled[0]), "ok"]]
     assert -1 <= float(sampled.rows[0][3].replace("−", "-")) <= 1
+
+
+def test_effects_are_paired_by_label_and_hold_only_pairs_of_different_classes(alone):
+    def backwards(lab, seed):
+        influence = exact(lab, seed)
+        return influence.isel(train=slice(None, None, -1), step=[-1]).transpose("query", "train", "step")
+
+    one, other = (effects(alone, estimator, 0.95, apart=True) for estimator in (exact, backwards))
+    assert one.measured.dims == other.predicted.dims == ("seed", "step", "train", "query")
+    xr.testing.assert_identical(other.predicted.sel(step=[22]).drop_attrs(), one.predicted.sel(step=[22]).drop_attrs())
+    assert other.predicted.sel(step=4).isnull().all()
+    assert other.scores["correlation"].sel(step=22).item() == pytest.approx(
+        one.scores["correlation"].sel(step=22).item()
+    )
+    assert other.scores["correlation"].sel(step=4).isnull()
+    assert int(one.measured.isnull().sum()) == len(MINIATURE.window_starts) * len(CLASSES)
 
 
 def test_chains_that_cannot_be_trusted_are_told_with_their_verdict_and_without_numbers(alone, monkeypatch):

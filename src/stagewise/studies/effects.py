@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xarray as xr
 
+from stagewise.groups import same_label
 from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.scores import agreement, predicted_effect
 from stagewise.studies.runs import Runs
@@ -48,7 +49,7 @@ def _trained_again(lab: Runs[Any], seed: int) -> xr.Dataset:
 
 
 class Effects(NamedTuple):
-    """Effects ``(seed, step, train, query)``, nats, and how they agree ``(seed, step)``; NaN where nothing answers.
+    """Effects ``(seed, step, train, query)``, nats, and how they agree ``(seed, step)``; NaN where there is no answer.
 
     Attributes:
         predicted: what an estimator says.
@@ -68,7 +69,7 @@ def effects(lab: Runs[Any], estimator: Estimator, weight: float, apart: bool) ->
         lab: the runs.
         estimator: which one.
         weight: of the class.
-        apart: score only pairs of different classes.
+        apart: only pairs of different classes.
     """
     predicted, measured, scores = [], [], []
     for seed in lab.seeds:
@@ -76,8 +77,12 @@ def effects(lab: Runs[Any], estimator: Estimator, weight: float, apart: bool) ->
         said = predicted_effect(estimator(lab, seed), weight)["effect"]
         measured.append(happened)
         scores.append(_scores(said, happened, "_off_diagonal" if apart else ""))
-        predicted.append(said.reindex(step=happened["step"]))
-    return Effects(xr.concat(predicted, "seed"), xr.concat(measured, "seed"), xr.concat(scores, "seed"))
+        predicted.append(said.reindex_like(happened).transpose(*happened.dims))
+    said_of_all, happened_to_all = xr.concat(predicted, "seed"), xr.concat(measured, "seed")
+    if apart:
+        same = same_label(happened_to_all["train"].values, happened_to_all["query"].values)
+        happened_to_all = happened_to_all.where(~xr.DataArray(same, dims=("train", "query")))
+    return Effects(said_of_all, happened_to_all, xr.concat(scores, "seed"))
 
 
 def _scores(predicted: xr.DataArray, measured: xr.DataArray, suffix: str) -> xr.Dataset:

@@ -24,7 +24,7 @@ def windows(lab: Runs[Any], estimators: Mapping[str, Estimator], queries: str, a
         lab: the runs.
         estimators: by name; the first is exact influence, and is held to targets.
         queries: what is influenced, in words.
-        apart: score only pairs of different classes.
+        apart: only pairs of different classes.
     """
     weights, runs = lab.settings.weights, words.count(lab.settings.seeds, "run")
     small = min(weights, key=lambda weight: abs(weight - 1))

@@ -30,6 +30,7 @@ from stagewise.studies.induction.influence import control, exact
 from stagewise.studies.induction.lab import Lab
 from stagewise.studies.induction.stages import counts_best
 from stagewise.studies.induction.training import EXCESS, LOSS
+from stagewise.studies.transitions import mark
 
 _ABOUT = "induction"
 
@@ -186,7 +187,7 @@ def _draw_classes(lab: Lab, run: _Run) -> Figure:
 
 def _curves(ax: Axes, lab: Lab, run: _Run, query: str) -> None:
     drawing.step_axis(ax, lab.settings.last, zero=True)
-    drawing.mark(ax, run.transition)
+    mark(ax, run.transition)
     middles = run.classes["step"].values + run.middle
     for name in CLASSES:
         for part, line, label in ((run.classes, "-", name), (run.chance, "--", None)):

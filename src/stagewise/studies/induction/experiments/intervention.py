@@ -25,6 +25,7 @@ from stagewise.studies.induction.arms import (
 )
 from stagewise.studies.induction.lab import Lab
 from stagewise.studies.seeds import t_interval
+from stagewise.studies.transitions import BAND
 
 _TITLE = "Bringing it forward"
 _GAINED, _BEYOND, _END = (
@@ -109,7 +110,7 @@ def _draw(lab: Lab, found: Mapping[str, Sequence[xr.Dataset]], when: Mapping[str
     left.axhline(EXCESS_LEFT, color=style.MUTED, linewidth=0.7, linestyle="--")
     first = next(seed for seed in lab.seeds if forming(lab, seed) is not None)
     window = forming(lab, first) or range(0)
-    left.axvspan(window.start, window.stop, color=drawing.BAND, alpha=0.13, linewidth=0)
+    left.axvspan(window.start, window.stop, color=BAND, alpha=0.13, linewidth=0)
     left.set_xlim(max(0, window.start - 2 * len(window)), lab.settings.until)
     left.set_ylim(0, 1.1 * lab.plateau)
     left.set_xlabel(drawing.STEPS)
@@ -120,7 +121,7 @@ def _draw(lab: Lab, found: Mapping[str, Sequence[xr.Dataset]], when: Mapping[str
         reach = np.nan_to_num([[mean - lower], [upper - mean]])
         right.errorbar(mean, row, xerr=reach, fmt="o", color=colours[arm], markersize=4, capsize=2)
         right.plot(gained, np.full(len(gained), row + 0.22), ".", color=colours[arm], markersize=2.5)
-    right.axvline(0, color=drawing.BAND, linewidth=0.7)
+    right.axvline(0, color=BAND, linewidth=0.7)
     right.set_yticks(range(len(changed)), changed)
     right.invert_yaxis()
     right.set_title(_GAINED)

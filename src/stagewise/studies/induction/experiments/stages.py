@@ -15,6 +15,7 @@ from stagewise.studies.induction import drawing
 from stagewise.studies.induction.lab import Lab
 from stagewise.studies.induction.rules import RULES
 from stagewise.studies.induction.stages import counts_best
+from stagewise.studies.transitions import BAND
 
 _ATTENTION = {"previous_token": "to the token before", "prefix_matching": "to what followed before"}
 
@@ -71,8 +72,8 @@ def _draw(lab: Lab, found: Sequence[xr.Dataset], learnt: Sequence[Transition]) -
     for ax in (above, below):
         drawing.step_axis(ax, lab.settings.last)
         for transition in learnt:
-            ax.axvline(transition.step, color=drawing.BAND, linewidth=0.8, linestyle=":")
-            ax.axvline(transition.detail["half"], color=drawing.BAND, linewidth=0.8)
+            ax.axvline(transition.step, color=BAND, linewidth=0.8, linestyle=":")
+            ax.axvline(transition.detail["half"], color=BAND, linewidth=0.8)
         ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
     # Before the first update networks are far from every rule.
     above.set_ylim(0, 1.1 * max(float(one[f"kl_{name}"][1:].max()) for one in found for name in RULES))

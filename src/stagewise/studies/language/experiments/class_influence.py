@@ -24,11 +24,11 @@ from stagewise.reporting.page import Plate, Section
 from stagewise.reporting.tables import Table
 from stagewise.studies.effects import of_classes
 from stagewise.studies.experiment import Check, Claim, Experiment
-from stagewise.studies.language import drawing
 from stagewise.studies.language.classes import CLASSES, FIRST, INDUCTION
 from stagewise.studies.language.influence import CHANCE, SAME_WORDS, exact
 from stagewise.studies.language.lab import Lab
 from stagewise.studies.seeds import t_interval
+from stagewise.studies.transitions import mark
 
 ABOUT = {
     INDUCTION: "repetition",
@@ -43,6 +43,7 @@ ABOUT = {
 }
 """By class, the network's transition that it was said to belong to."""
 
+_COLOURS = style.colours(CLASSES)
 _STYLES = {"classes": "-", CHANCE: "--", SAME_WORDS: ":"}
 
 
@@ -162,7 +163,7 @@ def _caption(what: str, lab: Lab) -> str:
         f"Exact influence of every class of training tokens on {what}, during windows of {lab.settings.window} steps, "
         "at their middles: nats per unit weight of all tokens of the class, negative is helpful. It grows and falls "
         "with the learning rate too. Dashed: as many tokens at the same places, drawn by chance; dotted: the same "
-        "words elsewhere. Bands: the network's own stages."
+        "words elsewhere. Shaded: the network's stage that the class was said to belong to, in the first run."
     )
 
 
@@ -193,8 +194,8 @@ def _draw_own(runs: Sequence[_Run]) -> Figure:
         for number, run in enumerate(runs):
             for labelling, line in _STYLES.items():
                 curve, label = run.on_itself(name, labelling), labelling if number == 0 else None
-                ax.plot(curve["step"], curve, line, color=drawing.CLASS_COLOURS[name], linewidth=1, label=label)
-        _finish(ax, runs[0], name)
+                ax.plot(curve["step"], curve, line, color=_COLOURS[name], linewidth=1, label=label)
+        _finish(ax, runs[0], name, name)
     axes[0, 0].legend(frameon=False, fontsize=6.5)
     style.name_axes(figure, style.STEPS, "influence on itself")
     return figure
@@ -205,18 +206,19 @@ def _draw_classes(run: _Run) -> Figure:
     figure = style.canvas(7.0)
     axes = figure.subplots(3, 3, sharex=True)
     for ax, query in zip(axes.flat, CLASSES, strict=True):
-        for name, colour in drawing.CLASS_COLOURS.items():
+        for name, colour in _COLOURS.items():
             curve = run.curves["classes"].sel(train=name, query=query)
             ax.plot(curve["step"], curve, color=colour, linewidth=1, label=name)
-        _finish(ax, run, f"on {query}")
+        _finish(ax, run, query, f"on {query}")
     style.name_axes(figure, style.STEPS, "influence on the loss")
     lines, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside right center", frameon=False)
     return figure
 
 
-def _finish(ax: Axes, run: _Run, title: str) -> None:
+def _finish(ax: Axes, run: _Run, name: str, title: str) -> None:
+    """Axis, and the stage that a class was said to belong to."""
     style.step_axis(ax, run.curves["classes"]["step"].values)
     ax.axhline(0, color="#9a9a9a", linewidth=0.7, zorder=1)
-    drawing.mark(ax, run.transitions)
+    mark(ax, run.transition(ABOUT[name]))
     ax.set_title(title)

@@ -14,7 +14,6 @@ from stagewise.reporting.tables import Table
 from stagewise.studies.chance import shares
 from stagewise.studies.experiment import Check, Experiment
 from stagewise.studies.language.classes import CLASSES
-from stagewise.studies.language.drawing import CLASS_COLOURS
 from stagewise.studies.language.lab import Lab
 from stagewise.studies.language.stages import RULES
 from stagewise.studies.seeds import t_interval
@@ -99,7 +98,7 @@ def _draw(found: Sequence[xr.Dataset]) -> Figure:
     axes = figure.subplots(2, 2)
     (losses, rules), (attention, gains) = axes
     steps = found[0]["step"].values
-    for name, colour in CLASS_COLOURS.items():
+    for name, colour in style.colours(CLASSES).items():
         losses.plot(steps, _mean(found, f"loss_{name}"), color=colour, linewidth=1.2, label=name)
     losses.plot(steps, _mean(found, "loss"), "--", color=style.INK, linewidth=1)
     _lines(rules, found, {f"kl_{name}": f"{name} rule" for name in RULES})
