@@ -37,7 +37,7 @@ def cost(settings: Settings = FULL) -> str:
         "choosing those weights": (2 + len(decisions(settings))) * choice,
     }
     lines = [f"{duration(count * seconds):>14}  {what}" for what, seconds in parts.items()]
-    return "\n".join([f"time    about {duration(count * sum(parts.values()))} in one process:", *lines])
+    return "\n".join([f"time    about {duration(count * sum(parts.values()))} of one processor:", *lines])
 
 
 def _seconds(folder: Path, settings: Settings) -> tuple[float, float, float, float]:

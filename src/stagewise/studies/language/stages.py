@@ -21,6 +21,9 @@ from stagewise.studies.measures import DESCRIPTIONS, Numbers, divergence, in_con
 
 RULES = ("unigram", "bigram")
 
+LEAST = 0.01
+"""Share of attention, or nats, that a measure gains over a run, if it is to be called a rise."""
+
 DESCRIBED = {
     "loss": "mean loss of the predicted tokens, nats",
     **{f"loss_{name}": f"the same of {name} tokens" for name in CLASSES},
@@ -92,7 +95,7 @@ def transitions(found: xr.Dataset) -> list[Transition]:
     * ``unigram``, ``bigram``: the checkpoint at which the network is nearest to that rule, between its neighbours.
     * ``previous token``, ``prefix matching``, ``in context``, ``repetition``: the rise of the attention, or of what
       late tokens gain over early ones and repeated pairs over first ones, from 5 % to 90 % of the last value; onset at
-      10 %. How large that last value is, is not asked.
+      10 %. What has gained less than :data:`LEAST` has not risen.
 
     Args:
         found: measures along a run.
@@ -117,7 +120,5 @@ def _nearest(found: xr.Dataset, rule: str) -> Transition:
 
 def _rise(curve: xr.DataArray, name: str) -> Transition | None:
     """Of what a curve has gained since the first checkpoint."""
-    try:
-        return rise(curve - curve[0], name, band=(0.05, 0.9))
-    except ValueError:
-        return None
+    gained = curve - curve[0]
+    return rise(gained, name, band=(0.05, 0.9)) if gained[-1] >= LEAST else None

@@ -43,6 +43,7 @@ ABOUT = {
 }
 """By class, the network's transition that it was said to belong to."""
 
+_CONTROLS = "Dashed: as many tokens at the same places, drawn by chance; dotted: the same words elsewhere."
 _COLOURS = style.colours(CLASSES)
 _STYLES = {"classes": "-", CHANCE: "--", SAME_WORDS: ":"}
 
@@ -114,7 +115,7 @@ def class_influence(lab: Lab) -> Experiment:
         Check.reported("sign flips of all pairs of classes, each seed", [run.flips for run in runs], ".0f"),
         *(_check(runs, name) for name in CLASSES),
     ]
-    p = words.enumeration([f"{value:.2f}" for value in _attr(aligned, "p_value")])
+    p = words.enumeration([words.score(value) for value in _attr(aligned, "p_value")])
     finding = (
         f"Induction patterns help one another most within the rise of repetition in {sum(within)} of {count}. That the "
         "peaks of all classes are as near to the stages they were said to belong to as they are, would come at another "
@@ -126,7 +127,7 @@ def class_influence(lab: Lab) -> Experiment:
         f"p = {p}.",
     )
     plates = [
-        Plate("influence-on-itself", _caption("itself, every run", lab), _draw_own(runs)),
+        Plate("influence-on-itself", f"{_caption('itself, every run', lab)} {_CONTROLS}", _draw_own(runs)),
         Plate("influence-on-classes", _caption("the loss on each class, first run", lab), _draw_classes(runs[0])),
     ]
     return Experiment(Section("Which tokens teach it, and when", [*plates, _table(runs)]), [finding], checks, [claim])
@@ -162,8 +163,8 @@ def _caption(what: str, lab: Lab) -> str:
     return (
         f"Exact influence of every class of training tokens on {what}, during windows of {lab.settings.window} steps, "
         "at their middles: nats per unit weight of all tokens of the class, negative is helpful. It grows and falls "
-        "with the learning rate too. Dashed: as many tokens at the same places, drawn by chance; dotted: the same "
-        "words elsewhere. Shaded: the network's stage that the class was said to belong to, in the first run."
+        "with the learning rate too. Shaded: the stage of the first run that the class of the panel was said to belong "
+        "to."
     )
 
 
