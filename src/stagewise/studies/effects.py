@@ -81,7 +81,8 @@ def effects(lab: Runs[Any], estimator: Estimator, weight: float, apart: bool) ->
     said_of_all, happened_to_all = xr.concat(predicted, "seed"), xr.concat(measured, "seed")
     if apart:
         same = same_label(happened_to_all["train"].values, happened_to_all["query"].values)
-        happened_to_all = happened_to_all.where(~xr.DataArray(same, dims=("train", "query")))
+        other = ~xr.DataArray(same, dims=("train", "query"))
+        said_of_all, happened_to_all = said_of_all.where(other), happened_to_all.where(other)
     return Effects(said_of_all, happened_to_all, xr.concat(scores, "seed"))
 
 

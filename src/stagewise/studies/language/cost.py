@@ -29,7 +29,7 @@ _ITERATIONS = 10  # of conjugate gradients, about as many as the study takes
 def cost(settings: Settings = FULL) -> str:
     """Predicted cost as text; a few updates of each kind are made, in a temporary folder.
 
-    Chains are not tried: of most checkpoints they only find that they cannot answer.
+    Chains are not tried: what they cost depends on the curvature at a checkpoint, and many they cannot answer at all.
     """
     with TemporaryDirectory() as folder:
         lab = Lab(Path(folder), replace(settings, last=_SHORT, warm_up=1, checkpoints=2, window_starts=(_START,)))
@@ -51,6 +51,7 @@ def cost(settings: Settings = FULL) -> str:
         "damped influence": len(settings.solved) * (solved + product),
     }
     lines = [f"{duration(count * seconds):>14}  {what}" for what, seconds in parts.items()]
+    lines.append(f"{'not priced':>14}  chains, in the first run")
     return "\n".join([f"time    about {duration(count * sum(parts.values()))} of one processor:", *lines])
 
 

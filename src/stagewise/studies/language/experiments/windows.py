@@ -18,32 +18,39 @@ _SCORES = ("correlation", "slope")
 
 
 def windows(lab: Lab) -> Experiment:
-    """Exact influence, damped influence and products of gradients against retraining, and what chains can answer."""
+    """Exact influence, damped influence and products of gradients against retraining, and what chains can answer.
+
+    Chains cost more than all the others, and are asked about the first run only.
+    """
     estimators = {"exact influence": exact, "damped": damped, "products of gradients": gradients}
-    found = held(lab, estimators, "the loss on every other class", apart=True)
-    sampled = [chains(lab, seed) for seed in lab.seeds]
+    found, sampled = held(lab, estimators, "the loss on every other class", apart=True), chains(lab, lab.seeds[0])
     section = Section(found.section.title, [*found.section.parts, _table(lab, sampled)])
     return replace(found, section=section, findings=[*found.findings, _finding(lab, sampled)])
 
 
-def _finding(lab: Lab, sampled: list[xr.Dataset]) -> str:
-    verdicts = [verdict for one in sampled for verdict in one["verdict"].values.tolist()]
+def _finding(lab: Lab, sampled: xr.Dataset) -> str:
+    verdicts = sampled["verdict"].values.tolist()
     known = words.enumeration([f"{verdicts.count(name)} {name}" for name in dict.fromkeys(verdicts)])
-    windows = words.count(lab.settings.sampled_window, "update")
-    return f"Chains were asked about windows of {windows} at {words.count(len(verdicts), 'checkpoint')}: {known}."
+    checkpoints = words.count(len(verdicts), "checkpoint")
+    return f"Chains were asked about windows of {_updates(lab)} at {checkpoints} of the first run: {known}."
 
 
-def _table(lab: Lab, sampled: list[xr.Dataset]) -> Table:
+def _table(lab: Lab, sampled: xr.Dataset) -> Table:
     """The verdict on chains at every checkpoint that was sampled."""
     rows = [
-        [str(seed), str(step), str(at["verdict"].item()), *(words.score(float(at[name])) for name in _SCORES)]
-        for seed, one in zip(lab.seeds, sampled, strict=True)
-        for step in one["step"].values.tolist()
-        for at in [one.sel(step=step)]
+        [
+            str(step),
+            str(at["verdict"].item()),
+            *(words.score(float(at[name])) for name in _SCORES),
+            str(at["advice"].item()),
+        ]
+        for step in sampled["step"].values.tolist()
+        for at in [sampled.sel(step=step)]
     ]
-    windows = words.count(lab.settings.sampled_window, "update")
-    columns = ["Seed", "Window from step", "Verdict on chains", "Correlation", "Slope"]
-    title = (
-        f"Chains in windows of {windows}, and exact influence of these held against them, pairs of different classes"
-    )
-    return Table(title, columns, rows, frozenset({"Verdict on chains"}))
+    columns = ["Window from step", "Verdict on chains", "Correlation", "Slope", "Advice"]
+    title = f"Chains in windows of {_updates(lab)}, and exact influence of these on theirs, pairs of different classes"
+    return Table(title, columns, rows, frozenset({"Verdict on chains", "Advice"}))
+
+
+def _updates(lab: Lab) -> str:
+    return words.count(lab.settings.sampled_window, "update")
