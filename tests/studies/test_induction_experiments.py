@@ -162,7 +162,7 @@ def test_command_carries_out_one_experiment_alone_and_names_those_there_are(tmp_
         refused = cli.invoke(app, ["study", name, "--out", str(tmp_path), "--only", "nobody"])
         assert refused.exit_code == 1
         assert message in " ".join(refused.output.split())
-    assert (tmp_path / "induction" / "report.html").exists()
+    assert (tmp_path / "induction" / "intervention" / "report.html").exists()
 
 
 def test_reduced_study_is_the_full_one_with_less_of_everything_but_the_rate():

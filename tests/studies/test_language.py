@@ -417,7 +417,8 @@ def test_command_carries_out_one_experiment_and_predicts_the_cost_without_writin
     result = cli.invoke(app, ["study", "language", "--out", str(tmp_path), "--only", "stages"])
     assert result.exit_code == 0, result.output
     assert "nearest to the unigram rule" in result.output
-    assert (tmp_path / "language" / "report.html").exists()
+    assert (tmp_path / "language" / "stages" / "report.html").exists()
+    assert not (tmp_path / "language" / "report.html").exists()  # the place of the whole study's
 
 
 def test_miniature_study_is_the_full_one_with_less_of_everything_but_the_rate():

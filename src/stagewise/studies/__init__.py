@@ -67,8 +67,8 @@ def _hierarchy(folder: Path, progress: Progress, only: Sequence[str] = ()) -> It
     from stagewise.studies.hierarchy.study import EXPERIMENTS, TITLE, study
 
     with _one_thread():
-        parts = study(folder, progress, experiments=named(EXPERIMENTS, only))
-    yield _outcome(TITLE, parts, folder)
+        parts = study(folder, progress, experiments=named(EXPERIMENTS, only), page=_page(folder, only))
+    yield _outcome(TITLE, parts, _page(folder, only))
 
 
 def _hierarchy_cost(folder: Path) -> Iterator[str]:
@@ -81,8 +81,8 @@ def _induction(folder: Path, progress: Progress, only: Sequence[str] = ()) -> It
     from stagewise.studies.induction.study import EXPERIMENTS, TITLE, study
 
     with _one_thread():
-        parts = study(folder, progress, experiments=named(EXPERIMENTS, only))
-    yield _outcome(TITLE, parts, folder)
+        parts = study(folder, progress, experiments=named(EXPERIMENTS, only), page=_page(folder, only))
+    yield _outcome(TITLE, parts, _page(folder, only))
 
 
 def _induction_cost(_: Path) -> Iterator[str]:
@@ -97,8 +97,8 @@ def _language(folder: Path, progress: Progress, only: Sequence[str] = ()) -> Ite
     from stagewise.studies.language.study import EXPERIMENTS, TITLE, study
 
     with _one_thread():
-        parts = study(folder, progress, experiments=named(EXPERIMENTS, only))
-    yield _outcome(TITLE, parts, folder)
+        parts = study(folder, progress, experiments=named(EXPERIMENTS, only), page=_page(folder, only))
+    yield _outcome(TITLE, parts, _page(folder, only))
 
 
 def _language_cost(_: Path) -> Iterator[str]:
@@ -122,8 +122,13 @@ def named(experiments: Sequence[T], only: Sequence[str]) -> Sequence[T]:
     return [one for name, one in there.items() if name in only or not only]
 
 
-def _outcome(title: str, parts: Sequence[Experiment], folder: Path) -> Outcome:
-    return Outcome(title, [finding for part in parts for finding in part.findings], folder / "report.html")
+def _page(folder: Path, only: Sequence[str]) -> Path:
+    """Where the report goes: that of some experiments does not take the place of that of all."""
+    return folder / "-".join(only)
+
+
+def _outcome(title: str, parts: Sequence[Experiment], page: Path) -> Outcome:
+    return Outcome(title, [finding for part in parts for finding in part.findings], page / "report.html")
 
 
 @contextmanager

@@ -16,20 +16,21 @@ from stagewise.studies.runs import Runs
 L = TypeVar("L", bound=Runs[Any])
 
 
-def carry_out(lab: L, title: str, experiments: Sequence[Callable[[L], Experiment]]) -> list[Experiment]:
-    """Carry out experiments on influence of tokens, and write the report into the lab's folder.
+def carry_out(lab: L, title: str, experiments: Sequence[Callable[[L], Experiment]], page: Path) -> list[Experiment]:
+    """Carry out experiments on influence of tokens, and write the report.
 
     Args:
         lab: the runs; what its folder holds already is not made again.
         title: headline.
         experiments: what is carried out, in the order of the page.
+        page: folder of the report.
     """
     parts = []
     for done, experiment in enumerate(experiments, start=1):
         parts.append(experiment(lab))
         lab.progress("experiments", done, len(experiments))
     when = f"during the {lab.settings.window} training steps after a checkpoint"
-    write_study(lab.folder, title, when, parts, lab.settings.as_plain(), "token")
+    write_study(page, title, when, parts, lab.settings.as_plain(), "token")
     return parts
 
 
@@ -44,7 +45,7 @@ def write_study(
     """Write ``checks.json`` and ``report.html``.
 
     Args:
-        folder: of the study; is made if it is not there.
+        folder: is made if it is not there.
         title: headline.
         when: when the weight is changed in the definition of influence.
         parts: what the experiments have found, in the order of the page.

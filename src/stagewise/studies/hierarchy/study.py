@@ -41,6 +41,7 @@ def study(
     progress: Progress = silent,
     settings: Settings = FULL,
     experiments: Sequence[Callable[[Lab], Experiment]] = EXPERIMENTS,
+    page: Path | None = None,
 ) -> list[Experiment]:
     """Carry out all experiments and write the report; what ``folder`` holds of sampled traces is not sampled again.
 
@@ -49,6 +50,7 @@ def study(
         progress: called with (what, done, in all).
         settings: how much is computed.
         experiments: what is carried out, in the order of the page.
+        page: folder of ``checks.json`` and ``report.html``, if it is another.
 
     Raises:
         ValueError: the folder holds traces of another version or other settings of the study.
@@ -59,5 +61,5 @@ def study(
         progress("experiments", done, len(experiments))
     when = f"during the {WINDOW} training steps after a checkpoint (or during what a figure says)"
     shown = settings.as_plain() | {"learning_rate_per_sample": RATE, "window": WINDOW, "checkpoints_sampled": lab.steps}
-    write_study(folder, TITLE, when, parts, shown)
+    write_study(page or folder, TITLE, when, parts, shown)
     return parts

@@ -24,6 +24,7 @@ def study(
     progress: Progress = silent,
     settings: Settings = FULL,
     experiments: Sequence[Callable[[Lab], Experiment]] = EXPERIMENTS,
+    page: Path | None = None,
 ) -> list[Experiment]:
     """Carry out all experiments and write the report; runs and results that ``folder`` holds are not made again.
 
@@ -32,8 +33,9 @@ def study(
         progress: called with (what, done, in all).
         settings: how much is computed.
         experiments: what is carried out, in the order of the page.
+        page: folder of ``checks.json`` and ``report.html``, if it is another.
 
     Raises:
         ValueError: the folder holds runs of other settings.
     """
-    return carry_out(Lab(folder, settings, progress), TITLE, experiments)
+    return carry_out(Lab(folder, settings, progress), TITLE, experiments, page or folder)
