@@ -12,7 +12,10 @@ Read as well:
   state dict may sit under ``model``, ``state_dict`` or ``model_state_dict``;
 * Hugging Face: ``checkpoint-500/`` or ``step512/`` with ``model.safetensors`` or ``pytorch_model.bin`` inside, or their
   parts with an index, and what the Trainer or accelerate saved of the optimiser, see
-  :mod:`stagewise.checkpoints.trainer`.
+  :mod:`stagewise.checkpoints.trainer`;
+* sharded training: ``step_500/`` as ``torch.distributed.checkpoint`` writes it (``.metadata`` and ``.distcp`` files),
+  or ``checkpoint-500/`` with ``pytorch_model_fsdp_0/`` and ``optimizer_0/`` of a Trainer or accelerate with FSDP, see
+  :mod:`stagewise.checkpoints.distributed`.
 
 The step is the integer behind ``step``, ``checkpoint``, ``ckpt``, ``iter`` or ``iteration`` in the name of the file or
 subfolder, or the only integer there.
@@ -38,8 +41,10 @@ from torch import Tensor
 
 from stagewise.checkpoint import Checkpoint, CheckpointError, Optimizer, ParameterGroup
 from stagewise.checkpoints.batches import is_packed, packed, unpacked
+from stagewise.checkpoints.distributed import folder_of, sharded_weights
 from stagewise.checkpoints.entries import step_of, weights_in
 from stagewise.checkpoints.hub_cache import refuse_hub_cache
+from stagewise.checkpoints.shards import METADATA
 from stagewise.checkpoints.trainer import logged_rates, with_optimizer
 from stagewise.checkpoints.weights import INSIDE_FOLDER, read_weights, reason_of
 
@@ -49,7 +54,8 @@ _RATES = "learning_rates"
 
 _LOOKED_FOR = (
     "step_00000042.safetensors, other .safetensors, .pt, .pth, .bin or .ckpt files with the step in their name, "
-    "and subfolders such as checkpoint-500 or step512 with model.safetensors or pytorch_model.bin"
+    "and subfolders such as checkpoint-500 or step512 with model.safetensors, pytorch_model.bin or the .metadata "
+    "of shards"
 )
 
 
@@ -110,7 +116,8 @@ def read_checkpoint(path: str | Path, step: int, clip_norm: float | None = None)
     Args:
         path: the file.
         step: number of updates made before it was saved.
-        clip_norm: the norm to which a Trainer's run clipped gradients, 0 if it did not; None: as the folder says.
+        clip_norm: the norm to which a Trainer's or a sharded run clipped gradients, 0 if it did not; None: as the
+            folder says.
 
     Raises:
         CheckpointError: the file is missing, damaged, not weights, of another step, or holds values that are
@@ -118,6 +125,9 @@ def read_checkpoint(path: str | Path, step: int, clip_norm: float | None = None)
             them.
     """
     path = Path(path)
+    if path.name == METADATA:
+        sharded = Checkpoint(step, {}).holding(params=sharded_weights(path))  # not copied: nobody else has them
+        return with_optimizer(folder_of(path), sharded, clip_norm)
     tensors, metadata = read_weights(path)
     if not metadata.get("format", "").startswith("stagewise-checkpoint"):
         checkpoint = Checkpoint(step, tensors)
@@ -132,6 +142,8 @@ def read_learning_rates(path: Path) -> tuple[float, ...]:
     """``learning_rates`` of one file found by :func:`scan`, without its weights; none where it has none."""
     if path.name in INSIDE_FOLDER:
         return logged_rates(path.parent)
+    if path.name == METADATA:
+        return logged_rates(folder_of(path))
     return tuple(rate for rates in _read_some(path, _RATES.__eq__).values() for rate in rates.tolist())
 
 

@@ -7,11 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stagewise.checkpoint import CheckpointError
+from stagewise.checkpoints.distributed import SHARDED
+from stagewise.checkpoints.shards import METADATA
 from stagewise.checkpoints.weights import INSIDE_FOLDER
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 # What trainers put beside the weights under the same suffixes.
 _NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state\w*)\.(bin|pt|pth)")
+# Folders of shards inside that of a checkpoint.
+_INSIDE = re.compile(r"(pytorch_model_fsdp|optimizer)_\d+")
 _TRAINERS = re.compile(r"checkpoint-\d+")
 # One of several files of a checkpoint.
 _PART = re.compile(r".*-\d+-of-\d+\.(safetensors|bin)")
@@ -25,22 +29,29 @@ def weights_in(folder: Path) -> Iterator[tuple[Path, Path]]:
     """Every entry that carries a step in its name, with its file of weights: itself, or one inside.
 
     Raises:
-        CheckpointError: a subfolder named like a checkpoint holds no weights, or a file is part of a checkpoint.
+        CheckpointError: a subfolder named like a checkpoint holds no weights, or a file is part of a checkpoint, or the
+            folder itself is one.
     """
     entries = sorted(folder.iterdir())
     of_trainer = any(_TRAINERS.fullmatch(entry.name) for entry in entries)
+    if not of_trainer and any((folder / name).is_file() for name in SHARDED):
+        raise CheckpointError(
+            f"{folder} is one checkpoint of sharded training; pass the folder that holds it, and give it a name with "
+            "the step, e.g. step_500"
+        )
     for entry in entries:
-        if entry.name.startswith((".", "tmp-")) or _NOT_WEIGHTS.fullmatch(entry.name):
+        if entry.name.startswith((".", "tmp-")) or _NOT_WEIGHTS.fullmatch(entry.name) or _INSIDE.fullmatch(entry.name):
             continue
         if of_trainer and (entry.name in INSIDE_FOLDER or _PART.fullmatch(entry.name)):
             continue  # the model that a Trainer saves when it is done, beside its checkpoints
         if entry.is_dir():
-            inside = [entry / name for name in INSIDE_FOLDER if (entry / name).is_file()]
+            inside = [entry / name for name in (*INSIDE_FOLDER, *SHARDED) if (entry / name).is_file()]
             if inside:
                 yield entry, inside[0]
             elif re.fullmatch(r"(checkpoint|step)[-_]?\d+", entry.name):
                 raise CheckpointError(
-                    f"{entry} holds neither model.safetensors nor pytorch_model.bin, nor an index of their parts; "
+                    f"{entry} holds neither model.safetensors nor pytorch_model.bin, nor an index of their parts, "
+                    f"nor the {METADATA} of shards, which is written last; "
                     "adapters are not read: save the whole model, or remove the folder"
                 )
         elif _PART.fullmatch(entry.name):

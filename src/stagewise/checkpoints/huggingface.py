@@ -40,7 +40,8 @@ class RecorderCallback(TrainerCallback):
     goes through the training loader while an epoch is under way.
 
     Only the first process writes, and it must hold the whole model: data-parallel training works, sharded
-    training (FSDP, DeepSpeed ZeRO-3) does not.
+    training (FSDP, DeepSpeed ZeRO-3) does not; what the Trainer itself saves under FSDP is read by
+    ``Trajectory.from_directory``.
 
     Args:
         directory: folder of the checkpoints, made if missing.

@@ -1,9 +1,10 @@
 """What a Hugging Face Trainer, or accelerate, saves of the optimiser beside the weights.
 
 ``optimizer.pt`` (``optimizer.bin`` of accelerate) has moments, counts, rates and decays by the number of a parameter;
-the model gives them names, see :mod:`stagewise.numbered`. ``trainer_state.json`` has the step, the batch and what was
-logged. The norm to which gradients were clipped stands in ``training_args.bin`` alone, a pickle of classes that is
-never loaded: its numbers are read off the list of its opcodes, which runs nothing.
+the model gives them names, see :mod:`stagewise.numbered`. Sharded training writes shards instead, see
+:mod:`stagewise.checkpoints.distributed`. ``trainer_state.json`` has the step, the batch and what was logged. The norm
+to which gradients were clipped stands in ``training_args.bin`` alone, a pickle of classes that is never loaded: its
+numbers are read off the list of its opcodes, which runs nothing.
 
 Weights are good without an optimiser: what cannot be read, or has no words here, is a warning.
 """
@@ -27,10 +28,12 @@ from torch.optim import SGD, Adam, AdamW
 
 from stagewise.checkpoint import Checkpoint, CheckpointError, ParameterGroup
 from stagewise.checkpoints import optimizers
+from stagewise.checkpoints.distributed import sharded_optimizer
+from stagewise.checkpoints.shards import METADATA
 from stagewise.checkpoints.weights import load_tensors_only, reason_of, usable
 from stagewise.numbered import place
 
-_OPTIMIZERS = ("optimizer.pt", "optimizer.bin")
+_OPTIMIZERS = ("optimizer.pt", "optimizer.bin", f"optimizer_0/{METADATA}", METADATA)
 _STATE, _SCHEDULE, _ARGUMENTS = "trainer_state.json", "scheduler.pt", "training_args.bin"
 
 # What a group of torch's own must say and may say; others are of another optimiser.
@@ -65,7 +68,7 @@ def with_optimizer(folder: Path, checkpoint: Checkpoint, clip_norm: float | None
     if not files:
         return checkpoint
     try:
-        return _with_optimizer(files[0], checkpoint, clip_norm, state)
+        return _with_optimizer(folder, files[0], checkpoint, clip_norm, state)
     except CheckpointError as error:
         warnings.warn(f"{error}. The checkpoint is used without its optimizer", stacklevel=2)
         return checkpoint
@@ -93,33 +96,36 @@ def logged_rates(folder: Path) -> tuple[float, ...]:
 
 
 def _with_optimizer(
-    file: Path, checkpoint: Checkpoint, clip_norm: float | None, state: Mapping[str, Any]
+    folder: Path, file: Path, checkpoint: Checkpoint, clip_norm: float | None, state: Mapping[str, Any]
 ) -> Checkpoint:
-    if others := sorted(other.name for other in file.parent.glob(f"optimizer_*{file.suffix}")):
-        raise CheckpointError(f"{file.parent} has {others[0]} beside {file.name}; which optimizer trains this model?")
-    optimizer, names = _rebuilt(load_tensors_only(file), file, is_trainers=bool(state))
+    own = file if file.parent == folder else file.parent
+    if others := sorted(other.name for other in folder.glob(f"optimizer_*{own.suffix}") if other != own):
+        raise CheckpointError(f"{folder} has {others[0]} beside {own.name}; which optimizer trains this model?")
+    content = sharded_optimizer(file) if file.name == METADATA else load_tensors_only(file)
+    if content is None:
+        return checkpoint
+    optimizer, names = _rebuilt(content, file, is_trainers=bool(state))
     if reason := optimizers.why_unrecorded(optimizer, names):
         raise CheckpointError(f"{file}: {reason}")
-    known = _arguments(file.with_name(_ARGUMENTS))
+    known = _arguments(folder / _ARGUMENTS)
     clip_norm = known.get("max_grad_norm") if clip_norm is None else clip_norm
     if clip_norm is None:
         raise CheckpointError(
-            f"{file.parent} does not say whether gradients were clipped; pass their norm, "
+            f"{folder} does not say whether gradients were clipped; pass their norm, "
             "Trajectory.from_directory(..., clip_norm=1.0) as is the Trainer's default, or 0 if they were not"
         )
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     clipped = clip_norm if 0 < clip_norm < math.inf else None
-    rule = optimizers.describe(optimizer, names, rates, _batch_size(file.parent, state, known), clipped)
+    rule = optimizers.describe(optimizer, names, rates, _batch_size(folder, state, known), clipped)
     if not rule.groups:  # whether these are all of the model's, it will tell
         rule = replace(rule, groups=(ParameterGroup(tuple(names.values()), rule.learning_rate, rule.weight_decay),))
     counts = optimizers.update_counts(optimizer, names)
-    return replace(
-        checkpoint,
+    return checkpoint.holding(
         optimizer=rule,
         first_moment=_usable(optimizers.moments(optimizer, names, "momentum_buffer", "exp_avg"), file),
         second_moment=_usable(optimizers.moments(optimizer, names, "exp_avg_sq"), file),
         update_counts={name: count for name, count in counts.items() if count != checkpoint.step},
-        learning_rates=logged_rates(file.parent),
+        learning_rates=logged_rates(folder),
     )
 
 

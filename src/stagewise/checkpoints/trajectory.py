@@ -68,9 +68,9 @@ class Trajectory:
 
         Args:
             path: the folder.
-            clip_norm: for folders of a Hugging Face Trainer or of accelerate, the norm to which the run clipped
-                gradients, 0 if it did not. None: as ``training_args.bin`` in them says; where it is missing, the
-                optimiser is not known. Checkpoints that stagewise recorded say it themselves.
+            clip_norm: for folders of a Hugging Face Trainer, of accelerate or of ``torch.distributed.checkpoint``, the
+                norm to which the run clipped gradients, 0 if it did not. None: as ``training_args.bin`` in them says;
+                where it is missing, the optimiser is not known. Checkpoints that stagewise recorded say it themselves.
 
         Raises:
             FileNotFoundError: the folder is missing, or holds no checkpoint.

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stagewise.checkpoint import CheckpointError
 
-_STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict")
+STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict")
 
 INSIDE_FOLDER = (
     "model.safetensors",
@@ -94,14 +94,18 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"cannot read {path}, is it damaged or cut off? {reason_of(error)}") from error
 
 
-def load_tensors_only(path: Path) -> Any:
+def load_tensors_only(path: Path, content: IO[bytes] | None = None) -> Any:
     """What ``torch.save`` wrote, of tensors and plain values; whatever would run code is refused.
+
+    Args:
+        path: the file.
+        content: what of it is to be read, if not all.
 
     Raises:
         CheckpointError: the file is missing, damaged or refused.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path if content is None else content, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         holds = f"it asks for {asked[1]}" if asked else "it is damaged, or a pickle of something else"
@@ -116,13 +120,13 @@ def load_tensors_only(path: Path) -> Any:
 def _state_dict_in(content: Any, path: Path) -> dict[str, Tensor]:
     candidates = [content]
     if isinstance(content, dict):
-        candidates += [content[key] for key in _STATE_DICT_KEYS if key in content]
+        candidates += [content[key] for key in STATE_DICT_KEYS if key in content]
     for candidate in candidates:
         if _is_state_dict(candidate):
             return _without_aliases(candidate)
     found = f"a dict with {sorted(map(str, content))[:8]}" if isinstance(content, dict) else type(content).__name__
     raise CheckpointError(
-        f"{path} holds {found}, expected a state dict (names to tensors), alone or under one of {_STATE_DICT_KEYS}"
+        f"{path} holds {found}, expected a state dict (names to tensors), alone or under one of {STATE_DICT_KEYS}"
     )
 
 
