@@ -205,6 +205,15 @@ def test_of_several_optimizers_none_is_chosen(tmp_path):
             assert run.load(step).optimizer is None
 
 
+def test_an_optimizer_without_its_parameters_is_said_and_left_out(tmp_path):
+    model, optimizer = trained()
+    content = nested(model, optimizer)
+    del content["optimizer"]["param_groups"][1]["params"]
+    save(content, tmp_path / "step_3")
+    with pytest.warns(UserWarning, match="does not hold the state of a torch optimizer: KeyError.* used without its"):
+        assert Trajectory.from_directory(tmp_path, clip_norm=CLIP).load(3).optimizer is None
+
+
 class Evil:
     def __init__(self, call=print, *arguments):
         self.reduced = call, arguments or ("code was run",)
@@ -368,6 +377,13 @@ def test_the_folder_of_one_checkpoint_is_not_taken_for_a_run(tmp_path):
     for name in ("step_3", "checkpoint-4"):
         with pytest.raises(CheckpointError, match="is one checkpoint of sharded training; pass the folder that holds"):
             Trajectory.from_directory(tmp_path / name)
+
+
+def test_the_shards_that_are_saved_when_training_is_done_are_no_checkpoint_of_step_0(tmp_path):
+    model, optimizer = trained()
+    trainer_folder(tmp_path / "checkpoint-3", model, optimizer)
+    trainer_folder(tmp_path, model, optimizer)
+    assert Trajectory.from_directory(tmp_path).steps == (3,)
 
 
 def loss(model, batch):

@@ -3,8 +3,8 @@
 ``Recorder`` saves the model and the optimiser's moments from any training loop, ``snapshot`` holds them in memory;
 ``stagewise.checkpoints.huggingface.RecorderCallback`` does so inside a ``transformers.Trainer`` (imported
 from there, because transformers is optional). ``Trajectory`` reads a run back, one checkpoint at a time, be
-it recorded here, saved by somebody else's script or published on the Hugging Face Hub; ``TokenBatches`` the tokens of a
-published run's updates.
+it recorded here, saved by somebody else's script, in one file or in shards, or published on the Hugging Face Hub;
+``TokenBatches`` the tokens of a published run's updates.
 
 This room knows files and optimisers. It may not know losses, data, posteriors or chains, and reading weights
 never runs code that comes with them.

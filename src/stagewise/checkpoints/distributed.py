@@ -54,7 +54,10 @@ def sharded_optimizer(file: Path) -> dict[str, Any] | None:
     if len(found) > 1:
         raise CheckpointError(f"{file} holds {len(found)} optimizers; which of them trains this model?")
     content = index.loaded(found[0])
-    return _nested(content) if _is_nested(content) else _unflattened(content)
+    try:
+        return _nested(content) if _is_nested(content) else _unflattened(content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} does not hold the state of a torch optimizer: {error!r}") from error
 
 
 def _state_dict_in(index: Index) -> dict[str, str]:
