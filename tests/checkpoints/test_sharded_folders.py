@@ -229,7 +229,7 @@ class Evil:
         (Evil(getattr, "text", "upper"), "builtins.getattr"),
         (Evil(torch.load, "file"), "torch.serialization.load"),
         (Evil(dcp.FileSystemReader, "folder"), "torch.distributed.checkpoint.filesystem.FileSystemReader"),
-        (Evil(torch.manual_seed, 1), "torch.random.manual_seed"),
+        (Evil(nn.Linear, 2, 3), "torch.nn.modules.linear.Linear"),
     ],
 )
 def test_metadata_that_would_run_code_is_refused_and_nothing_is_run(tmp_path, capsys, evil, asked):
