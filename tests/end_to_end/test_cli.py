@@ -13,7 +13,7 @@ cli = CliRunner()
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    config = write_run(tmp_path_factory.mktemp("cli"))
+    config = write_run(tmp_path_factory.mktemp("cli"), retraining={"recorded_order_seed": 0})
     result = cli.invoke(app, ["run", str(config)])
     assert result.exit_code == 0, result.output
     return config.parent / "run", result.output

@@ -61,6 +61,12 @@ def test_no_effect_is_claimed_that_noise_could_have_made(results, value):
     assert "would have" not in quiet
 
 
+def test_that_few_batch_orders_make_all_uncertain_is_told_with_what_to_do(results, value):
+    noisy = with_values(results, value, stderr=1e-5)
+    few = replace(noisy, influence=noisy.influence.assign_attrs(repeats=4))
+    assert "told from noise of 4 batch orders; record the run's own batches, or set retraining.repeats" in text(few)
+
+
 def test_the_influence_of_a_group_on_itself_is_no_headline(results, value):
     value[:, range(10), range(10)] = -1.0
     value[2, 0, 5] = 1e-3

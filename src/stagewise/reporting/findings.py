@@ -74,10 +74,14 @@ def _effects(results: Results) -> Iterator[str]:
     if predicted is None or measured is None or results.answered is None:
         yield "No prediction was put to the test by retraining, so no effect in nats is claimed here."
         return
-    cases = _clearest_effects(predicted, degrees(results.answered))
+    cases, orders = _clearest_effects(predicted, degrees(results.answered)), results.answered.attrs.get("repeats", 1)
     if not cases:
         size = int(others(predicted).sum()) * predicted.sizes["step"]
-        yield f"Not one of {count(size, 'predicted effect')} between groups can be told from noise."
+        few = f" of {orders} batch orders; record the run's own batches, or set retraining.repeats to more"
+        yield (
+            f"Not one of {count(size, 'predicted effect')} between groups can be told from noise"
+            f"{few if orders > 1 else ''}."
+        )
     for step, train, query in cases:
         yield _effect(predicted, measured, step, train, query)
 
