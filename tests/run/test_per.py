@@ -206,3 +206,22 @@ def test_a_revision_that_is_not_there_is_said_once_for_all_steps_in_one_line(tmp
         look(springs.task(), run, LocalPosterior(gamma=1.0), run.steps)
     assert "\n" not in str(info.value)
     assert "step16" not in str(info.value)
+
+
+def test_the_norm_of_clipping_reaches_the_checkpoints_of_a_folder_that_does_not_say_it(tmp_path):
+    folder = tmp_path / "run" / "checkpoint-5"
+    folder.mkdir(parents=True)
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    content = CONTENT | {"checkpoints": str(tmp_path / "run"), "clip_norm": 0.5}
+    config = make_config(content)
+    checkpoint = trajectory_of(config.checkpoints, config.steps, config.clip_norm).load(5)
+    assert checkpoint.optimizer.clip_norm == 0.5
+    with pytest.raises(ValueError, match="publishes no optimizer"):
+        trajectory_of(HubName("org/tiny"), [0], 0.5)
+    with pytest.raises(ConfigError, match="clip_norm"):
+        make_config(content | {"clip_norm": -1})

@@ -71,6 +71,12 @@ class RunConfig(_Settings):
         description="folder of checkpoints, or hub:organisation/name of a repository on the Hugging Face Hub whose "
         "revisions are called step0, step1000, ... (else hub:organisation/name@revision-of-{step}); with steps"
     )
+    clip_norm: float | None = Field(
+        None,
+        ge=0,
+        description="norm to which the run clipped gradients, 0 if it did not, where the folder of a Trainer, of "
+        "accelerate or of FSDP does not say it",
+    )
     out: Path = Field(description="run folder: traces, results and report")
     steps: tuple[int, ...] | None = Field(None, description="checkpoints to study; default all")
     posterior: LocalPosterior = Field(description="what is sampled: window (or gamma), n_beta, metric, ...")

@@ -76,7 +76,8 @@ def estimate(config: RunConfig) -> Cost:
     Raises:
         ValueError: the configuration, task or checkpoints cannot be used.
     """
-    task, trajectory = load_task(config.task, config.task_args), trajectory_of(config.checkpoints, config.steps)
+    task = load_task(config.task, config.task_args)
+    trajectory = trajectory_of(config.checkpoints, config.steps, config.clip_norm)
     steps = chosen_steps(trajectory, config.steps)
     usable, unusable = look(task, trajectory, config.posterior, steps, SAMPLED in config.estimators)
     missing = preflight(task, trajectory, config, list(usable))

@@ -48,7 +48,7 @@ def run(config: RunConfig, progress: Progress = silent) -> Results:
         ValueError: the configuration, task, checkpoints or run folder cannot be used, with the reason.
     """
     make_task = partial(load_task, config.task, config.task_args)
-    task, trajectory = make_task(), trajectory_of(config.checkpoints, config.steps)
+    task, trajectory = make_task(), trajectory_of(config.checkpoints, config.steps, config.clip_norm)
     sampled = SAMPLED in config.estimators
     looked = look(task, trajectory, config.posterior, chosen_steps(trajectory, config.steps), sampled)
     left_out = preflight(task, trajectory, config, list(looked[0]))
