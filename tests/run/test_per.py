@@ -6,7 +6,8 @@ import springs
 import torch
 import xarray as xr
 
-from stagewise.checkpoint import Checkpoint
+import stagewise as sw
+from stagewise.checkpoint import Checkpoint, CheckpointError
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.influence.damped import damped_influence
 from stagewise.influence.gradients import gradient_product
@@ -208,7 +209,7 @@ def test_a_revision_that_is_not_there_is_said_once_for_all_steps_in_one_line(tmp
     assert "step16" not in str(info.value)
 
 
-def test_the_norm_of_clipping_reaches_the_checkpoints_of_a_folder_that_does_not_say_it(tmp_path):
+def test_what_a_folder_does_not_say_of_its_updates_is_said_by_the_configuration(tmp_path):
     folder = tmp_path / "run" / "checkpoint-5"
     folder.mkdir(parents=True)
     model = torch.nn.Linear(2, 1)
@@ -217,11 +218,16 @@ def test_the_norm_of_clipping_reaches_the_checkpoints_of_a_folder_that_does_not_
     optimizer.step()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-    content = CONTENT | {"checkpoints": str(tmp_path / "run"), "clip_norm": 0.5}
+    content = CONTENT | {"checkpoints": str(tmp_path / "run"), "clip_norm": 0.5, "batch_size": 7}
     config = make_config(content)
-    checkpoint = trajectory_of(config.checkpoints, config.steps, config.clip_norm).load(5)
+    checkpoint = trajectory_of(config.checkpoints, config.steps, config.clip_norm, config.batch_size).load(5)
     assert checkpoint.optimizer.clip_norm == 0.5
+    assert checkpoint.optimizer.batch_size == 7
+    sw.write_checkpoint(tmp_path / "copied", checkpoint)  # says it itself
+    assert sw.Trajectory.from_directory(tmp_path / "copied", batch_size=7).load(5).digest == checkpoint.digest
+    with pytest.raises(CheckpointError, match="used 7 samples, not 8; leave out batch_size"):
+        sw.Trajectory.from_directory(tmp_path / "copied", batch_size=8).load(5)
     with pytest.raises(ValueError, match="publishes no optimizer"):
-        trajectory_of(HubName("org/tiny"), [0], 0.5)
+        trajectory_of(HubName("org/tiny"), [0], batch_size=7)
     with pytest.raises(ConfigError, match="clip_norm"):
         make_config(content | {"clip_norm": -1})

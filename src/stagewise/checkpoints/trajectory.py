@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -63,7 +63,9 @@ class Trajectory:
         return cls(tuple(sorted(by_step)), partial(_recall, by_step))
 
     @classmethod
-    def from_directory(cls, path: str | Path, *, clip_norm: float | None = None) -> Trajectory:
+    def from_directory(
+        cls, path: str | Path, *, clip_norm: float | None = None, batch_size: int | None = None
+    ) -> Trajectory:
         """A folder of checkpoints, in one of the layouts of :mod:`stagewise.checkpoints.directory`.
 
         Args:
@@ -71,18 +73,21 @@ class Trajectory:
             clip_norm: for folders of a Hugging Face Trainer, of accelerate or of ``torch.distributed.checkpoint``, the
                 norm to which the run clipped gradients, 0 if it did not. None: as ``training_args.bin`` in them says;
                 where it is missing, the optimiser is not known. Checkpoints that stagewise recorded say it themselves.
+            batch_size: samples per update, devices and accumulation counted, 0 for all, where the folder does not say.
 
         Raises:
             FileNotFoundError: the folder is missing, or holds no checkpoint.
-            CheckpointError: the folder cannot be understood.
-            ValueError: ``clip_norm`` is negative or not finite.
+            CheckpointError: the folder cannot be understood; when a checkpoint is read, it says another batch size.
+            ValueError: ``clip_norm`` or ``batch_size`` is negative or not finite.
         """
         from stagewise.checkpoints.directory import scan
 
         if clip_norm is not None and not 0 <= clip_norm < math.inf:
             raise ValueError(f"clip_norm must be positive, or 0 for no clipping, got {clip_norm}")
+        if batch_size is not None and batch_size < 0:
+            raise ValueError(f"batch_size must be positive, or 0 for all samples, got {batch_size}")
         files = scan(Path(path))
-        return cls(tuple(files), partial(_read, files, clip_norm))
+        return cls(tuple(files), partial(_read, files, clip_norm, batch_size))
 
     @classmethod
     def from_hub(
@@ -156,13 +161,26 @@ def _recall(by_step: Mapping[int, Checkpoint], step: int) -> Checkpoint:
     )
 
 
-def _read(files: Mapping[int, Path], clip_norm: float | None, step: int) -> Checkpoint:
+def _batched(checkpoint: Checkpoint, batch_size: int | None) -> Checkpoint:
+    """With a batch size that the checkpoint itself does not know."""
+    optimizer = checkpoint.optimizer
+    if optimizer is None or batch_size is None or optimizer.batch_size == batch_size:
+        return checkpoint
+    if optimizer.batch_size is not None:
+        raise CheckpointError(
+            f"the checkpoint at step {checkpoint.step} says that its updates used {optimizer.batch_size} samples, not "
+            f"{batch_size}; leave out batch_size"
+        )
+    return checkpoint.holding(optimizer=replace(optimizer, batch_size=batch_size))
+
+
+def _read(files: Mapping[int, Path], clip_norm: float | None, batch_size: int | None, step: int) -> Checkpoint:
     from stagewise.checkpoints.directory import read_batches, read_checkpoint, read_learning_rates
 
     if step not in files:
         raise KeyError(f"no checkpoint of step {step}; there are {sorted(files)}")
     return _followed(
-        read_checkpoint(files[step], step, clip_norm),
+        _batched(read_checkpoint(files[step], step, clip_norm), batch_size),
         sorted(files),
         lambda later: read_learning_rates(files[later]),
         lambda later: read_batches(files[later]),

@@ -58,7 +58,8 @@ def window_orders(start: Start, given: Order | None, window: int, repeats: int |
     if size is None:
         raise ValueError(
             f"the checkpoint at step {start.step} does not say how many samples its updates used; pass "
-            "order=BatchOrder(n, batch_size), or record the optimizer with its batch_size (0 = all samples)"
+            "order=BatchOrder(n, batch_size), or say batch_size (0 = all samples) where the folder is read: "
+            "Trajectory.from_directory(..., batch_size=...), batch_size: in a configuration"
         )
     first, kind = given or own, "given" if given else "recorded"
     if size == 0 or size >= n:

@@ -77,6 +77,9 @@ class RunConfig(_Settings):
         description="norm to which the run clipped gradients, 0 if it did not, where the folder of a Trainer, of "
         "accelerate or of FSDP does not say it",
     )
+    batch_size: int | None = Field(
+        None, ge=0, description="samples of every update of the run, 0 for all, where its folder does not say it"
+    )
     out: Path = Field(description="run folder: traces, results and report")
     steps: tuple[int, ...] | None = Field(None, description="checkpoints to study; default all")
     posterior: LocalPosterior = Field(description="what is sampled: window (or gamma), n_beta, metric, ...")

@@ -77,7 +77,7 @@ def estimate(config: RunConfig) -> Cost:
         ValueError: the configuration, task or checkpoints cannot be used.
     """
     task = load_task(config.task, config.task_args)
-    trajectory = trajectory_of(config.checkpoints, config.steps, config.clip_norm)
+    trajectory = trajectory_of(config.checkpoints, config.steps, config.clip_norm, config.batch_size)
     steps = chosen_steps(trajectory, config.steps)
     usable, unusable = look(task, trajectory, config.posterior, steps, SAMPLED in config.estimators)
     missing = preflight(task, trajectory, config, list(usable))

@@ -48,7 +48,8 @@ def run(config: RunConfig, progress: Progress = silent) -> Results:
         ValueError: the configuration, task, checkpoints or run folder cannot be used, with the reason.
     """
     make_task = partial(load_task, config.task, config.task_args)
-    task, trajectory = make_task(), trajectory_of(config.checkpoints, config.steps, config.clip_norm)
+    task = make_task()
+    trajectory = trajectory_of(config.checkpoints, config.steps, config.clip_norm, config.batch_size)
     sampled = SAMPLED in config.estimators
     looked = look(task, trajectory, config.posterior, chosen_steps(trajectory, config.steps), sampled)
     left_out = preflight(task, trajectory, config, list(looked[0]))

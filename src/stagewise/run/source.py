@@ -47,24 +47,28 @@ class HubName:
         return f"{HUB}{self.repository}" + (f"@{self.revision}" if self.revision != _REVISION else "")
 
 
-def trajectory_of(source: Path | HubName, steps: Sequence[int] | None, clip_norm: float | None = None) -> Trajectory:
+def trajectory_of(
+    source: Path | HubName,
+    steps: Sequence[int] | None,
+    clip_norm: float | None = None,
+    batch_size: int | None = None,
+) -> Trajectory:
     """The checkpoints; those of the hub are fetched when they are read.
 
     Args:
         source: a folder, or a repository.
         steps: of a repository, those to look for.
         clip_norm: of a folder, see :meth:`stagewise.Trajectory.from_directory`.
+        batch_size: of a folder, likewise.
 
     Raises:
         ValueError: the folder or the repository cannot be used, or nothing is installed that can read from the hub.
         FileNotFoundError: the folder is missing, or holds no checkpoint.
     """
     if isinstance(source, Path):
-        return Trajectory.from_directory(source, clip_norm=clip_norm)
-    if clip_norm is not None:
-        raise ValueError(
-            "clip_norm: a repository publishes no optimizer whose gradients could be clipped; leave it out"
-        )
+        return Trajectory.from_directory(source, clip_norm=clip_norm, batch_size=batch_size)
+    if clip_norm is not None or batch_size is not None:
+        raise ValueError("a repository publishes no optimizer; leave out clip_norm and batch_size, which describe one")
     try:
         return Trajectory.from_hub(source.repository, steps, source.revision)
     except ImportError as error:
