@@ -29,8 +29,8 @@ from stagewise.varied import Per
 
 # A subset of the training samples stands for all: its error is that of the mean of this many parts of it.
 _PARTS = 4
-# Along curvature -s a response of length t is (exp(s t) - 1) / (s t) times that without curvature. Where that is 10, s t
-# is 3.6, and curvature that changes by a fifth on the way changes the response by a factor of 2: no size is left to tell.
+# Along curvature -s the response of a time t is (exp(s t) - 1) / (s t) times that without curvature. Where that is 10,
+# s t is 3.6, and a curvature that changes by a fifth on the way changes it by a factor of 2: no size is left to tell.
 _MOST_GROWTH = 10
 
 
