@@ -7,6 +7,7 @@ Every sentence is printed on one line: where it would break depends on how many 
 
 import gc
 import os
+import random
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
@@ -53,6 +54,17 @@ def pytest_collection_modifyitems(items):
         return next((k for k, part in enumerate(LONGEST) if part in item.nodeid), len(LONGEST))
 
     items.sort(key=place)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Weights that a test did not seed are the same whatever has been tested before, here or by the other process."""
+    import numpy as np
+    import torch
+
+    torch.default_generator.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    random.seed(0)
 
 
 def pytest_collection_finish():
