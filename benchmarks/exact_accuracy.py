@@ -10,7 +10,7 @@ held-out          three small problems and patches of photographs, five optimise
                   with fresh ones, those of the prediction others than those of the measurement
 language model    classes of tokens in a small transformer that is trained on Python's standard library
 cost              processor time of the influence over that of the window's own training, on one thread
-memory            peak memory for a transformer of 70 million parameters; only where asked for (some minutes)
+memory            peak memory for a transformer of 70 million parameters; only where asked for (half an hour)
 
 Each part holds `window_influence` against what `window_ablation` measures with weights of .95 or .8 during the window.
 r and slope (measured / predicted) are over pairs of different groups where train groups and query groups have the same
@@ -363,7 +363,7 @@ def plain_training(own: sw.Task, order: sw.BatchOrder) -> None:
 
 # Memory
 
-MEMORY_WINDOW = 6  # longer ones hold no more states: they make updates again
+MEMORY_WINDOW = 30
 
 
 def memory() -> None:
@@ -371,7 +371,7 @@ def memory() -> None:
     with tempfile.TemporaryDirectory() as folder:
         own = large_task(Path(folder))
         begun = time.perf_counter()
-        sw.window_influence(own, folder, window=MEMORY_WINDOW, repeats=1, mode="reverse")
+        sw.window_influence(own, folder, window=MEMORY_WINDOW, repeats=1, mode="reverse", scratch=folder)
     size = sum(tensor.numel() for tensor in own.trainable.values())
     console.print(
         f"memory, W = {MEMORY_WINDOW}: {size / 1e6:.0f} million parameters, peak of the process {peak():.1f} GB, "

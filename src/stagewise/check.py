@@ -32,13 +32,15 @@ Pair = Callable[[nn.Module, Mapping[str, Tensor], Batch], tuple[Tensor, Tensor]]
 """From an ordinary module, its parameters and a batch to two things that should be equal."""
 
 
-def check(task: Task, checkpoint: Checkpoint, *, curvature: bool = False) -> None:
+def check(task: Task, checkpoint: Checkpoint, *, curvature: bool = False, train: bool = True) -> None:
     """Refuse what no estimator could use; what has been found in order is not looked at again.
 
     Args:
         task: the task.
         checkpoint: as :meth:`Task.fitted` returns it.
         curvature: also check second derivatives, for whatever uses them.
+        train: also look for losses of the training set that are not finite, for whatever uses all of it. At the first
+            checkpoint that is always done.
 
     Raises:
         ValueError: the data are others each time they are read; tokens are not the model's; the losses have the wrong
@@ -48,10 +50,10 @@ def check(task: Task, checkpoint: Checkpoint, *, curvature: bool = False) -> Non
             curvature are not those of training.
     """
     with torch.inference_mode(False):
-        _check(task, checkpoint, curvature)
+        _check(task, checkpoint, curvature, train)
 
 
-def _check(task: Task, checkpoint: Checkpoint, curvature: bool) -> None:
+def _check(task: Task, checkpoint: Checkpoint, curvature: bool, train: bool) -> None:
     if not task.checked:
         task.pure.refuse()
     if "model" not in task.checked:
@@ -72,15 +74,19 @@ def _check(task: Task, checkpoint: Checkpoint, curvature: bool) -> None:
         rows = task.train.few(1 if is_large(task) else min(_FEW, task.forward_batch))  # with a graph of second order
         check_differences(task, _moved(task, checkpoint.params), task.train.batch(rows, task.device))
         task.checked.add("curvature")
-    if checkpoint.digest not in task.checked:
-        for data, query in _all(task):
-            losses = check_finite(task, checkpoint.params, data, query)
-            if data is task.train and task.sample_weights is None:
-                task.sample_weights = losses[1].double()  # one pass over the data is enough
-            if "steady" not in task.checked:
-                _check_steady(data, losses, check_finite(task, checkpoint.params, data, query))
-        task.checked |= {checkpoint.digest, "steady"}
+    first = "steady" not in task.checked
+    for data, query in _all(task):
+        seen = f"{data.name} {checkpoint.digest}"
+        if seen in task.checked or not (train or first or data is not task.train):
+            continue
+        losses = check_finite(task, checkpoint.params, data, query)
+        if data is task.train and task.sample_weights is None:
+            task.sample_weights = losses[1].double()  # one pass over the data is enough
+        if first:
+            _check_steady(data, losses, check_finite(task, checkpoint.params, data, query))
+        task.checked.add(seen)
         give_back()
+    task.checked.add("steady")
 
 
 def check_finite(task: Task, params: Mapping[str, Tensor], data: Samples, query: str | None = None) -> Tensor:

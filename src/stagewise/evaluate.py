@@ -96,7 +96,12 @@ class Point:
 
 
 def at(
-    task: Task, checkpoint: Checkpoint, parameters: Sequence[str] = (".*",), *, curvature: bool = False
+    task: Task,
+    checkpoint: Checkpoint,
+    parameters: Sequence[str] = (".*",),
+    *,
+    curvature: bool = False,
+    train: bool = True,
 ) -> tuple[Point, Checkpoint]:
     """The door through which every room enters: a checked task at a checked checkpoint.
 
@@ -105,6 +110,7 @@ def at(
         checkpoint: as it was recorded.
         parameters: regular expressions; of the parameters that the optimiser updates, those that match one move.
         curvature: whether second derivatives will be used.
+        train: whether all training samples will be.
 
     Returns:
         The point, u being the parameters themselves, and the checkpoint under the model's own names.
@@ -114,7 +120,7 @@ def at(
         ValueError: the losses are unusable, see :func:`stagewise.check.check`.
     """
     fitted = task.fitted(checkpoint)
-    check(task, fitted, curvature=curvature)
+    check(task, fitted, curvature=curvature, train=train)
     updated = fitted.optimizer.updated if fitted.optimizer else None
     return Point(task, ParameterVector.of(task, parameters, updated), fitted.params), fitted
 

@@ -101,6 +101,13 @@ def test_little_memory_costs_walks_and_changes_nothing(task, memory):
     assert walks[-1] == (len(walks), len(walks))
 
 
+def test_states_on_disk_change_nothing(task, tmp_path):
+    options = {"asked": [2, 5], "bins": [0, 1, 2, 5], "memory": 1}
+    found, whole = in_time(task, scratch=tmp_path, **options), in_time(task, **options)
+    assert found.identical(whole)
+    assert not list(tmp_path.iterdir())
+
+
 def test_samples_sum_to_their_groups(task):
     samples, groups = in_time(task, per="sample").value, in_time(task).value
     for label in range(3):

@@ -1,7 +1,9 @@
 """The derivative of a replayed window, against forward mode and against retraining with slightly changed weights."""
 
 import json
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -105,6 +107,65 @@ def test_little_memory_costs_time_and_changes_nothing(memory):
     close(window_influence(task, run, memory=memory, **options).value, whole.value, 1e-12)
     one_by_one = window_influence(task, run, batching="loop", **options)
     close(one_by_one.value, whole.value, 1e-12)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("free", [1e9, 2e4])
+def test_states_on_disk_change_no_bit_spare_updates_and_leave_nothing(rule, free, tmp_path, monkeypatch):
+    task, order = classifier(), ORDERS["minibatches"]
+    run, options = trajectory(task, RULES[rule], order), {"window": 15, "order": order, "mode": "reverse"}
+    made, update = [], adjoint.Replay._advance
+    monkeypatch.setattr(adjoint.Replay, "_advance", lambda *at: made.append(at[1]) or update(*at))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+
+    def found(**memory):
+        made.clear()
+        return window_influence(task, run, batching="loop", **options, **memory), len(made)
+
+    (whole, once), (again, often) = found(), found(memory=1)
+    kept, fewer = found(memory=1, scratch=tmp_path)
+    assert once * len(whole["query"]) <= fewer < often  # without memory every query walks alone
+    assert free < 1e9 or fewer == once * len(whole["query"])
+    assert kept.value.identical(again.value)
+    close(kept.value, whole.value, 1e-12)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite_at_a_later_checkpoint_is_no_influence():
+    """The training set is looked at whole at the first checkpoint only."""
+    x, marked = torch.randn(8, 2, dtype=torch.float64), torch.eye(8, dtype=torch.float64)[3]
+    task = Task(
+        nn.Linear(2, 1).double(),
+        lambda model, batch: model(batch[0])[:, 0] ** 2 + torch.sqrt(1 - batch[1] * model.bias),
+        train=(x, marked),
+        queries={"q": (x, torch.zeros(8, dtype=torch.float64))},
+        train_groups=list("aabbaabb"),
+    )
+    good = Checkpoint(0, task.state() | {"bias": torch.zeros(1, dtype=torch.float64)}, Optimizer("sgd", 0.1))
+    beyond = replace(good, step=9, params={**good.params, "bias": torch.full((1,), 2.0, dtype=torch.float64)})
+    run = Trajectory.from_checkpoints([good, beyond])
+    for mode, reason in (("reverse", "steps 9 to 11 ends with weights that are not finite"), ("forward", "not")):
+        found = window_influence(task, run, window=2, order=BatchOrder(8), mode=mode)
+        assert found.step.values.tolist() == [0]
+        assert reason in json.loads(found.attrs["omitted"])["9"]
+
+
+def test_a_window_costs_nothing_for_training_samples_that_are_not_in_its_batches():
+    seen = []
+
+    def loss(model, batch):
+        seen.append(len(batch[0]))
+        return model(batch[0])[:, 0] ** 2
+
+    x = torch.randn(500, 2, dtype=torch.float64)
+    task = Task(nn.Linear(2, 1).double(), loss, train=(x,), queries={"q": (x[:4],)}, train_groups=["a", "b"] * 250)
+    first = Checkpoint(0, task.state(), Optimizer("sgd", 0.01, batch_size=4))
+    later = replace(first, step=5, params={name: tensor + 0.1 for name, tensor in first.params.items()})
+    options = {"window": 3, "order": BatchOrder(500, 4)}
+    window_influence(task, Trajectory.from_checkpoints([first]), **options)
+    seen.clear()
+    window_influence(task, Trajectory.from_checkpoints([later]), **options)
+    assert sum(seen) < 500
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.05])

@@ -20,6 +20,8 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -30,8 +32,9 @@ from stagewise.attention import plain_attention
 from stagewise.data import Batch
 from stagewise.differentiate import differentiable, pull
 from stagewise.evaluate import Batching, Point, chunks
-from stagewise.retraining.rewind import rewind
+from stagewise.retraining.rewind import Keep, in_memory, rewind
 from stagewise.retraining.schedule import LearningRate, Order
+from stagewise.retraining.scratch import on_disk, room_on_disk
 from stagewise.retraining.start import Start
 from stagewise.retraining.training import joined, slopes_of
 from stagewise.retraining.updates import (
@@ -82,6 +85,7 @@ class Replay:
         memory: bytes that states and adjoints may take.
         batching: whether several adjoints share a product.
         learning_rate: of the update made at a step; default: the run's own where known, else the checkpoint's, held.
+        scratch: folder for states that the memory does not hold; None: they are made again.
     """
 
     start: Start
@@ -90,6 +94,7 @@ class Replay:
     memory: float
     batching: Batching
     learning_rate: LearningRate | None = None
+    scratch: Path | None = None
 
     @property
     def at_once(self) -> int:
@@ -97,18 +102,41 @@ class Replay:
         return max(1, int(self.memory / 2 / (_HELD * self._bytes)))
 
     def states(self) -> Iterator[tuple[int, TrainingState]]:
-        """The state after the last update, then every step with the state before its update, the last first."""
-        optimizer = self.start.rule.optimizer
-        kept = 1 + keeps_first_moment(optimizer) + keeps_second_moment(optimizer)
-        room = max(0, int(self.memory / 2 / (kept * self._bytes)) - 1)  # beside the one in use
-        return rewind(self._advance, self.start.state, range(self.span.start, self.span.stop + 1), room)
+        """The state after the last update, then every step with the state before its update, the last first.
+
+        Raises:
+            ValueError: the weights are not finite after the last update.
+        """
+        steps, vectors = range(self.span.start, self.span.stop + 1), self._vectors
+        keep: Keep[TrainingState] = in_memory
+        size = len(vectors) * self._bytes
+        room = max(0, int(self.memory / 2 / size) - 1)  # beside the one in use
+        if room + 1 < len(steps) and self.scratch is not None:
+            room, keep = room_on_disk(self.scratch, size), partial(on_disk, self.scratch, vectors)
+        states = rewind(self._advance, self.start.state, steps, room, keep)
+        stop, last = next(states)
+        _check_finite(self.start.step, stop, last)
+        yield stop, last
+        del last  # before earlier ones are made again
+        yield from states
 
     def batches(self, step: int) -> list[Batch]:
         """The samples of an update, in pieces that the task evaluates at once."""
         return list(chunks(self.start.task, self.start.task.train, self.order(step)))
 
     @property
+    def _vectors(self) -> list[str]:
+        """The parts of a state that updates change."""
+        optimizer = self.start.rule.optimizer
+        moments = {
+            "first_moment": keeps_first_moment(optimizer),
+            "second_moment": keeps_second_moment(optimizer),
+        }
+        return ["params", *(name for name, kept in moments.items() if kept)]
+
+    @property
     def _bytes(self) -> int:
+        """Of one vector."""
         vector = self.start.point.vector
         return vector.size * vector.dtype.itemsize
 
@@ -116,6 +144,19 @@ class Replay:
         pieces = (_Summed.of(self.start.point, state.params[0], batch) for batch in self.batches(step))
         slope, used, _ = _mean(pieces)
         return update(self.start.rule, state, slope[None], step, self.learning_rate, used[None])
+
+
+def _check_finite(start: int, stop: int, state: TrainingState) -> None:
+    """Refuse a replay that leaves the numbers.
+
+    Raises:
+        ValueError: weights are not finite.
+    """
+    if not torch.isfinite(state.params).all():
+        raise ValueError(
+            f"the replay of steps {start} to {stop} ends with weights that are not finite: training diverges there, or "
+            "a training sample in its batches has a loss that is not finite; leave the step out, or mend the sample"
+        )
 
 
 class Slopes(NamedTuple):

@@ -8,10 +8,21 @@ from itertools import count
 from typing import TypeVar
 
 State = TypeVar("State")
+Keep = Callable[[State], Callable[[], State]]
+"""From a state to what gives it back."""
+
+
+def in_memory(state: State) -> Callable[[], State]:
+    """Keep a state as it is."""
+    return lambda: state
 
 
 def rewind(
-    advance: Callable[[int, State], State], begin: Callable[[], State], span: range, room: int
+    advance: Callable[[int, State], State],
+    begin: Callable[[], State],
+    span: range,
+    room: int,
+    keep: Keep[State] = in_memory,
 ) -> Iterator[tuple[int, State]]:
     """The steps of ``span``, the last first, each with the state before its update.
 
@@ -23,22 +34,27 @@ def rewind(
         begin: makes the state before the first update; called anew whenever it is needed.
         span: the steps, consecutive.
         room: how many states may be kept beside the one in use; with all of them no update is made twice.
+        keep: how they are kept.
 
     Yields:
         ``(step, state)``; the caller may hold one of them, the one yielded.
     """
     if len(span) <= room + 1:
-        states = [begin()]
+        kept, state = [], begin()
         for step in span[:-1]:
-            states.append(advance(step, states[-1]))
-        for step in reversed(span):
-            yield step, states.pop()
+            kept.append(keep(state))
+            state = advance(step, state)
+        if span:
+            yield span[-1], state
+        del state
+        for step in reversed(span[:-1]):
+            yield step, kept.pop()()
         return
     cut = span.start + _cut(len(span), room)
-    kept = [_advanced(advance, begin(), range(span.start, cut))]
-    yield from rewind(advance, lambda: kept[0], range(cut, span.stop), max(room - 1, 0))
-    kept.clear()
-    yield from rewind(advance, begin, range(span.start, cut), room)
+    middle = [keep(_advanced(advance, begin(), range(span.start, cut)))]
+    yield from rewind(advance, lambda: middle[0](), range(cut, span.stop), max(room - 1, 0), keep)
+    middle.clear()
+    yield from rewind(advance, begin, range(span.start, cut), room, keep)
 
 
 def _advanced(advance: Callable[[int, State], State], state: State, span: range) -> State:

@@ -103,7 +103,9 @@ def start_at(task: Task, checkpoint: Checkpoint, *, curvature: bool = False) -> 
         ValueError: the losses cannot be used, or the optimizer was not recorded.
         CheckpointError: the checkpoint is of another model.
     """
-    point, fitted = at(task, checkpoint, curvature=curvature)
+    # A window uses a few of the training samples, of which there may be very many. A loss of theirs that is not finite
+    # goes into the weights, and what is asked of these is refused.
+    point, fitted = at(task, checkpoint, curvature=curvature, train=False)
     optimizer = recorded_optimizer(fitted)
     if optimizer.clip_norm is not None:
         # The norm that decides is that of all gradients, also of parameters that are not updated.

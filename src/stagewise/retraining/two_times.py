@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 import xarray as xr
@@ -44,6 +45,7 @@ def influence_in_time(
     learning_rate: LearningRate | None = None,
     check: bool = True,
     memory: float = 4e9,
+    scratch: str | Path | None = None,
     batching: BatchingChoice = "auto",
     progress: Progress | None = None,
 ) -> xr.Dataset:
@@ -76,6 +78,8 @@ def influence_in_time(
         check: whether numbers are held against retraining, and left out where they fail.
         memory: bytes that replayed states and adjoints may take, beside the model, its data and one gradient. With less
             memory more updates are made again, and queries wait for one another.
+        scratch: folder on a disk for the states that memory does not hold, in place of making updates again; at most
+            half of what is free there. Nothing stays in it.
         batching: whether adjoints share a product: ``"stacked"``, ``"loop"``: one by one, ``"auto"``: stacked if the
             model allows it.
         progress: called with (walks done, walks in all); with enough memory there is one walk.
@@ -119,7 +123,15 @@ def influence_in_time(
     check_moves(origin, learning_rate)
     check_order(origin, order)
     way = origin.decided(batching, len(steps) * len(queried))
-    replay = Replay(origin, order, range(start.step, steps[-1]), memory, way, learning_rate)
+    replay = Replay(
+        origin,
+        order,
+        range(start.step, steps[-1]),
+        memory,
+        way,
+        learning_rate,
+        None if scratch is None else Path(scratch),
+    )
     stacks, parts = list(_stacks(steps, queried, replay.at_once)), []
     for done, stack in enumerate(stacks, start=1):
         parts.append(_walk(replay, stack, spans, trained))

@@ -50,6 +50,7 @@ def window_influence(
     order: Order | None = None,
     mode: Mode = "auto",
     memory: float = 4e9,
+    scratch: str | Path | None = None,
     batching: BatchingChoice = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
@@ -86,6 +87,8 @@ def window_influence(
             query groups.
         memory: bytes that replayed states and adjoints may take, beside the model, its data and one gradient. With less
             memory more updates are made again, and queries wait for one another.
+        scratch: folder on a disk for the states that memory does not hold, in place of making updates again; at most
+            half of what is free there. Nothing stays in it.
         batching: whether query groups share a product: ``"stacked"``, ``"loop"``: one by one, ``"auto"``: stacked if
             the model allows it.
         progress: called with (checkpoints done, checkpoints in all) after every checkpoint.
@@ -123,6 +126,7 @@ def window_influence(
     forward = not expected and _is_forward(mode, per, len(trained), len(queried))
     if expected and mode == "forward":
         raise ValueError("expected=True is found backwards; leave out mode='forward'")
+    folder = None if scratch is None else Path(scratch)
     total, seen = len(chosen_steps(run, steps)), iter(range(1, len(run.steps) + 1))
     kinds, counts = list[str](), list[int]()
 
@@ -133,7 +137,7 @@ def window_influence(
             check_moves(start)
             orders = window_orders(start, order, window, repeats, seed)
             way, span = start.decided(batching, len(queried)), range(step, step + window)
-            replays = [Replay(start, batches, span, memory, way) for batches in orders.orders]
+            replays = [Replay(start, batches, span, memory, way, scratch=folder) for batches in orders.orders]
             if expected:
                 sums, off = map(np.stack, zip(*(expected_sums(r, trained, queried) for r in replays), strict=True))
             else:

@@ -37,7 +37,7 @@ def look(
             if sampled:
                 posterior.at(task, checkpoint)
             else:
-                at(task, checkpoint)
+                at(task, checkpoint, train=False)
             usable[step] = task.fitted(checkpoint).digest
             if posterior.window and (rates := checkpoint.changing_rates(posterior.window)):
                 usable[step] += f" {rates}"
