@@ -19,6 +19,7 @@ from stagewise.studies.induction.cost import cost
 from stagewise.studies.induction.experiments.class_influence import class_influence
 from stagewise.studies.induction.experiments.intervention import intervention
 from stagewise.studies.induction.experiments.stages import stages
+from stagewise.studies.induction.experiments.two_times import in_time, two_times
 from stagewise.studies.induction.experiments.windows import windows
 from stagewise.studies.induction.lab import Lab
 from stagewise.studies.induction.settings import FULL, REDUCED
@@ -80,6 +81,16 @@ def test_influence_of_classes_is_told_with_peaks_flips_and_the_control(lab):
     assert ", ".join(cell.split()[0] for cell in row[2:]) == flips
     assert len(plate(found, "influence-on-excess").axes) == REDUCED.seeds
     assert len(plate(found, "influence-on-classes").axes) == 4
+
+
+def test_influence_in_two_times_is_what_the_change_does_that_is_made_and_nothing_after_the_question(lab):
+    found = two_times(lab)
+    assert check(found, "vs that change made, all seeds and steps: r").value > 0.97
+    assert 0.9 < check(found, "vs that change made, all seeds and steps: slope").value < 1.1
+    first, last = lab.settings.asked
+    run = in_time(lab, 0).sel(asked=first)
+    assert (run.sel(trained=slice(0, first - 1)) != 0).all()
+    assert (run.sel(trained=slice(first, last)) == 0).all()
 
 
 def test_a_t_interval_is_that_of_the_tables_and_one_seed_has_none():

@@ -28,6 +28,10 @@ class Settings:
         window: updates during which the weight of a class is changed.
         window_starts: checkpoints where windows begin: on the plateau, at the transition's start, in it and after it.
         weights: of a class during a window; none of them 1.
+        asked: steps at which the network is asked what it owes to earlier training.
+        bins: edges of the bins in which that training is told apart.
+        plateau: two of them, between which induction tokens have the weight ``changed`` once.
+        changed: that weight.
         queries: of the probes, those whose losses are influenced.
         budget: share of all weight that is moved onto some tokens while induction forms, see :func:`curriculum`.
         most: largest weight of a token then.
@@ -51,6 +55,10 @@ class Settings:
     window: int = 30
     window_starts: tuple[int, ...] = (150, 300, 375, 600)
     weights: tuple[float, ...] = (0.8, 0.95)
+    asked: tuple[int, ...] = (400, 500, 600)
+    bins: tuple[int, ...] = tuple(range(0, 601, 50))
+    plateau: tuple[int, int] = (100, 250)
+    changed: float = 0.95
     queries: int = 128
     budget: float = 0.5
     most: float = 2.0
@@ -70,7 +78,7 @@ class Settings:
 
     def of_a_run(self) -> dict[str, int | float]:
         """Those that a training run and its checkpoints depend on, and not only what is asked of them."""
-        asked = {"seeds", "window", "window_starts", "weights", "queries"}
+        asked = {"seeds", "window", "window_starts", "weights", "queries", "asked", "bins", "plateau", "changed"}
         asked |= {"budget", "most", "until", "choose_every", "look_every"}
         return {name: value for name, value in vars(self).items() if name not in asked}
 
@@ -84,6 +92,9 @@ EIGHT = Settings(
     rate=1e-3,
     last=1000,
     window_starts=(300, 600, 700, 900),
+    asked=(700, 800, 900),
+    bins=tuple(range(0, 901, 100)),
+    plateau=(200, 600),
     until=1000,
 )
 """The same with eight tokens: a longer plateau and a sharper transition."""
@@ -100,6 +111,9 @@ REDUCED = Settings(
     window=2,
     window_starts=(20, 60),
     weights=(0.95,),
+    asked=(60, 80),
+    bins=tuple(range(0, 81, 20)),
+    plateau=(20, 40),
     queries=16,
     until=100,
     choose_every=20,
