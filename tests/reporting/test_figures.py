@@ -53,6 +53,35 @@ def test_losses_are_drawn_as_they_are_and_untrusted_checkpoints_shaded(small):
     assert set(names) == {"0", "1", "2", "3", "training set"}
 
 
+def above(figure):
+    """What stands above the axes of steps of a figure: what, by where it is drawn."""
+    figure.draw_without_rendering()
+    told = []
+    for ax in figure.axes:
+        if ax.get_xlabel() == "sum of learning rates":
+            texts = [text.get_text() for text in ax.get_xticklabels()]
+            below = next(other for other in figure.axes if other is not ax and other.bbox.bounds == ax.bbox.bounds)
+            places = below.transData.inverted().transform(ax.transData.transform([(t, 0) for t in ax.get_xticks()]))
+            told.append(dict(zip(places[:, 0].tolist(), texts, strict=True)))
+    return told
+
+
+def test_sums_of_changing_learning_rates_stand_above_their_steps_and_constant_ones_nowhere(small):
+    steps = small.losses["step"].values
+    constant = small.losses.assign(rates=("step", 0.1 * (steps - steps[0])))
+    changing = small.losses.assign(rates=("step", (steps - steps[0]) ** 2 / 1000))
+    for losses in (small.losses, constant):
+        assert not above(figures.loss_curves(losses))
+    (told,) = above(figures.loss_curves(changing))
+    assert len(told) > 3
+    for step, text in told.items():
+        assert float(text.replace(",", "")) == pytest.approx(
+            np.interp(step, steps, changing["rates"]), rel=0.06, abs=1e-6
+        )
+    assert len(above(figures.influence_curves(small.influence, losses=changing))) == 2
+    assert not above(figures.influence_curves(small.influence, losses=constant))
+
+
 def test_names_at_line_ends_do_not_overlap_and_keep_their_order(make):
     results = make(labels=[f"class {k}" for k in range(12)])
     figure = figures.loss_curves(results.losses)

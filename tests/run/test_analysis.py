@@ -1,5 +1,6 @@
 """The numbers that a run stores, each against arithmetic on springs."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -8,6 +9,7 @@ import springs
 import torch
 import xarray as xr
 
+from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.influence.damped import damped_influence
 from stagewise.influence.gradients import gradient_product
 from stagewise.retraining.schedule import BatchOrder
@@ -78,6 +80,20 @@ def test_mean_loss_of_a_sample_of_tokens_is_the_mean_over_its_tokens():
     found = analysis.mean_losses(springs.task(springs.by_token), springs.trajectory(), [10])
     np.testing.assert_allclose(found["train"], [springs.loss(10, springs.TRAIN).mean() / 2])
     np.testing.assert_allclose(found["queries"].sel(query="far"), springs.loss(10, springs.FAR) / 2)
+
+
+def test_rates_are_summed_over_the_updates_between_the_asked_steps_where_each_is_known():
+    def run(*rates):
+        plain = springs.trajectory()
+        known = zip(plain.steps, ((), *rates), strict=True)
+        return Trajectory.from_checkpoints(replace(plain.load(step), learning_rates=made) for step, made in known)
+
+    whole = run((0.1,) * 10, tuple(0.01 * k for k in range(10)))
+    sums = analysis.mean_losses(springs.task(), whole, [0, 10, 20])["rates"]
+    np.testing.assert_allclose(sums, [0, 1, 1.45])
+    np.testing.assert_allclose(analysis.mean_losses(springs.task(), whole, [10, 20])["rates"], [0, 0.45])
+    for task_steps, partly in (([0, 20], whole), ([20, 0], whole), ([0, 10, 20], run((0.1,) * 10, (0.1,) * 9))):
+        assert "rates" not in analysis.mean_losses(springs.task(), partly, task_steps)
 
 
 # Baselines

@@ -64,15 +64,17 @@ def _influence(results: Results) -> Iterator[Plate | Table]:
             yield Plate("influence", "There are no influence curves, because no checkpoint could be answered.")
             return
         caption = f"No checkpoint could be sampled: {DAMPED} in place of what the chains would say. "
-        yield Plate("influence", caption + _curves_caption(stand_in), figures.influence_curves(stand_in))
+        yield Plate(
+            "influence", caption + _curves_caption(stand_in), figures.influence_curves(stand_in, losses=results.losses)
+        )
         return
     if results.exact is None:
-        drawn = figures.influence_curves(influence, events, results.trusted, stand_in)
+        drawn = figures.influence_curves(influence, events, results.trusted, stand_in, results.losses)
         squares = "" if stand_in is None else f" Open squares: {DAMPED}, at checkpoints that chains cannot answer."
         yield Plate("influence", _curves_caption(influence) + squares + _shading(results), drawn)
     else:
         beside, what = _beside(results)
-        drawn = figures.influence_curves(influence, events, None, beside)
+        drawn = figures.influence_curves(influence, events, None, beside, results.losses)
         yield Plate("influence", _curves_caption(influence) + what, drawn)
     steps = figures.eventful_steps(influence, events)
     yield Plate("heatmaps", _matrices_caption(influence, steps), figures.influence_heatmaps(influence, steps))

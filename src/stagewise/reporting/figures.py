@@ -35,6 +35,7 @@ def loss_curves(losses: xr.Dataset, trusted: xr.DataArray | None = None) -> Figu
     ax = figure.subplots()
     steps = losses["step"].values
     style.step_axis(ax, steps)
+    style.rate_axis(ax, losses)
     style.shade_untrusted(ax, trusted)
     colour = style.colours(losses["query"].values.tolist())
     named = losses.sizes["query"] <= MAX_QUERIES
@@ -61,11 +62,13 @@ def influence_curves(
     events: Sequence[Event] = (),
     trusted: xr.DataArray | None = None,
     beside: xr.Dataset | None = None,
+    losses: xr.Dataset | None = None,
 ) -> Figure:
     """Influence over training: one panel per query, in each the train groups that reach furthest.
 
     Lines are estimates, bands pointwise 95% intervals; diamonds mark sign flips and triangles peaks, with the
     interval in which they lie. Open squares are ``beside``: another estimate, at some of the checkpoints or at others.
+    With the ``losses`` of a run whose learning rate changes, the sum of the rates stands above the first row.
     """
     shown = strongest_queries(influence)
     rows, columns = grid(len(shown), 3 if len(shown) > 4 else 2)
@@ -80,6 +83,8 @@ def influence_curves(
             answered = np.union1d(answered, beside["step"].values)
         style.step_axis(ax, _with_neighbours(answered, trusted))
         style.shade_untrusted(ax, trusted)
+        if losses is not None and ax in axes[0]:
+            style.rate_axis(ax, losses)
         _influence_panel(ax, banded, query, events, scale, height - 0.55, beside)
         ax.tick_params(labelbottom=True)
     style.empty_axes_off(axes, len(shown))

@@ -41,6 +41,7 @@ _PALETTE = (
 
 _FONTS = ("Helvetica Neue", "Arial", "Liberation Sans")
 _MAX_TICKS = 7
+_ALIKE = 0.01  # relative: of learning rates that count as one
 _P = ParamSpec("_P")
 
 
@@ -117,6 +118,28 @@ def step_axis(ax: Axes, steps: Sequence[float] | NDArray[Any]) -> None:
     ax.set_xscale("function", functions=(np.log1p, np.expm1))
     ax.set_xlim(_step_limits(steps))
     _step_labels(ax.xaxis, steps)
+
+
+def rate_axis(ax: Axes, losses: xr.Dataset) -> None:
+    """Above an axis of steps, what the learning rates of the updates before sum to; nothing where they do not change.
+
+    Call after ``step_axis``, with the losses of a run.
+    """
+    if "rates" not in losses or losses.sizes["step"] < 3:
+        return
+    steps, rates = losses["step"].values, losses["rates"].values
+    each = np.diff(rates) / np.diff(steps)
+    if np.ptp(each) <= _ALIKE * each.max():
+        return
+    above = ax.twiny()
+    above.set_xscale("function", functions=(np.log1p, np.expm1))
+    above.set_xlim(ax.get_xlim())
+    above.set_xticks([tick for tick in step_ticks(*ax.get_xlim()) if steps[0] <= tick <= steps[-1]])
+    above.xaxis.set_minor_locator(NullLocator())
+    above.xaxis.set_major_formatter(FuncFormatter(lambda step, _: words.number(np.interp(step, steps, rates), 2)))
+    above.tick_params(labelsize=6.5, length=2)
+    above.set_xlabel("sum of learning rates", fontsize=6.5)
+    above.spines[["left", "right", "bottom"]].set_visible(False)
 
 
 def step_axes(ax: Axes, steps: Sequence[float] | NDArray[Any]) -> None:

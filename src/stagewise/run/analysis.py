@@ -88,27 +88,38 @@ class Analysis:
 
 
 def mean_losses(task: Task, trajectory: Trajectory, steps: Sequence[int]) -> xr.Dataset:
-    """Mean loss of the training set and of every query group at every checkpoint that fits the model, nats."""
+    """Mean loss of the training set and of every query group at every checkpoint that fits the model, nats.
+
+    With ``rates`` (step), the sum of the learning rates of the updates since the first of these checkpoints, where
+    every update is known.
+    """
     groups = query_groups(task)
 
-    def estimate(step: int) -> tuple[float, list[float]]:
-        state, vector = task.fitted(trajectory.load(step)).params, ParameterVector.of(task)
+    def estimate(step: int) -> tuple[float, list[float], tuple[float, ...]]:
+        checkpoint = task.fitted(trajectory.load(step))
+        state, vector = checkpoint.params, ParameterVector.of(task)
         point, place = Point(task, vector, state), vector.flatten(state)
         with torch.no_grad():
             parts = [point.sample_losses(place, batch) for batch in chunks(task, task.train)]
         losses, weights = (torch.cat(column).double() for column in zip(*parts, strict=True))
         mean = query_losses(point, place[None], groups, "loop")[0]
-        return ((losses * weights).sum() / weights.sum()).item(), mean.tolist()
+        return ((losses * weights).sum() / weights.sum()).item(), mean.tolist(), checkpoint.learning_rates
 
     known = at_usable(trajectory, steps, estimate)
-    return xr.Dataset(
+    train, queries, rates = zip(*known.results, strict=True)
+    found = xr.Dataset(
         {
-            "train": ("step", [train for train, _ in known.results], {"units": "nats"}),
-            "queries": (("step", "query"), [queries for _, queries in known.results], {"units": "nats"}),
+            "train": ("step", list(train), {"units": "nats"}),
+            "queries": (("step", "query"), list(queries), {"units": "nats"}),
         },
         {"step": known.steps, "query": list(groups.labels)},
         known.attrs,
     )
+    made = np.diff(known.steps, prepend=known.steps[0])
+    if not all(len(ours) >= count >= 0 for ours, count in zip(rates, made, strict=True)):
+        return found
+    sums = [sum(ours[len(ours) - count :]) for ours, count in zip(rates, made, strict=True)]
+    return found.assign(rates=("step", np.cumsum(sums), {"of": "sum of the learning rates of the updates before"}))
 
 
 def in_two_times(analysis: Analysis) -> xr.Dataset:
