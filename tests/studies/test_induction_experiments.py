@@ -16,19 +16,31 @@ from stagewise.studies.induction import lab as lab_module
 from stagewise.studies.induction import study as study_module
 from stagewise.studies.induction.arms import ARMS, CHANCE, NAMED, UNCHANGED, formed, trained
 from stagewise.studies.induction.cost import cost
+from stagewise.studies.induction.experiments import windows as windows_module
 from stagewise.studies.induction.experiments.class_influence import class_influence
 from stagewise.studies.induction.experiments.intervention import intervention
 from stagewise.studies.induction.experiments.stages import stages
 from stagewise.studies.induction.experiments.two_times import in_time, two_times
 from stagewise.studies.induction.experiments.windows import windows
 from stagewise.studies.induction.lab import Lab
-from stagewise.studies.induction.settings import FULL, REDUCED
+from stagewise.studies.induction.settings import EIGHT, FULL, REDUCED
 from stagewise.studies.induction.study import study
 from stagewise.studies.seeds import t_interval
 
 cli = CliRunner()
 PLATEAU = replace(
-    REDUCED, seeds=1, sequences=96, last=4, every=2, window_starts=(1, 2), until=4, choose_every=2, look_every=2
+    REDUCED,
+    seeds=1,
+    sequences=96,
+    last=4,
+    every=2,
+    window_starts=(1, 2),
+    part=32,
+    solved=(2,),
+    sampled=(2,),
+    until=4,
+    choose_every=2,
+    look_every=2,
 )
 """Ends long before anything is learnt, and one seed has no interval."""
 
@@ -58,8 +70,18 @@ def test_exact_influence_reaches_its_targets_and_products_of_gradients_do_not_do
     found = windows(lab)
     assert_whole(found)
     assert value(found, "exact", "least r") > value(found, "products", "least r")
-    _, table = found.section.parts
-    assert len(table.rows) == 2 * len(REDUCED.window_starts)
+    _, table, sampled = found.section.parts
+    assert len(table.rows) == 3 * len(REDUCED.window_starts)
+    answered = [row[0] for row in table.rows if row[2] == "damped" and row[3] != "–"]
+    assert answered == [str(step) for step in REDUCED.solved]
+    assert [row[0] for row in sampled.rows] == [str(step) for step in REDUCED.sampled]
+    assert sampled.title.endswith("of these on theirs")  # all pairs, as everywhere else on this page
+    assert sampled.rows[0][1] in found.findings[1]
+
+
+def test_exact_influence_is_held_where_windows_begin_and_needs_no_other_window(lab, monkeypatch):
+    monkeypatch.setattr(windows_module, "held", lambda lab, exact, *_, **__: exact(lab, 0))
+    assert windows(lab)["step"].values.tolist() == list(REDUCED.window_starts)
 
 
 def test_influence_of_classes_is_told_with_peaks_flips_and_the_control(lab):
@@ -153,7 +175,7 @@ def test_command_carries_out_the_study_and_predicts_its_cost(tmp_path, monkeypat
     monkeypatch.setattr(cost_module, "cost", partial(cost, PLATEAU))
     predicted = cli.invoke(app, ["study", "induction", "--out", str(tmp_path), "--dry-run"])
     assert predicted.exit_code == 0, predicted.output
-    for text in ("time ", "training 1 run", "exact influence of", "training with other weights, in 9 ways"):
+    for text in ("time ", "training 1 run", "exact influence of", "damped", "with other weights, in 9 ways"):
         assert text in predicted.output
     assert not list(tmp_path.iterdir())
     result = cli.invoke(app, ["study", "induction", "--out", str(tmp_path)])
@@ -180,3 +202,18 @@ def test_reduced_study_is_the_full_one_with_less_of_everything_but_the_rate():
     for name, full in vars(FULL).items():
         sizes = [value if isinstance(value, int | float) else len(value) for value in (getattr(REDUCED, name), full)]
         assert sizes[0] <= sizes[1] or name == "rate"
+    assert len(FULL.window_starts) >= 6
+    assert FULL.window_starts[0] >= 10
+
+
+@pytest.mark.parametrize("settings", [FULL, EIGHT, REDUCED, PLATEAU])
+def test_windows_begin_at_checkpoints_from_which_there_are_batches_to_their_end(settings):
+    assert {*settings.window_starts} <= {*settings.exact_starts}
+    assert {*settings.solved, *settings.sampled} <= {*settings.window_starts}
+
+
+def test_what_is_only_asked_of_runs_leaves_folders_of_them_usable():
+    assert list(FULL.of_a_run()) == [
+        "vocabulary", "length", "sequences", "probes", "data_seed", "width", "heads", "batch_size", "rate", "last",
+        "every",
+    ]  # fmt: skip

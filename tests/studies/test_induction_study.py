@@ -9,11 +9,14 @@ import xarray as xr
 
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.groups import query_groups
+from stagewise.influence.gradients import gradient_product
 from stagewise.retraining.schedule import BatchOrder
 from stagewise.retraining.scores import agreement, predicted_effect
 from stagewise.retraining.window_influence import window_influence
+from stagewise.sampling.posterior import LocalPosterior
 from stagewise.studies import runs as runs_module
 from stagewise.studies.effects import of_classes, trained_again
+from stagewise.studies.estimators import damped, gradients
 from stagewise.studies.induction import arms as arms_module
 from stagewise.studies.induction.arms import (
     ARMS,
@@ -29,7 +32,7 @@ from stagewise.studies.induction.arms import (
     trained,
 )
 from stagewise.studies.induction.classes import CLASSES
-from stagewise.studies.induction.influence import control, exact, gradients
+from stagewise.studies.induction.influence import control, exact, exact_at_starts
 from stagewise.studies.induction.lab import Lab
 from stagewise.studies.induction.network import loss
 from stagewise.studies.induction.settings import Settings
@@ -52,6 +55,10 @@ TINY = Settings(
     window_starts=(5, 10),
     weights=(0.95,),
     queries=12,
+    part=64,
+    solved=(10,),
+    sampled=(10,),
+    sampled_window=1,
     until=15,
     choose_every=5,
     look_every=5,
@@ -104,7 +111,8 @@ def test_a_folder_with_runs_of_other_settings_is_refused(small):
     small.run(0)
     with pytest.raises(ValueError, match="other settings"):
         Lab(small.folder, replace(TINY, data_seed=1)).run(0)
-    assert Lab(small.folder, replace(TINY, window=3)).run(0).steps == TINY.steps
+    asked = {"window": 3, "window_starts": (5,), "part": 8, "solved": (), "sampled": (), "sampled_window": 2}
+    assert Lab(small.folder, replace(TINY, **asked)).run(0).steps == TINY.steps
 
 
 def test_probes_and_queries_are_not_of_the_training_set(small):
@@ -161,6 +169,9 @@ def test_classes_of_the_control_have_the_sizes_of_the_real_ones_and_other_tokens
 def test_windows_of_a_whole_run_begin_at_every_checkpoint_whose_batches_are_known_to_their_end(small):
     steps = exact(small, 0)["step"].values.tolist()
     assert steps == [step for step in TINY.steps if step <= TINY.last - TINY.window]
+    own = exact_at_starts(small, 0)
+    assert own["step"].values.tolist() == list(TINY.window_starts)
+    xr.testing.assert_identical(exact(small, 0)["value"].sel(step=own["step"]), own["value"])
 
 
 def test_exact_influence_of_a_class_is_what_a_small_change_of_its_weight_does(small):
@@ -173,12 +184,26 @@ def test_exact_influence_of_a_class_is_what_a_small_change_of_its_weight_does(sm
         np.testing.assert_allclose(scores[name], 1, atol=0.03)
 
 
-def test_products_of_gradients_are_of_the_same_classes_where_the_settings_windows_begin(small):
-    found, influence = gradients(small, 0), exact(small, 0)
-    assert found["step"].values.tolist() == list(TINY.window_starts)
-    for name in ("train", "query", "train_size"):
-        assert found[name].values.tolist() == influence[name].values.tolist()
-    assert found.attrs["metric"] == "adam"
+def test_estimators_of_the_checkpoint_are_of_the_same_classes_where_the_settings_ask_for_them(small):
+    influence = exact(small, 0)
+    for found, starts in ((gradients(small, 0), TINY.window_starts), (damped(small, 0), TINY.solved)):
+        assert found["step"].values.tolist() == list(starts)
+        assert set(found["train"].values) == set(CLASSES)
+        assert found["query"].values.tolist() == influence["query"].values.tolist()
+        assert found.attrs["metric"] == "adam"
+        assert found.attrs["window"] == TINY.window
+
+
+def test_a_part_of_the_training_set_is_evenly_spaced_and_stands_for_all(small):
+    rows = [row for row in range(TINY.sequences) if row % 3 < 2]
+    assert torch.equal(small.part(0).train.batch(slice(None)), small.data.train[rows])
+    assert torch.equal(small.task(0).train.batch(slice(None)), small.data.train)
+    found, posterior = gradients(small, 0), LocalPosterior(window=TINY.window)
+    for name, size in zip(found["train"].values, found["train_size"].values, strict=True):
+        assert size == (small.data.classes[rows] == name).sum()
+    whole = gradient_product(small.task(0), small.run(0), posterior, steps=TINY.window_starts)
+    own, of_all = (of_classes(one).sel(train=found["train"]).values.ravel() for one in (found, whole))
+    assert own @ of_all / (of_all @ of_all) == pytest.approx(1, abs=0.2)  # by its own size it would be 2/3 or 3/2
 
 
 def test_influence_of_a_class_is_the_mean_of_that_of_its_tokens(small):
@@ -195,25 +220,25 @@ def refuse(*_, **__):
 
 
 def test_a_result_that_is_kept_is_not_computed_again_and_has_the_same_numbers(small, monkeypatch):
-    before = exact(small, 0)
-    xr.testing.assert_identical(Lab(small.folder, TINY).kept("influence", 0, refuse), before)
-    xr.testing.assert_identical(Lab(small.folder, replace(TINY, seeds=9)).kept("influence", 0, refuse), before)
+    before = control(small, 0)
+    xr.testing.assert_identical(Lab(small.folder, TINY).kept("control", 0, refuse), before)
+    xr.testing.assert_identical(Lab(small.folder, replace(TINY, seeds=9)).kept("control", 0, refuse), before)
 
 
 @pytest.mark.parametrize("change", [{"window": 3}, {"queries": 11}])
 def test_a_result_of_other_settings_or_another_seed_is_not_taken_for_this_one(small, change):
-    exact(small, 0)
+    control(small, 0)
     with pytest.raises(AssertionError, match="computed again"):
-        Lab(small.folder, replace(TINY, **change)).kept("influence", 0, refuse)
+        Lab(small.folder, replace(TINY, **change)).kept("control", 0, refuse)
     with pytest.raises(AssertionError, match="computed again"):
-        small.kept("influence", 7, refuse)
+        small.kept("control", 7, refuse)
 
 
 def test_a_result_of_other_numerics_is_computed_again(small, monkeypatch):
-    exact(small, 0)
+    control(small, 0)
     monkeypatch.setattr(runs_module, "NUMERICS_VERSION", "another")
     with pytest.raises(AssertionError, match="computed again"):
-        small.kept("influence", 0, refuse)
+        small.kept("control", 0, refuse)
 
 
 def test_a_damaged_result_is_named(tmp_path):

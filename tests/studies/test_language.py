@@ -21,10 +21,10 @@ from stagewise.dynamics.stages import Transition
 from stagewise.influence.trusted import NoTrustedCheckpointError
 from stagewise.losses import causal_lm
 from stagewise.retraining.window_influence import window_influence
+from stagewise.studies import estimators as estimators_module
 from stagewise.studies.chance import shuffled_within
 from stagewise.studies.effects import effects
 from stagewise.studies.language import cost as cost_module
-from stagewise.studies.language import influence as influence_module
 from stagewise.studies.language import study as study_module
 from stagewise.studies.language.classes import CLASSES, FIRST, INDUCTION, token_classes
 from stagewise.studies.language.cost import cost
@@ -342,10 +342,10 @@ def test_chains_that_cannot_be_trusted_are_told_with_their_verdict_and_without_n
     def refuse(_):
         raise NoTrustedCheckpointError("none")
 
-    monkeypatch.setattr(influence_module, "sample", lambda *_, **__: None)
-    monkeypatch.setattr(influence_module, "diagnose_run", lambda _: untrusted)
-    monkeypatch.setattr(influence_module, "bif", refuse)
-    found = influence_module._chains(alone, 0)
+    monkeypatch.setattr(estimators_module, "sample", lambda *_, **__: None)
+    monkeypatch.setattr(estimators_module, "diagnose_run", lambda _: untrusted)
+    monkeypatch.setattr(estimators_module, "bif", refuse)
+    found = estimators_module._chains(alone, 0, apart=True)
     assert found["verdict"].item() == "not localised"
     assert found["correlation"].isnull().all()
 

@@ -16,6 +16,9 @@ from stagewise.studies.runs import Runs
 Estimator = Callable[[Any, int], xr.Dataset]
 """A lab and a seed to influence ``value`` ``(step, train, query)``, of all windows or of those that it can answer."""
 
+SCORES = ("correlation", "slope")
+"""How predicted and measured effects agree, see :func:`stagewise.agreement`."""
+
 
 def of_classes(influence: xr.Dataset) -> xr.DataArray:
     """Influence of whole classes ``(step, train, query)``, nats per unit weight of all tokens of a class."""
@@ -71,26 +74,36 @@ def effects(lab: Runs[Any], estimator: Estimator, weight: float, apart: bool) ->
         weight: of the class.
         apart: only pairs of different classes.
     """
-    predicted, measured, scores = [], [], []
+    predicted, measured, agreed = [], [], []
     for seed in lab.seeds:
         happened = trained_again(lab, seed)["effect"].sel(weight=weight, drop=True)
         said = predicted_effect(estimator(lab, seed), weight)["effect"]
         measured.append(happened)
-        scores.append(_scores(said, happened, "_off_diagonal" if apart else ""))
+        agreed.append(_scores(said, happened, apart))
         predicted.append(said.reindex_like(happened).transpose(*happened.dims))
     said_of_all, happened_to_all = xr.concat(predicted, "seed"), xr.concat(measured, "seed")
     if apart:
         same = same_label(happened_to_all["train"].values, happened_to_all["query"].values)
         other = ~xr.DataArray(same, dims=("train", "query"))
         said_of_all, happened_to_all = said_of_all.where(other), happened_to_all.where(other)
-    return Effects(said_of_all, happened_to_all, xr.concat(scores, "seed"))
+    return Effects(said_of_all, happened_to_all, xr.concat(agreed, "seed"))
 
 
-def _scores(predicted: xr.DataArray, measured: xr.DataArray, suffix: str) -> xr.Dataset:
+def _scores(predicted: xr.DataArray, measured: xr.DataArray, apart: bool) -> xr.Dataset:
     """Correlation and slope ``(step)`` at all steps of ``measured``."""
-    names = {f"{name}{suffix}": name for name in ("correlation", "slope")}
     shared = np.intersect1d(predicted["step"].values, measured["step"].values)
     if not len(shared):
-        return xr.Dataset(dict.fromkeys(names.values(), measured["step"] * np.nan))
-    found = agreement(predicted, measured.sel(step=shared))
-    return found[list(names)].rename(names).reindex(step=measured["step"])
+        return xr.Dataset(dict.fromkeys(SCORES, measured["step"] * np.nan))
+    return scores(predicted, measured.sel(step=shared), apart).reindex(step=measured["step"])
+
+
+def scores(predicted: xr.DataArray, measured: xr.DataArray, apart: bool) -> xr.Dataset:
+    """Correlation and slope ``(step)`` of measured on predicted effects.
+
+    Args:
+        predicted: ``(step, train, query)``, nats.
+        measured: the same.
+        apart: only pairs of different classes.
+    """
+    names = {f"{name}{'_off_diagonal' if apart else ''}": name for name in SCORES}
+    return agreement(predicted, measured)[list(names)].rename(names)

@@ -45,6 +45,26 @@ class Settings(Protocol):
         ...
 
     @property
+    def part(self) -> int:
+        """Training sequences that stand for all where an estimator looks at the checkpoint alone."""
+        ...
+
+    @property
+    def solved(self) -> tuple[int, ...]:
+        """Of the window starts, those that damped influence is asked about."""
+        ...
+
+    @property
+    def sampled(self) -> tuple[int, ...]:
+        """Of the window starts, those that chains are asked about."""
+        ...
+
+    @property
+    def sampled_window(self) -> int:
+        """Updates of a window that chains are asked about."""
+        ...
+
+    @property
     def last(self) -> int:
         """Number of updates."""
         ...
@@ -75,11 +95,16 @@ class Runs(ABC, Generic[S]):
 
     def __init__(self, folder: Path, settings: S, progress: Progress = silent) -> None:
         self.folder, self.settings, self.progress = folder, settings, progress
-        self._tasks: dict[int, Task] = {}
+        self._tasks: dict[tuple[int, int | None], Task] = {}
 
     @abstractmethod
-    def make_task(self, seed: int) -> Task:
-        """The task of a run, whose model holds its initial weights."""
+    def make_task(self, seed: int, part: int | None = None) -> Task:
+        """The task of a run, whose model holds its initial weights.
+
+        Args:
+            seed: of the run.
+            part: training sequences that stand for all, evenly spaced; None: all.
+        """
 
     @abstractmethod
     def record(self, folder: Path, seed: int) -> None:
@@ -100,9 +125,16 @@ class Runs(ABC, Generic[S]):
 
     def task(self, seed: int) -> Task:
         """The task of a run."""
-        if seed not in self._tasks:
-            self._tasks[seed] = self.make_task(seed)
-        return self._tasks[seed]
+        return self._task(seed, None)
+
+    def part(self, seed: int) -> Task:
+        """The same with a part of the training set, for estimators that look at a checkpoint alone."""
+        return self._task(seed, self.settings.part)
+
+    def _task(self, seed: int, part: int | None) -> Task:
+        if (seed, part) not in self._tasks:
+            self._tasks[seed, part] = self.make_task(seed, part)
+        return self._tasks[seed, part]
 
     def run(self, seed: int) -> Trajectory:
         """The checkpoints of a run.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,20 +11,27 @@ from matplotlib.figure import Figure
 from stagewise.reporting import style, words
 from stagewise.reporting.page import Plate, Section
 from stagewise.reporting.tables import Table
+from stagewise.studies import verdicts
 from stagewise.studies.effects import Effects, Estimator, effects
+from stagewise.studies.estimators import chains, damped, gradients
 from stagewise.studies.experiment import Check, Experiment
 from stagewise.studies.runs import Runs
 
+EXACT = "exact influence"
 
-def windows(lab: Runs[Any], estimators: Mapping[str, Estimator], queries: str, apart: bool) -> Experiment:
-    """Estimators against retraining, where the settings' windows begin.
+
+def windows(lab: Runs[Any], exact: Estimator, queries: str, apart: bool) -> Experiment:
+    """Exact influence, damped influence and products of gradients against retraining, and what chains can answer.
+
+    Chains cost more than all the others, and are asked about the first run only.
 
     Args:
         lab: the runs.
-        estimators: by name; the first is exact influence, and is held to targets.
+        exact: exact influence where the settings' windows begin; it is held to targets.
         queries: what is influenced, in words.
         apart: only pairs of different classes.
     """
+    estimators = {EXACT: exact, "damped": damped, "products of gradients": gradients}
     weights, runs = lab.settings.weights, words.count(lab.settings.seeds, "run")
     small = min(weights, key=lambda weight: abs(weight - 1))
     found = {
@@ -33,17 +39,16 @@ def windows(lab: Runs[Any], estimators: Mapping[str, Estimator], queries: str, a
         for name, estimator in estimators.items()
         for weight in weights
     }
-    first, *others = estimators
     checks = [
         check
         for (name, weight), one in found.items()
-        for check in _checks(name, weight, one.scores, (name, weight) == (first, small))
+        for check in _checks(name, weight, one.scores, (name, weight) == (EXACT, small))
     ]
-    best = found[first, small].scores
+    best, sampled = found[EXACT, small].scores, chains(lab, lab.seeds[0], apart)
     finding = (
-        f"In {words.count(len(lab.settings.window_starts), 'window')} of each of {runs} {first} predicts what "
+        f"In {words.count(len(lab.settings.window_starts), 'window')} of each of {runs} {EXACT} predicts what "
         f"a weight of {small:g} of one class does: correlation {_range(best.correlation)}, slope {_range(best.slope)}. "
-        + " ".join(_told(name, found[name, small].scores) for name in others)
+        + " ".join(_told(name, found[name, small].scores) for name in estimators if name != EXACT)
     )
     caption = (
         f"What a weight of {small:g} of one class of tokens during a window of {lab.settings.window} steps does to "
@@ -51,7 +56,10 @@ def windows(lab: Runs[Any], estimators: Mapping[str, Estimator], queries: str, a
         "size is right."
     )
     plate = Plate("windows", caption, _draw({name: found[name, small] for name in estimators}))
-    return Experiment(Section("Held against retraining", [plate, _table(lab, found, apart)]), [finding], checks)
+    section = Section(
+        "Held against retraining", [plate, _table(lab, found, apart), verdicts.table(lab, sampled, apart)]
+    )
+    return Experiment(section, [finding, verdicts.finding(lab, sampled)], checks)
 
 
 def _told(name: str, scores: xr.Dataset) -> str:

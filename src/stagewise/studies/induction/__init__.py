@@ -6,6 +6,6 @@ the context. What the best predictor does is known exactly, and so is which toke
 * ``chains``: the sequences. ``rules``: the exact predictors by counting. ``classes``: what kind of token each one is.
 * ``network``: two layers of attention. ``training``: its task and its runs. ``stages``: what it has learnt so far.
 * ``settings``: how much is computed. ``lab``: the runs and results that experiments share, kept in a folder.
-* ``influence``: of classes of tokens. ``arms``: runs with other weights. ``seeds``: what several runs say.
+* ``influence``: of classes of tokens, exact. ``arms``: runs with other weights.
 * ``experiments/``: one a file, each takes the lab. ``study``: all of them on one page. ``cost``: how long it takes.
 """

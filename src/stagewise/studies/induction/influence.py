@@ -1,13 +1,13 @@
-"""Influence between classes of tokens along a run: exact, with a control, and by products of gradients."""
+"""Exact influence between classes of tokens along a run, with a control."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import xarray as xr
 
-from stagewise.influence.gradients import gradient_product
 from stagewise.retraining.window_influence import window_influence
-from stagewise.sampling.posterior import LocalPosterior
 from stagewise.studies.chance import Labels, shuffled
 from stagewise.studies.induction.lab import Lab
 
@@ -21,7 +21,15 @@ def exact(lab: Lab, seed: int) -> xr.Dataset:
         ``value`` ``(step, train, query)``, nats per unit weight of one token; negative is helpful. See
         :func:`stagewise.window_influence`, and :func:`stagewise.studies.effects.of_classes` for that of a whole class.
     """
-    return lab.kept("influence", seed, lambda: _exact(lab, seed, lab.data.classes, "exact influence"))
+    starts = [step for step in lab.settings.exact_starts if step not in lab.settings.window_starts]
+    elsewhere = lab.kept("influence-elsewhere", seed, lambda: _exact(lab, seed, lab.data.classes, starts))
+    return xr.concat([exact_at_starts(lab, seed), elsewhere], "step").sortby("step")
+
+
+def exact_at_starts(lab: Lab, seed: int) -> xr.Dataset:
+    """The same where the settings' windows begin, which can be had without the others."""
+    starts = lab.settings.window_starts
+    return lab.kept("influence-at-starts", seed, lambda: _exact(lab, seed, lab.data.classes, starts))
 
 
 def control(lab: Lab, seed: int) -> xr.Dataset:
@@ -29,7 +37,8 @@ def control(lab: Lab, seed: int) -> xr.Dataset:
 
     What it shows is what any tokens do; what the classes show beyond it comes from which tokens they hold.
     """
-    return lab.kept("control", seed, lambda: _exact(lab, seed, chance_classes(lab, seed), "of chance labels"))
+    starts = lab.settings.exact_starts
+    return lab.kept("control", seed, lambda: _exact(lab, seed, chance_classes(lab, seed), starts, "of chance labels"))
 
 
 def chance_classes(lab: Lab, seed: int) -> Labels:
@@ -37,27 +46,12 @@ def chance_classes(lab: Lab, seed: int) -> Labels:
     return shuffled(lab.data.classes, np.random.default_rng(seed))
 
 
-def _exact(lab: Lab, seed: int, classes: Labels, what: str) -> xr.Dataset:
-    settings, run = lab.settings, lab.run(seed)
+def _exact(lab: Lab, seed: int, classes: Labels, starts: Sequence[int], what: str = "exact influence") -> xr.Dataset:
     return window_influence(
         lab.task(seed),
-        run,
-        window=settings.window,
+        lab.run(seed),
+        window=lab.settings.window,
         groups=classes,
-        steps=[step for step in run.steps if step + settings.window <= settings.last],
+        steps=starts,
         progress=lab.told(what, seed),
     )
-
-
-def gradients(lab: Lab, seed: int) -> xr.Dataset:
-    """Products of gradients where the settings' windows begin, scaled for the length of a window.
-
-    Returns:
-        ``value`` ``(step, train, query)``, nats per unit weight of one token; see :func:`stagewise.gradient_product`.
-    """
-
-    def compute() -> xr.Dataset:
-        posterior, starts = LocalPosterior(window=lab.settings.window), lab.settings.window_starts
-        return gradient_product(lab.task(seed), lab.run(seed), posterior, steps=starts)
-
-    return lab.kept("gradients", seed, compute)

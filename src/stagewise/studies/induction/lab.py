@@ -25,9 +25,9 @@ class Lab(Runs[Settings]):
         """Training set, probes and queries."""
         return Data.of(self.settings)
 
-    def make_task(self, seed: int) -> Task:
-        """The task of a run."""
-        return task(self.data, self.settings, seed)
+    def make_task(self, seed: int, part: int | None = None) -> Task:
+        """The task of a run, or with a part of its training set."""
+        return task(self.data, self.settings, seed, part)
 
     def record(self, folder: Path, seed: int) -> None:
         """Train."""

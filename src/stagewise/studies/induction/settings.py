@@ -26,13 +26,18 @@ class Settings:
         last: number of updates.
         every: updates between checkpoints; the first come closer together.
         window: updates during which the weight of a class is changed.
-        window_starts: checkpoints where windows begin: on the plateau, at the transition's start, in it and after it.
+        window_starts: checkpoints where windows are trained again: early on, on the plateau, at the transition's
+            start, in it and after it.
         weights: of a class during a window; none of them 1.
         asked: steps at which the network is asked what it owes to earlier training.
         bins: edges of the bins in which that training is told apart.
         plateau: two of them, between which induction tokens have the weight ``changed`` once.
         changed: that weight.
         queries: of the probes, those whose losses are influenced.
+        part: training sequences that stand for all where an estimator looks at the checkpoint alone.
+        solved: of the window starts, those that damped influence is asked about.
+        sampled: of the window starts, those that chains are asked about.
+        sampled_window: updates of a window that chains are asked about: one of ``window`` is localised at none of them.
         budget: share of all weight that is moved onto some tokens while induction forms, see :func:`curriculum`.
         most: largest weight of a token then.
         until: last update of runs with other weights.
@@ -53,13 +58,17 @@ class Settings:
     last: int = 800
     every: int = 25
     window: int = 30
-    window_starts: tuple[int, ...] = (150, 300, 375, 600)
+    window_starts: tuple[int, ...] = (50, 150, 300, 375, 450, 600)
     weights: tuple[float, ...] = (0.8, 0.95)
     asked: tuple[int, ...] = (400, 500, 600)
     bins: tuple[int, ...] = tuple(range(0, 601, 50))
     plateau: tuple[int, int] = (100, 250)
     changed: float = 0.95
     queries: int = 128
+    part: int = 512
+    solved: tuple[int, ...] = (150, 375)
+    sampled: tuple[int, ...] = (150, 375)
+    sampled_window: int = 3
     budget: float = 0.5
     most: float = 2.0
     until: int = 600
@@ -72,13 +81,19 @@ class Settings:
         even = range(self.every, self.last + 1, self.every)
         return tuple(sorted({0, *log_spaced(self.every, 4), *even, self.last}))
 
+    @property
+    def exact_starts(self) -> tuple[int, ...]:
+        """The checkpoints from which there are batches to a window's end."""
+        return tuple(step for step in self.steps if step + self.window <= self.last)
+
     def as_plain(self) -> dict[str, Any]:
         """By name, as a report and JSON show them."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
     def of_a_run(self) -> dict[str, int | float]:
         """Those that a training run and its checkpoints depend on, and not only what is asked of them."""
-        asked = {"seeds", "window", "window_starts", "weights", "queries", "asked", "bins", "plateau", "changed"}
+        asked = {"seeds", "window", "window_starts", "weights", "asked", "bins", "plateau", "changed", "queries"}
+        asked |= {"part", "solved", "sampled", "sampled_window"}
         asked |= {"budget", "most", "until", "choose_every", "look_every"}
         return {name: value for name, value in vars(self).items() if name not in asked}
 
@@ -91,10 +106,12 @@ EIGHT = Settings(
     sequences=16384,
     rate=1e-3,
     last=1000,
-    window_starts=(300, 600, 700, 900),
+    window_starts=(50, 300, 600, 700, 800, 900),
     asked=(700, 800, 900),
     bins=tuple(range(0, 901, 100)),
     plateau=(200, 600),
+    solved=(300, 700),
+    sampled=(300, 700),
     until=1000,
 )
 """The same with eight tokens: a longer plateau and a sharper transition."""
@@ -115,6 +132,10 @@ REDUCED = Settings(
     bins=tuple(range(0, 81, 20)),
     plateau=(20, 40),
     queries=16,
+    part=64,
+    solved=(60,),
+    sampled=(60,),
+    sampled_window=1,
     until=100,
     choose_every=20,
     look_every=5,

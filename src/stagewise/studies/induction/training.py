@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stagewise.checkpoints.recorder import Recorder
+from stagewise.evaluate import spread_rows
 from stagewise.retraining.schedule import BatchOrder
 from stagewise.studies.chance import Labels
 from stagewise.studies.induction.chains import draw
@@ -69,7 +70,7 @@ class Data:
         )
 
 
-def task(data: Data, settings: Settings, seed: int) -> Task:
+def task(data: Data, settings: Settings, seed: int, part: int | None = None) -> Task:
     """The task of one run.
 
     Its training tokens are grouped by class. Its query sets hold the same sequences: :data:`LOSS`, the mean loss of the
@@ -79,13 +80,15 @@ def task(data: Data, settings: Settings, seed: int) -> Task:
         data: what all runs share.
         settings: sizes.
         seed: of the initial weights.
+        part: training sequences that stand for all, evenly spaced; None: all.
     """
+    rows = slice(None) if part is None else spread_rows(part, len(data.train))
     return Task(
         # The last token of a sequence is predicted only.
         network(settings.vocabulary, settings.length - 1, settings.width, settings.heads, seed),
         loss,
-        train=data.train,
-        train_groups=data.classes,
+        train=data.train[rows],
+        train_groups=data.classes[rows],
         queries={LOSS: data.queries, EXCESS: (data.queries, bigram(data.queries, settings.vocabulary).float())},
         query_groups={LOSS: data.query_classes},
         query_losses={EXCESS: excess},

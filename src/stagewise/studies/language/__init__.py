@@ -6,6 +6,6 @@ tokenizer learnt from the text. The sharp stage is that of the study ``induction
 * ``text``: the library in tokens. ``classes``: what kind of token each one is. ``ngrams``: rules by counting.
 * ``network``, ``training``: the model, its task and its runs. ``stages``: what it has learnt so far.
 * ``settings``: how much is computed. ``lab``: the runs and results that experiments share, kept in a folder.
-* ``influence``: of classes of tokens, exact and by what looks at a checkpoint alone.
+* ``influence``: of classes of tokens, exact.
 * ``experiments/``: one a file, each takes the lab. ``study``: all of them on one page. ``cost``: how long it takes.
 """

@@ -1,30 +1,18 @@
-"""Influence between classes of tokens along a run: exact, with two controls, and by estimators of the checkpoint."""
+"""Exact influence between classes of tokens along a run, with two controls."""
 
 from __future__ import annotations
 
 import numpy as np
 import xarray as xr
 
-from stagewise.influence.bif import bif
-from stagewise.influence.damped import damped_influence
-from stagewise.influence.gradients import gradient_product
-from stagewise.influence.trusted import NoTrustedCheckpointError
 from stagewise.labels import NONE
-from stagewise.retraining.scores import agreement
 from stagewise.retraining.window_influence import window_influence
-from stagewise.run.engine import sample
-from stagewise.sampling.chains import Chains
-from stagewise.sampling.posterior import LocalPosterior
 from stagewise.studies.chance import Labels, shuffled, shuffled_within
-from stagewise.studies.effects import of_classes
 from stagewise.studies.language.lab import Lab
-from stagewise.traces.diagnostics import diagnose_run
 
 CHANCE, SAME_WORDS = "chance", "same words"
 _LABELLINGS = ("classes", CHANCE, SAME_WORDS)
 _BETWEEN = "/"
-
-CHAINS = Chains(chains=4, draws=32, batch_size=8, reflect=False)
 
 
 def exact(lab: Lab, seed: int, labelling: str = "classes") -> xr.Dataset:
@@ -89,52 +77,3 @@ def summed(joint: xr.Dataset, place: int) -> xr.Dataset:
     )
     means = (sums / sizes).assign_coords(train_size=sizes).transpose("step", "train", "query")
     return means.sel(train=means["train"] != NONE).assign_attrs(joint.attrs)
-
-
-def gradients(lab: Lab, seed: int) -> xr.Dataset:
-    """Products of gradients where the settings' windows begin, scaled for the length of a window."""
-    posterior, starts = LocalPosterior(window=lab.settings.window), lab.settings.window_starts
-    return lab.kept("gradients", seed, lambda: gradient_product(lab.part(seed), lab.run(seed), posterior, steps=starts))
-
-
-def damped(lab: Lab, seed: int) -> xr.Dataset:
-    """Damped influence by Gauss-Newton curvature at some of those checkpoints."""
-    settings = lab.settings
-
-    def compute() -> xr.Dataset:
-        posterior = LocalPosterior(window=settings.window)
-        return damped_influence(
-            lab.part(seed),
-            lab.run(seed),
-            posterior,
-            steps=settings.solved,
-            tolerance=1e-2,
-        )
-
-    return lab.kept("damped", seed, compute)
-
-
-def chains(lab: Lab, seed: int) -> xr.Dataset:
-    """Whether chains can answer short windows at some of those checkpoints, and what exact influence says of it.
-
-    Returns:
-        ``verdict`` and ``advice`` ``(step)``, see :func:`stagewise.diagnose_run`; where chains can be trusted,
-        ``correlation`` and ``slope`` of exact influence on theirs over pairs of different classes, else NaN.
-    """
-    return lab.kept("chains", seed, lambda: _chains(lab, seed))
-
-
-def _chains(lab: Lab, seed: int) -> xr.Dataset:
-    settings, names = lab.settings, ("correlation", "slope")
-    posterior = LocalPosterior(window=settings.sampled_window)
-    folder = lab.folder / f"chains-seed-{seed}"
-    store = sample(lab.part(seed), lab.run(seed), posterior, out=folder, sampling=CHAINS, steps=settings.sampled)
-    said = diagnose_run(store)[["verdict", "advice"]]
-    try:
-        found = bif(store)
-    except NoTrustedCheckpointError:
-        return said.assign(dict.fromkeys(names, said["step"] * np.nan))
-    steps = found["step"].values.tolist()
-    real = window_influence(lab.task(seed), lab.run(seed), window=settings.sampled_window, steps=steps)
-    scores = agreement(of_classes(found), of_classes(real)).reindex(step=said["step"])
-    return said.assign({name: scores[f"{name}_off_diagonal"] for name in names})

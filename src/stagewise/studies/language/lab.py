@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from stagewise.dynamics.stages import Transition
-from stagewise.run.progress import Progress, silent
 from stagewise.studies.language.settings import Settings
 from stagewise.studies.language.stages import DESCRIBED, losses_of, stages, transitions
 from stagewise.studies.language.training import Data, record, task
@@ -21,10 +20,6 @@ class Lab(Runs[Settings]):
 
     descriptions = DESCRIBED
 
-    def __init__(self, folder: Path, settings: Settings, progress: Progress = silent) -> None:
-        super().__init__(folder, settings, progress)
-        self._parts: dict[int, Task] = {}
-
     @cached_property
     def data(self) -> Data:
         """Training set and probes."""
@@ -34,15 +29,9 @@ class Lab(Runs[Settings]):
         """Which text it is."""
         return {"text": self.data.digest}
 
-    def make_task(self, seed: int) -> Task:
-        """The task of a run."""
-        return task(self.data, self.settings, seed)
-
-    def part(self, seed: int) -> Task:
-        """The same with a part of the training set, for estimators that look at a checkpoint alone."""
-        if seed not in self._parts:
-            self._parts[seed] = task(self.data, self.settings, seed, self.settings.part)
-        return self._parts[seed]
+    def make_task(self, seed: int, part: int | None = None) -> Task:
+        """The task of a run, or with a part of its training set."""
+        return task(self.data, self.settings, seed, part)
 
     def record(self, folder: Path, seed: int) -> None:
         """Train."""
