@@ -24,6 +24,7 @@ from stagewise.retraining.window_influence import window_influence
 from stagewise.studies import estimators as estimators_module
 from stagewise.studies.chance import shuffled_within
 from stagewise.studies.effects import effects
+from stagewise.studies.labellings import summed
 from stagewise.studies.language import cost as cost_module
 from stagewise.studies.language import study as study_module
 from stagewise.studies.language.classes import CLASSES, FIRST, INDUCTION, token_classes
@@ -32,7 +33,7 @@ from stagewise.studies.language.experiments import class_influence as class_infl
 from stagewise.studies.language.experiments.class_influence import ABOUT, class_influence
 from stagewise.studies.language.experiments.stages import stages
 from stagewise.studies.language.experiments.windows import windows
-from stagewise.studies.language.influence import CHANCE, SAME_WORDS, exact, labellings, summed
+from stagewise.studies.language.influence import CHANCE, SAME_WORDS, exact, labellings
 from stagewise.studies.language.lab import Lab
 from stagewise.studies.language.network import logits_and_patterns, loss, network
 from stagewise.studies.language.ngrams import PRIOR, NGrams

@@ -28,7 +28,7 @@ def cost(settings: Settings = FULL) -> str:
     windows, count = len(settings.exact_starts), settings.seeds
     parts = {
         f"training {words.count(count, 'run')}": settings.last * update,
-        f"exact influence of {words.count(windows, 'window')} in each, and its control": 2 * windows * exact,
+        f"exact influence of {words.count(windows, 'window')} in each, and its control": windows * exact,
         **others,
         # Every query group has a derivative for each step that is asked for, and one run is made again, twice.
         "influence in two times": settings.asked[-1] * (len(settings.asked) * exact / settings.window + 2 * update),
