@@ -18,6 +18,7 @@ from stagewise.studies import runs as runs_module
 from stagewise.studies.effects import of_classes, trained_again
 from stagewise.studies.estimators import damped, gradients
 from stagewise.studies.induction import arms as arms_module
+from stagewise.studies.induction import influence as influence_module
 from stagewise.studies.induction.arms import (
     ARMS,
     CHANCE,
@@ -221,24 +222,25 @@ def refuse(*_, **__):
 
 def test_a_result_that_is_kept_is_not_computed_again_and_has_the_same_numbers(small, monkeypatch):
     before = control(small, 0)
-    xr.testing.assert_identical(Lab(small.folder, TINY).kept("control", 0, refuse), before)
-    xr.testing.assert_identical(Lab(small.folder, replace(TINY, seeds=9)).kept("control", 0, refuse), before)
+    monkeypatch.setattr(influence_module, "window_influence", refuse)
+    for settings in (TINY, replace(TINY, seeds=9)):
+        xr.testing.assert_identical(control(Lab(small.folder, settings), 0), before)
 
 
 @pytest.mark.parametrize("change", [{"window": 3}, {"queries": 11}])
 def test_a_result_of_other_settings_or_another_seed_is_not_taken_for_this_one(small, change):
     control(small, 0)
     with pytest.raises(AssertionError, match="computed again"):
-        Lab(small.folder, replace(TINY, **change)).kept("control", 0, refuse)
+        Lab(small.folder, replace(TINY, **change)).kept("influence-elsewhere", 0, refuse)
     with pytest.raises(AssertionError, match="computed again"):
-        small.kept("control", 7, refuse)
+        small.kept("influence-elsewhere", 7, refuse)
 
 
 def test_a_result_of_other_numerics_is_computed_again(small, monkeypatch):
     control(small, 0)
     monkeypatch.setattr(runs_module, "NUMERICS_VERSION", "another")
     with pytest.raises(AssertionError, match="computed again"):
-        small.kept("control", 0, refuse)
+        small.kept("influence-elsewhere", 0, refuse)
 
 
 def test_a_damaged_result_is_named(tmp_path):
