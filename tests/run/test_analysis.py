@@ -82,6 +82,15 @@ def test_mean_loss_of_a_sample_of_tokens_is_the_mean_over_its_tokens():
     np.testing.assert_allclose(found["queries"].sel(query="far"), springs.loss(10, springs.FAR) / 2)
 
 
+def test_a_large_training_set_is_represented_by_some_of_it_evenly_spaced_and_that_is_said(monkeypatch):
+    monkeypatch.setattr(analysis, "CURVATURE_SAMPLES", 3)
+    found = analysis.mean_losses(springs.task(), springs.trajectory(), [10])
+    np.testing.assert_allclose(found["train"], [springs.loss(10, springs.TRAIN[[0, 2, 4]]).mean()])
+    assert found.attrs["train_samples"] == 3
+    monkeypatch.undo()
+    assert "train_samples" not in analysis.mean_losses(springs.task(), springs.trajectory(), [10]).attrs
+
+
 def test_rates_are_summed_over_the_updates_between_the_asked_steps_where_each_is_known():
     def run(*rates):
         plain = springs.trajectory()

@@ -47,9 +47,10 @@ def _shading(results: Results) -> str:
 def _losses(results: Results) -> Plate:
     queries = results.losses.sizes["query"]
     lines = "grey" if queries > figures.MAX_QUERIES else "in colour"
+    some = results.losses.attrs.get("train_samples")
+    whose = "the training set" if some is None else f"{some:,} samples of the training set, evenly spaced"
     caption = (
-        "Mean loss on the training set (black; dots are the checkpoints) and on "
-        f"{count(queries, 'query', 'queries')} ({lines})."
+        f"Mean loss on {whose} (black; dots are the checkpoints) and on {count(queries, 'query', 'queries')} ({lines})."
     )
     if results.exact is not None:
         return Plate("losses", caption, figures.loss_curves(results.losses))

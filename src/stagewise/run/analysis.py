@@ -15,7 +15,7 @@ from torch import Tensor
 from stagewise.checkpoint import Checkpoint, tensors_digest
 from stagewise.checkpoints.batches import packed
 from stagewise.checkpoints.trajectory import Trajectory
-from stagewise.evaluate import Point, chunks
+from stagewise.evaluate import CURVATURE_SAMPLES, Point, chunks, spread_rows
 from stagewise.groups import query_groups
 from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.losses import query_losses
@@ -90,17 +90,18 @@ class Analysis:
 def mean_losses(task: Task, trajectory: Trajectory, steps: Sequence[int]) -> xr.Dataset:
     """Mean loss of the training set and of every query group at every checkpoint that fits the model, nats.
 
+    Of a large training set at most 2,048 samples are looked at, evenly spaced; attribute ``train_samples`` then.
     With ``rates`` (step), the sum of the learning rates of the updates since the first of these checkpoints, where
     every update is known.
     """
-    groups = query_groups(task)
+    groups, rows = query_groups(task), spread_rows(CURVATURE_SAMPLES, len(task.train))
 
     def estimate(step: int) -> tuple[float, list[float], tuple[float, ...]]:
         checkpoint = task.fitted(trajectory.load(step))
         state, vector = checkpoint.params, ParameterVector.of(task)
         point, place = Point(task, vector, state), vector.flatten(state)
         with torch.no_grad():
-            parts = [point.sample_losses(place, batch) for batch in chunks(task, task.train)]
+            parts = [point.sample_losses(place, batch) for batch in chunks(task, task.train, rows)]
         losses, weights = (torch.cat(column).double() for column in zip(*parts, strict=True))
         mean = query_losses(point, place[None], groups, "loop")[0]
         return ((losses * weights).sum() / weights.sum()).item(), mean.tolist(), checkpoint.learning_rates
@@ -113,7 +114,7 @@ def mean_losses(task: Task, trajectory: Trajectory, steps: Sequence[int]) -> xr.
             "queries": (("step", "query"), list(queries), {"units": "nats"}),
         },
         {"step": known.steps, "query": list(groups.labels)},
-        known.attrs,
+        known.attrs | ({"train_samples": len(rows)} if len(rows) < len(task.train) else {}),
     )
     made = np.diff(known.steps, prepend=known.steps[0])
     if not all(len(ours) >= count >= 0 for ours, count in zip(rates, made, strict=True)):
