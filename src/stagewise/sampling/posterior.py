@@ -22,6 +22,7 @@ from torch import Tensor
 from stagewise.checkpoint import Checkpoint, Optimizer
 from stagewise.evaluate import Point, at
 from stagewise.sampling.metric import adam_metric, clip_factor, relative_rates
+from stagewise.sampling.restricted import moving, names_of
 from stagewise.task import Task
 
 Metric = Literal["euclidean", "adam"]
@@ -57,7 +58,8 @@ class LocalPosterior:
             metric for Adam-trained runs with a window, Euclidean otherwise.
         centred: drop the gradient at the checkpoint, so that the posterior is centred there. Otherwise chains
             drift downhill to where training is going.
-        parameters: regular expressions; trainable parameters that match one of them move, the others stay.
+        parameters: regular expressions; trainable parameters that match one of them move, the others stay. A slice
+            behind one chooses a part of a parameter, such as one attention head: ``"attn.out.weight[:, 16:32]"``.
         require_localised: do not sample where the curvature is more negative than the localisation can hold.
 
     Example:
@@ -111,7 +113,7 @@ class LocalPosterior:
         Raises:
             ValueError: the checkpoint lacks what the window (optimiser) or the metric (second moments) needs.
         """
-        point, checkpoint = at(task, checkpoint, self.parameters, curvature=curvature)
+        point, checkpoint = at(task, checkpoint, names_of(self.parameters), curvature=curvature)
         anchor = point.vector.flatten(point.state)
         n_beta = self.n_beta or DEFAULT_N_BETA_PER_SAMPLE * len(task.train)
         optimizer = checkpoint.optimizer
@@ -128,6 +130,8 @@ class LocalPosterior:
             scale = scale * rates.sqrt().to(anchor)
         if point.task.pure.still:
             scale = scale * _moving(point, anchor)
+        if (chosen := moving(point, self.parameters, anchor)) is not None:
+            scale = scale * chosen
         if not (scale > 0).any():
             raise ValueError(
                 f"at step {checkpoint.step} no parameter moves: no training sample has a gradient there, or every "
