@@ -26,7 +26,7 @@ from stagewise.influence.trusted import TracesInMemory
 from stagewise.sampling.chains import Chains, sample_block
 from stagewise.sampling.gradient import BatchLoss, potential_gradient
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior
-from stagewise.sampling.tuning import SAMPLERS, tune
+from stagewise.sampling.tuning import LANGEVIN, tune
 from stagewise.studies.digits.training import record, task
 from stagewise.traces.diagnostics import diagnose
 
@@ -64,7 +64,7 @@ def samplers(density: LocalDensity, trajectory: Trajectory) -> None:
     table = Table(
         "sampler", "steps per draw", "burn-in", "effective draws", "per 1000 gradients", title="at their own tuning"
     )
-    for name in SAMPLERS:
+    for name in LANGEVIN:
         sampling = Chains(sampler=name, chains=16, draws=40, batching="stacked", reflect=False)
         tuning = tune(density, sampling)
         tree = sample_block(density.task, trajectory.load(STEP), density.posterior, sampling)

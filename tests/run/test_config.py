@@ -50,11 +50,17 @@ def test_a_number_in_scientific_notation_sets_a_number(tmp_path):
         ("retraining: {orders: 2}\n", "retraining.orders: unknown key"),
         ("estimators: [gradients]\n", "gradient"),
         ("sampling: {sampler: sgdl}\n", "sampling.sampler: .*sgld"),
+        ("sampling: {sampler: window, burn_in: 3}\n", "draws independently, and has no burn_in"),
     ],
 )
 def test_what_is_not_understood_is_refused_by_name(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
         load_config(written(tmp_path, text))
+
+
+def test_a_sampler_of_windows_is_refused_without_one(tmp_path):
+    with pytest.raises(ConfigError, match="draws by the updates of a window, got gamma=2.0"):
+        load_config(written(tmp_path, "sampling: {sampler: window}\n", posterior={"gamma": 2.0}))
 
 
 @pytest.mark.parametrize("override", ["steps=[1,", "title=a: b: c", "sampling.draws", "title.x=1"])

@@ -14,6 +14,7 @@ from stagewise.run.cost import Cost, answered, copies, estimate, sampling_cost
 from stagewise.sampling.chains import Chains
 from stagewise.sampling.curvature import extreme_curvature
 from stagewise.sampling.posterior import LocalPosterior, largest_window
+from stagewise.sampling.window_gaussian import WindowGaussian
 
 SAMPLING = Chains(chains=5, draws=7, blocks=2, burn_in=11, thinning=3, batching="loop")
 SAMPLES = len(springs.TRAIN) + len(springs.NEAR) + len(springs.FAR)
@@ -78,6 +79,24 @@ def test_memory_and_disk_follow_the_number_of_losses_that_are_kept(clock, loss, 
 
 def test_chains_of_a_large_model_need_few_copies_of_it():
     assert copies(SAMPLING, 10**7) == 6 + 8 + 2 * 5
+
+
+def test_independent_draws_need_no_burn_in_and_keep_the_vectors_behind_them(clock, monkeypatch):
+    def step(self, state, *_):
+        clock.now += 4
+        return state
+
+    monkeypatch.setattr(WindowGaussian, "step", step)
+    found = predicted(sampling=Chains("window", chains=5, draws=7), steps=[0, 20])
+    assert found.steps == 2 * 7
+    assert found.seconds == 2 * (2 + 7 * 4 + 7 * 5)
+    assert copies(Chains("window", chains=5), 10**5) == 6 + (8 + 40) * 5
+    assert copies(Chains("window", chains=5), 10**7) == 6 + 8 + 2 * 5
+
+
+def test_updates_that_run_away_cost_their_tuning_only(clock):
+    saddle = springs.task(lambda model, batch: -30 * springs.losses(model, batch))
+    assert predicted(saddle, Chains("window", chains=5, draws=7), posterior=LocalPosterior(window=60)).steps == 0
 
 
 def test_a_checkpoint_without_a_posterior_costs_its_tuning_only(clock):

@@ -47,14 +47,17 @@ class Law:
 
 
 class Gaussian:
-    """``n`` training losses whose Hessians differ by a relative spread of about ``1/sqrt(stiffness)``."""
+    """``n`` training losses whose Hessians differ by a relative spread of about ``1/sqrt(stiffness)``.
 
-    def __init__(self, n=6, stiffness=4, seed=0):
+    The curvatures of all of them are smaller by ``down``.
+    """
+
+    def __init__(self, n=6, stiffness=4, seed=0, down=0.0):
         random = np.random.default_rng(seed)
 
         def losses(count):
             factors = random.standard_normal((count, D, stiffness)) / stiffness**0.5
-            h = factors @ factors.transpose(0, 2, 1)
+            h = factors @ factors.transpose(0, 2, 1) - down * np.eye(D)
             return h, random.standard_normal((count, D))
 
         self.w = 0.3 * random.standard_normal(D)

@@ -130,6 +130,15 @@ def test_a_drift_is_seen_with_its_sign_and_asks_for_a_longer_burn_in():
         assert "burn_in (about 2 times: 40 -> 80)" in advice
 
 
+def test_independent_draws_are_told_of_no_setting_that_they_have_not():
+    apart = np.array([-1.5, -0.5, 0.5, 1.5])[:, None]
+    verdict, advice = verdict_of(cell(group(ar1(4, 50, 0.0, 0) + apart), sampler="window", window=12))
+    assert verdict == "not converged"
+    assert advice.endswith("independent of all others; take more draws")
+    failed = cell(group(ar1(4, 50, 0.0, 0)), ["diverged"] * 4, sampler="window", window=12)
+    assert verdict_of(failed)[1] == "4 of 4 chains failed (4 diverged); use a window of at most 6 training steps"
+
+
 def test_chains_that_disagree_have_the_r_hat_of_their_offsets():
     offsets = np.array([-1.5, -0.5, 0.5, 1.5])[:, None]
     tree = cell(group(ar1(4, 400, 0.2, 0) + offsets))

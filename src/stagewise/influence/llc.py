@@ -44,7 +44,8 @@ def llc(
 
     Raises:
         NoTrustedCheckpointError: no checkpoint can be trusted, with the reasons.
-        ValueError: the even part is asked of traces without reflected losses, or of a posterior that is not centred.
+        ValueError: the even part is asked of traces without reflected losses, or of a posterior that is not centred;
+            the draws are those of ``sampler="window"``, which are of no posterior.
 
     Example:
         >>> import torch, stagewise as sw
@@ -74,6 +75,11 @@ def llc(
 
 
 def _at_checkpoint(tree: xr.DataTree, part: Literal["full", "even"]) -> xr.Dataset:
+    if tree.attrs.get("sampler") == "window":
+        raise ValueError(
+            "the local learning coefficient is of a posterior, and the draws of sampler='window' are of none; sample with "
+            "another"
+        )
     if part == "even" and not tree.attrs.get("centred", True):
         raise ValueError(
             "part='even' needs a centred posterior: chains that run downhill are not symmetric about the checkpoint; "

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import torch
 import xarray as xr
 from torch import Tensor
 
@@ -21,17 +20,14 @@ from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.derivatives import hessian_product
 from stagewise.evaluate import CURVATURE_SAMPLES, spread_rows
 from stagewise.gauss_newton import gauss_newton_product
-from stagewise.influence.frozen_updates import FrozenUpdates, path
 from stagewise.influence.gradients import Directions, Gradients, first_order
+from stagewise.sampling.frozen_updates import FrozenUpdates, path, runaway
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior
 from stagewise.task import Task
 from stagewise.varied import Per
 
 # A subset of the training samples stands for all: its error is that of the mean of this many parts of it.
 _PARTS = 4
-# Along curvature -s the response of a time t is (exp(s t) - 1) / (s t) times that without curvature. Where that is 10,
-# s t is 3.6, and a curvature that changes by a fifth on the way changes it by a factor of 2: no size is left to tell.
-_MOST_GROWTH = 10
 
 
 def response_influence(
@@ -105,7 +101,8 @@ def response_influence(
             middle, end = path(density, updates, rows) if at == "path" else (density.origin, density.origin)
             targets = gradients(end)
             response = updates.respond(kind(density, middle, rows), targets)
-            _check_growth(density, targets, response)
+            if reason := runaway(density, targets, response):
+                raise ValueError(reason)
             return Directions(response, place=middle)
 
         whole = answer(rows)
@@ -115,18 +112,3 @@ def response_influence(
         return whole._replace(parts=[answer(rows[k::_PARTS]) for k in range(_PARTS)], unseen=unseen)
 
     return first_order(task, trajectory, posterior, f"response ({curvature})", solve, steps, curvature=True, per=per)
-
-
-def _check_growth(density: LocalDensity, gradients: Tensor, response: Tensor) -> None:
-    """Refuse updates that run away: along negative curvature, or by steps too long for the curvature.
-
-    Raises:
-        ValueError: the response is far beyond that without curvature, or not finite.
-    """
-    growth = (density.damping * response.norm(dim=1) / gradients.norm(dim=1)).nan_to_num(nan=torch.inf)
-    most = float(torch.where((gradients != 0).any(1), growth, 0.0).max())
-    if most > _MOST_GROWTH:
-        raise ValueError(
-            f"{density.posterior.window} updates run away at fixed curvature: they go {most:.2g} times as far as "
-            "without; use a shorter window, or window_influence"
-        )

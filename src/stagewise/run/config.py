@@ -28,6 +28,7 @@ from stagewise.run.places import expanded, placed, portable, portable_task, task
 from stagewise.run.source import HUB, HubName
 from stagewise.sampling.chains import Chains
 from stagewise.sampling.posterior import LocalPosterior
+from stagewise.sampling.tuning import check_sampler
 from stagewise.traces.files import write_text
 from stagewise.varied import Per
 
@@ -124,6 +125,11 @@ class RunConfig(_Settings):
                 f"steps: name those to fetch from {self.checkpoints}, e.g. steps: [0, 512, 143000]; a published run "
                 "has many, each as large as the model"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _know_the_posterior(self) -> RunConfig:
+        check_sampler(self.posterior, self.sampling)
         return self
 
 

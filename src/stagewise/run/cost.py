@@ -1,4 +1,4 @@
-"""What a run will cost, measured on a few gradients instead of guessed."""
+"""What a run will cost, measured on a few steps instead of guessed."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from stagewise.sampling.block import move_apart
 from stagewise.sampling.chains import Chains
 from stagewise.sampling.curvature import extreme_curvature
 from stagewise.sampling.gradient import potential_gradient
+from stagewise.sampling.krylov import STORED
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior, largest_window
 from stagewise.sampling.tuning import Tuning, tune
 from stagewise.sampling.watch import Watch
@@ -34,6 +35,7 @@ _COMPRESSED = 0.9
 _PROBES = 3
 # Vectors of the parameters' length: of the model and the posterior, of one chain while it moves and while it waits.
 _FIXED, _MOVING, _KEPT = 6, 8, 2
+_KRYLOV = 40  # of the steps of Lanczos behind an independent draw, where they are kept
 _CURVATURES = 12
 
 
@@ -85,7 +87,8 @@ def estimate(config: RunConfig) -> Cost:
     cost, notes = Cost(0, 0.0, 0.0, 0.0, workers, 0), [repr(task)]
     if SAMPLED in config.estimators:
         cost = sampling_cost(task, trajectory, config.posterior, config.sampling, list(usable), workers)
-        notes += answered(task, trajectory, config.posterior, list(usable))
+        if config.sampling.sampler != "window":
+            notes += answered(task, trajectory, config.posterior, list(usable))
     notes += estimator_costs(task, trajectory, config, list(usable), missing)
     notes += [f"step {step} cannot be used: {reason}" for step, reason in unusable.items()]
     notes += [f"without {name}: {reason}" for name, reason in missing.items()]
@@ -95,7 +98,7 @@ def estimate(config: RunConfig) -> Cost:
 def sampling_cost(
     task: Task, trajectory: Trajectory, posterior: LocalPosterior, sampling: Chains, steps: Sequence[int], workers: int
 ) -> Cost:
-    """Tune the sampler at three checkpoints and time one gradient and one draw there.
+    """Tune the sampler at three checkpoints and time one step and one draw there.
 
     Raises:
         ValueError: the task, a checkpoint or the posterior cannot be used.
@@ -126,9 +129,10 @@ def sampling_cost(
 
 def copies(sampling: Chains, parameters: int) -> int:
     """Of the parameters, in one worker: the model's, the checkpoint's, and those of chains on their way."""
-    if move_apart(sampling.chains, parameters) and sampling.batching != "stacked":
-        return _FIXED + _MOVING + _KEPT * sampling.chains
-    return _FIXED + _MOVING * sampling.chains
+    apart = move_apart(sampling.chains, parameters) and sampling.batching != "stacked"
+    together = 1 if apart else sampling.chains
+    moving = _MOVING + _KRYLOV * (sampling.sampler == "window" and together * parameters <= STORED)
+    return _FIXED + moving * together + (_KEPT * sampling.chains if apart else 0)
 
 
 def answered(task: Task, trajectory: Trajectory, posterior: LocalPosterior, steps: Sequence[int]) -> list[str]:
@@ -155,15 +159,15 @@ def _probe(density: LocalDensity, sampling: Chains) -> tuple[float, int]:
     start = time.perf_counter()
     tuning = tune(density, sampling)
     tuned = time.perf_counter() - start
-    if tuning.localised is False and density.posterior.require_localised:
+    if tuning.refused or (tuning.localised is False and density.posterior.require_localised):
         return tuned, 0
     count = tuning.burn_in + sampling.draws * tuning.thinning
-    gradient, draw = _times(tuning, sampling)
-    return tuned + count * gradient + sampling.draws * draw, count
+    step, draw = _times(tuning, sampling)
+    return tuned + count * step + sampling.draws * draw, count
 
 
 def _times(tuning: Tuning, sampling: Chains) -> tuple[float, float]:
-    """Seconds of one gradient and of one draw of a block of chains.
+    """Seconds of one step and of looking at one draw of a block of chains.
 
     Chains of a large model move one by one: one of them is timed, and the others are not held.
     """
@@ -174,10 +178,12 @@ def _times(tuning: Tuning, sampling: Chains) -> tuple[float, float]:
     gradient = potential_gradient(
         density, chains, tuning.batch_size, sampling.control_variate, batching, torch.Generator()
     )
-    gradient(u)
+    sampler, noise = tuning.sampler, torch.Generator(u.device)
+    state = sampler.step(sampler.init(u, noise), gradient, noise)
     start = time.perf_counter()
     for _ in range(3):
-        gradient(u).potential.sum().item()
+        state = sampler.step(state, gradient, noise)
+        state.position.sum().item()
     middle = time.perf_counter()
     Watch(density, batching, sampling.reflect, sampling.single_tokens).draw(u)
     times = sampling.chains // chains

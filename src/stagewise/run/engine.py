@@ -28,7 +28,7 @@ from stagewise.run.before import check_reusable, check_same_task, look
 from stagewise.run.progress import Progress, silent
 from stagewise.sampling.chains import Chains, sample_block, unusable_block
 from stagewise.sampling.posterior import LocalPosterior
-from stagewise.sampling.tuning import SamplerName
+from stagewise.sampling.tuning import SamplerName, check_sampler
 from stagewise.task import Task
 from stagewise.traces.store import Cell, TraceStore
 from stagewise.usable import chosen_steps
@@ -154,9 +154,10 @@ def sample(
         ((0,), (1, 2, 1))
         >>> folder.cleanup()
     """
-    run = as_trajectory(trajectory)
+    run, chosen = as_trajectory(trajectory), replace(sampling or Chains(), **settings)
+    check_sampler(posterior, chosen)
     looked = look(task, run, posterior, chosen_steps(run, steps))
-    work = prepare(task, run, posterior, replace(sampling or Chains(), **settings), Path(out), looked, make_task)
+    work = prepare(task, run, posterior, chosen, Path(out), looked, make_task)
     with work.store.lock():
         compute(work, task, workers, progress)
     return work.store

@@ -25,10 +25,31 @@ GradientFunction = Callable[[Tensor], Gradient]
 
 
 class Sampler(Protocol):
-    """A Markov chain that leaves exp(-U) invariant, up to its step-size error.
+    """How chains move. ``step`` is pure: a new state, noise from ``generator``, and nothing else is touched."""
 
-    ``step`` is pure: it returns a new state, takes its noise from ``generator`` and touches nothing else.
-    """
+    @property
+    def step_size(self) -> float | None:
+        """Length of a step, in the sampler's own units; None where steps have no length."""
+        ...
+
+    def init(self, position: Tensor, generator: Generator) -> Any:
+        """The state of chains that start at ``position`` ``(chain, parameters)``."""
+        ...
+
+    def step(self, state: Any, gradient: GradientFunction, generator: Generator) -> Any:
+        """One transition of every chain."""
+        ...
+
+    def freeze(self, state: Any) -> Any:
+        """The state with all adaptation stopped; called once, halfway through burn-in.
+
+        While it adapts a chain has another law, which the second half of burn-in lets it forget.
+        """
+        ...
+
+
+class Langevin(Sampler, Protocol):
+    """A Markov chain that leaves exp(-U) invariant, up to its step-size error."""
 
     @property
     def step_size(self) -> float:
@@ -51,20 +72,5 @@ class Sampler(Protocol):
             noise: variance of the gradient of U along the direction.
             fast: the largest precision, whose direction forgets least of the noise of one step by the next.
             correlation: of the noises of two gradients 1, 2, ... steps apart.
-        """
-        ...
-
-    def init(self, position: Tensor, generator: Generator) -> Any:
-        """The state of chains that start at ``position`` ``(chain, parameters)``."""
-        ...
-
-    def step(self, state: Any, gradient: GradientFunction, generator: Generator) -> Any:
-        """One transition of every chain."""
-        ...
-
-    def freeze(self, state: Any) -> Any:
-        """The state with all adaptation stopped; called once, halfway through burn-in.
-
-        While it adapts a chain has another law, which the second half of burn-in lets it forget.
         """
         ...

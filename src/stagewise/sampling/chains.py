@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, cast, get_args
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from stagewise.evaluate import represented
 from stagewise.sampling.block import Block
 from stagewise.sampling.gradient import potential_gradient
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior, largest_window, size_range
-from stagewise.sampling.tuning import SAMPLERS, SamplerName, Tuning, generator, tune
+from stagewise.sampling.tuning import LANGEVIN, SamplerName, Tuning, generator, tune
 from stagewise.sampling.watch import Seen, Watch
 from stagewise.stacking import BatchingChoice
 from stagewise.task import Task
@@ -31,7 +31,10 @@ class Chains:
     """How the posterior is sampled at every checkpoint.
 
     Attributes:
-        sampler: ``"underdamped"``, ``"sgld"`` or ``"rmsprop_sgld"``.
+        sampler: ``"underdamped"``, ``"sgld"`` or ``"rmsprop_sgld"``, of the local posterior; ``"window"``: independent
+            draws from the Gaussian whose covariance is the optimiser's own response to a held gradient during the
+            window, at the curvature of the checkpoint, of either sign. Nothing of chains applies to these, and no
+            checkpoint need be localised; a draw costs some dozens of curvature products.
         chains: chains in a block; they run together.
         blocks: blocks per checkpoint.
         draws: draws kept of each chain.
@@ -83,19 +86,23 @@ class Chains:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler must be one of {sorted(SAMPLERS)}, got {self.sampler!r}")
+        if self.sampler not in (names := get_args(SamplerName)):
+            raise ValueError(f"sampler must be one of {sorted(names)}, got {self.sampler!r}")
         for name in ("chains", "blocks", "draws", "step_size", "thinning", "batch_size"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
-        valid = [f.name for f in fields(cast(Any, SAMPLERS[self.sampler])) if f.name != "step_size"]
+        own = fields(cast(Any, LANGEVIN[self.sampler])) if self.sampler in LANGEVIN else ()
+        valid = [f.name for f in own if f.name != "step_size"]
         if unknown := sorted(set(self.options) - set(valid)):
             raise ValueError(f"options {unknown} are not of sampler {self.sampler!r}, which has {valid}")
         if self.burn_in is not None and self.burn_in < 0:
             raise ValueError(f"burn_in must not be negative, got {self.burn_in}")
         if self.burn_in == 0 and self.sampler == "rmsprop_sgld":
             raise ValueError("rmsprop_sgld adapts in the first half of burn_in, and with burn_in=0 never; use 'sgld'")
+        given = [n for n in ("step_size", "burn_in", "thinning", "batch_size") if getattr(self, n) is not None]
+        if self.sampler == "window" and given:
+            raise ValueError(f"sampler='window' draws independently, and has no {', '.join(given)}; leave that out")
 
 
 def sample_block(
@@ -127,11 +134,12 @@ def sample_block(
         number that was chosen. Where all of them are given by hand and the posterior need not be localised, the
         curvature is not looked at: ``localised``, the curvatures and what follows from them are None. A chain that
         left the posterior is ``"diverged"``, and its later draws are the losses at the checkpoint. Where the posterior
-        does not exist nothing is drawn and every chain's status is ``"not_localised"``.
+        does not exist nothing is drawn and every chain's status is ``"not_localised"``; where the updates of a window
+        run away, which ``sampler="window"`` asks about, it is ``"unusable"``, and an attribute says why.
 
     Raises:
-        ValueError: the losses are unusable (see ``Task.check``), or the checkpoint lacks what the posterior
-            needs.
+        ValueError: the losses are unusable (see ``Task.check``), the checkpoint lacks what the posterior
+            needs, or the sampler needs another posterior.
     """
     density = posterior.at(task, checkpoint)
     del checkpoint  # the density has its own; this copy is free unless the caller keeps it
@@ -141,6 +149,8 @@ def sample_block(
     if tuning.localised is False and posterior.require_localised:
         status = np.full(sampling.chains, "not_localised")
         return _tree({}, status, numbers, facts)
+    if tuning.refused:
+        return _tree({}, np.full(sampling.chains, "unusable"), numbers, facts | {"unusable": tuning.refused})
     traces, status, soft_spread = _run(tuning, sampling, block, on_step or (lambda: None))
     tree = _tree(traces, status, numbers, facts, soft_spread, task.candidates.numpy())
     # An effect of a sample on itself is known by its position: the same samples in the same order.
@@ -183,21 +193,23 @@ def _run(
     return watch.traces(), np.where(alive.cpu(), "ok", "diverged"), _soft_spread(along, alive.cpu(), tuning.slow)
 
 
-def _soft_spread(along: list[Tensor], alive: Tensor, slow: float) -> np.ndarray[Any, Any]:
+def _soft_spread(along: list[Tensor], alive: Tensor, slow: float | None) -> np.ndarray[Any, Any]:
     """Of every chain, from its displacements along the softest direction; NaN where that is not known."""
-    if not along:
+    if not along or slow is None:
         return np.full(len(alive), np.nan)
     soft = torch.stack(along, 1).double().cpu()
     spread = slow * (soft - soft[alive].mean()).square().mean(1)
     return torch.where(alive, spread, torch.nan).numpy()
 
 
-def _farthest(density: LocalDensity, slow: float) -> float:
-    """Squared distance from the checkpoint that no chain of this posterior reaches.
+def _farthest(density: LocalDensity, slow: float | None) -> float:
+    """Squared distance from the checkpoint that no chain of this posterior reaches; independent draws know no limit.
 
     Generous enough for every quantile of the stationary law: a chi-square of all directions, one of them as
     soft as ``slow``, about a centre as far downhill as the gradient can push it.
     """
+    if slow is None:
+        return torch.inf
     spread = _DIVERGED * (density.vector.size / density.gamma + 4 / slow)
     if density.posterior.centred:
         return spread

@@ -118,5 +118,5 @@ def _stored(image: Product, density: LocalDensity) -> Curvature | None:
 
 def _recurring(image: Product, density: LocalDensity) -> Curvature | None:
     """With a few vectors in memory, and every product twice."""
-    found = ends(lambda v: image(v[None])[0], density.origin, _PRECISE, density.damping, _PRODUCTS)
+    found = ends(image, density.origin, _PRECISE, density.damping, _PRODUCTS)
     return Curvature(found.smallest, found.largest, found.softest) if found else None

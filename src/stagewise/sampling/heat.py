@@ -2,7 +2,7 @@
 
 A minibatch's gradient differs from that of the training set, and every step shakes the chains by the difference as
 well as by their own noise. The variances of the losses are then too large, by the share that
-:meth:`Sampler.heating` gives. It shrinks with the step, and faster than in proportion once an epoch of minibatches is
+:meth:`Langevin.heating` gives. It shrinks with the step, and faster than in proportion once an epoch of minibatches is
 short beside the chains' motion: over an epoch the differences cancel.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from stagewise.sampling.base import GradientFunction, Sampler
+from stagewise.sampling.base import GradientFunction, Langevin
 
 MAX_HEAT = 0.01
 """Share of the variance that may come from minibatches: less than the standard error of most estimates."""
@@ -56,7 +56,7 @@ def gradient_noise(gradient: GradientFunction, positions: Tensor, n: int, size: 
     return among * float(torch.linalg.matrix_norm(differences, 2)) ** 2 / freedom
 
 
-def quiet(sampler: Sampler, noise: float, fast: float, correlation: Tensor) -> Sampler:
+def quiet(sampler: Langevin, noise: float, fast: float, correlation: Tensor) -> Langevin:
     """The sampler with a step so short that minibatches add at most :data:`MAX_HEAT` to the variances."""
     while sampler.heating(noise, fast, correlation) > MAX_HEAT:
         sampler = replace(cast(Any, sampler), step_size=_SHORTER * sampler.step_size)

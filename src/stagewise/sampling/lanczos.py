@@ -1,9 +1,9 @@
-"""Both ends of the spectrum of a symmetric operator, of which only products are known, with four vectors in memory.
+"""Lanczos' recurrence, and both ends of the spectrum of a symmetric operator with four vectors in memory.
 
-Lanczos' recurrence needs the last two of its vectors, and yields the coefficients of a small tridiagonal matrix whose
-extreme eigenvalues become the operator's. Without the other vectors rounding lets converged eigenvalues appear again,
-which leaves the extremes what they are. The eigenvector of the smallest one is a sum of all vectors: the recurrence is
-run once more for it, with the coefficients known.
+The recurrence needs products and the last two of its vectors, and yields the coefficients of a small tridiagonal matrix
+whose extreme eigenvalues become the operator's. Without the other vectors rounding lets converged eigenvalues appear
+again, which leaves the extremes what they are. The eigenvector of the smallest one is a sum of all vectors: the
+recurrence is run once more for it, with the coefficients known.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ import torch
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
-_Coefficients = tuple[list[float], list[float]]
-"""The diagonal of the tridiagonal matrix, and what is beside it."""
+Coefficients = tuple[list[Tensor], list[Tensor]]
+"""The diagonal of the tridiagonal matrix of every row ``(row,)``, and what is beside it; float64, on the CPU."""
 
 Apply = Callable[[Tensor], Tensor]
-"""A vector ``(size,)`` to its image, which may be changed in place."""
-
+"""Vectors ``(row, size)`` to their images, which may be changed in place."""
 
 _LEAST, _SEED = 20, 20260
 
@@ -48,20 +47,21 @@ def ends(apply: Apply, like: Tensor, tolerance: float, scale: float, most: int) 
     found = _tridiagonal(apply, like, tolerance, scale, most)
     if found is None:
         return None
-    values, vectors = eigh_tridiagonal(*found)
+    diagonal, beside = map(_numbers, found)
+    values, vectors = eigh_tridiagonal(diagonal, beside)
     softest = torch.zeros_like(like)
-    for weight, (_, _, vector) in zip(vectors[:, 0], _recurrence(apply, like, found), strict=True):
-        softest.add_(vector, alpha=float(weight))
+    for weight, (_, _, vector) in zip(vectors[:, 0], recurrence(apply, _start(like), found), strict=True):
+        softest.add_(vector[0], alpha=float(weight))
     return Ends(float(values[0]), float(values[-1]), softest.div_(softest.norm()))
 
 
-def _tridiagonal(apply: Apply, like: Tensor, tolerance: float, scale: float, most: int) -> _Coefficients | None:
+def _tridiagonal(apply: Apply, like: Tensor, tolerance: float, scale: float, most: int) -> Coefficients | None:
     """As much of the matrix as shows both ends."""
-    diagonal: list[float] = []
-    beside: list[float] = []
-    for alpha, beta, _ in _recurrence(apply, like):
+    diagonal: list[Tensor] = []
+    beside: list[Tensor] = []
+    for alpha, beta, _ in recurrence(apply, _start(like)):
         diagonal.append(alpha)
-        values, vectors = eigh_tridiagonal(diagonal, beside)
+        values, vectors = eigh_tridiagonal(_numbers(diagonal), _numbers(beside))
         small = all(abs(beta * vectors[-1, end]) <= tolerance * max(scale, abs(values[end])) for end in (0, -1))
         # A residual is small near any eigenvalue, the extreme ones or not: the first few say little.
         if small and (len(diagonal) >= min(_LEAST, len(like)) or beta == 0):
@@ -72,20 +72,34 @@ def _tridiagonal(apply: Apply, like: Tensor, tolerance: float, scale: float, mos
     return None
 
 
-def _recurrence(
-    apply: Apply, like: Tensor, known: _Coefficients | None = None
-) -> Iterator[tuple[float, float, Tensor]]:
-    """Diagonal coefficient, the one beside it and the vector of every step; for as many steps as they are known."""
-    vector = torch.randn(len(like), generator=torch.Generator().manual_seed(_SEED), dtype=like.dtype).to(like)
-    vector.div_(vector.norm())
-    before, beta = torch.zeros_like(vector), 0.0
+def _start(like: Tensor) -> Tensor:
+    return torch.randn(1, len(like), generator=torch.Generator().manual_seed(_SEED), dtype=like.dtype).to(like)
+
+
+def _numbers(coefficients: list[Tensor]) -> list[float]:
+    """Of the only row."""
+    return [float(value) for value in coefficients]
+
+
+def recurrence(
+    apply: Apply, start: Tensor, known: Coefficients | None = None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Diagonal coefficients, those beside them and the vectors of every step; for as many steps as they are known.
+
+    Every row of ``start (row, size)`` has a recurrence of its own. One that has seen all it can goes on with zeros.
+    """
+    vector = start / start.norm(dim=1, keepdim=True)
+    del start  # of large models every copy counts
+    before, beta = torch.zeros_like(vector), torch.zeros_like(vector[:, :1])
     for step in count():
         if known and step == len(known[1]):
-            yield known[0][step], 0.0, vector
+            yield known[0][step], torch.zeros_like(known[0][step]), vector
             return
         image = apply(vector)
-        alpha = known[0][step] if known else float(image @ vector)
-        image.add_(vector, alpha=-alpha).add_(before, alpha=-beta)
-        beta = known[1][step] if known else float(image.norm())
-        yield alpha, beta, vector
-        before, vector = vector, image.div_(beta)
+        own = torch.linalg.vecdot(image, vector).cpu().double()
+        alpha = known[0][step] if known else own
+        image.addcmul_(vector, alpha.to(image)[:, None], value=-1).addcmul_(before, beta, value=-1)
+        after = known[1][step] if known else image.norm(dim=1).cpu().double()
+        yield alpha, after, vector
+        beta = after.to(image)[:, None]
+        before, vector = vector, image.div_(torch.where(beta > 0, beta, torch.inf))

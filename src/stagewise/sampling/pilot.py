@@ -1,12 +1,13 @@
 """A short look before the chains: where the posterior reaches, and whether first order dominates there.
 
-A few chains on the exact gradient of some training samples, about a tenth of the work of the real ones. They are
-seeded by ``Chains.seed`` alone, so that all blocks of a checkpoint choose alike.
+A few chains on the exact gradient of some training samples, about a tenth of the work of the real ones, or a few
+independent draws. They are seeded by ``Chains.seed`` alone, so that all blocks of a checkpoint choose alike.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import cast
 
@@ -23,34 +24,38 @@ MAX_EVEN_SHARE = 0.1
 """Of the spread of the losses, what may be of second order before ``n_beta`` is raised."""
 
 _GOOD_EVEN_SHARE = 0.05
-_CHAINS = 16
+PILOTS = 16
+"""How many chains, or draws."""
+
 _RELAXATIONS = 3
 _ROUNDS = 6
 
 
 def pilot(
-    density: LocalDensity, curvature: Curvature, rows: Tensor, batching: Batching, noise: Generator, free: bool
+    density: LocalDensity, reached: Callable[[LocalDensity], Tensor], batching: Batching, free: bool
 ) -> tuple[LocalDensity, Tensor]:
     """The posterior with n_beta raised until first order dominates, if it is ``free``, and places that it reaches.
 
-    With a window n_beta is free: gamma follows it, and what is measured stays the same. The places
-    ``(16, parameters)`` are found by the training samples ``rows``.
+    With a window n_beta is free: gamma follows it, and what is measured stays the same. ``reached`` finds such places
+    ``(16, parameters)``.
     """
-    positions = _reached(density, curvature, rows, batching, noise)
+    positions = reached(density)
     for _ in range(_ROUNDS if free else 0):
         factor = _colder(density, positions, batching)
         if factor == 1:
             break
         density = replace(density, n_beta=factor * density.n_beta, gamma=factor * density.gamma)
-        positions = _reached(density, curvature, rows, batching, noise)
+        positions = reached(density)
     return density, positions
 
 
-def _reached(density: LocalDensity, curvature: Curvature, rows: Tensor, batching: Batching, noise: Generator) -> Tensor:
-    """Places that the posterior reaches, by the training samples ``rows``: ``(16, parameters)``."""
+def by_chains(
+    density: LocalDensity, curvature: Curvature, rows: Tensor, batching: Batching, noise: Generator
+) -> Tensor:
+    """Places that the posterior reaches, by chains on the training samples ``rows``: ``(16, parameters)``."""
     slow, fast = curvature.precision_range(density)
     sampler, gradient = Underdamped.tuned(slow, fast), exact_gradient(density, batching, rows)
-    state = sampler.init(density.origin.repeat(_CHAINS, 1), noise)
+    state = sampler.init(density.origin.repeat(PILOTS, 1), noise)
     for _ in range(math.ceil(_RELAXATIONS * sampler.relaxation(slow))):
         state = sampler.step(state, gradient, noise)
     return state.position

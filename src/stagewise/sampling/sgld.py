@@ -18,7 +18,7 @@ class SGLDState(NamedTuple):
 
 
 def heating(step_size: float, noise: float, fast: float, correlation: Tensor) -> float:
-    """:meth:`Sampler.heating` of an Euler step."""
+    """:meth:`Langevin.heating` of an Euler step."""
     kept = (1 - step_size * fast / 2) ** torch.arange(1, len(correlation) + 1, dtype=torch.float64)
     return step_size * noise * (1 + 2 * float(correlation @ kept)) / 4
 

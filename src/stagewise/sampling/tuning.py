@@ -5,28 +5,30 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Generator, Tensor
 
 from stagewise.evaluate import Batching, represented, spread_rows
-from stagewise.sampling.base import Sampler
+from stagewise.sampling.base import Langevin, Sampler
 from stagewise.sampling.curvature import Curvature, extreme_curvature, slowest
 from stagewise.sampling.gradient import potential_gradient
 from stagewise.sampling.heat import epoch_correlation, gradient_noise, quiet
-from stagewise.sampling.pilot import pilot
-from stagewise.sampling.posterior import LocalDensity
+from stagewise.sampling.pilot import PILOTS, by_chains, pilot
+from stagewise.sampling.posterior import LocalDensity, LocalPosterior
 from stagewise.sampling.rmsprop_sgld import RMSpropSGLD
 from stagewise.sampling.sgld import SGLD
 from stagewise.sampling.underdamped import Underdamped
+from stagewise.sampling.window_gaussian import WindowGaussian
 from stagewise.stacking import decided
 
 if TYPE_CHECKING:
     from stagewise.sampling.chains import Chains
 
-SamplerName = Literal["underdamped", "sgld", "rmsprop_sgld"]
-SAMPLERS: dict[SamplerName, type[Sampler]] = {
+SamplerName = Literal["underdamped", "sgld", "rmsprop_sgld", "window"]
+LANGEVIN: dict[SamplerName, type[Langevin]] = {
     "underdamped": Underdamped,
     "sgld": SGLD,
     "rmsprop_sgld": RMSpropSGLD,
@@ -50,11 +52,12 @@ class Tuning:
         batching: stack the chains or loop over them.
         heat: share of the variance that comes from minibatches, at most; None where it was not measured.
         stable_step: the step size that the curvature and the minibatches ask for; None where it was not looked at.
-        relaxation: steps in which the slowest direction forgets where it was.
-        slow: precision of the slowest direction, or less.
+        relaxation: steps in which the slowest direction forgets where it was; None of independent draws.
+        slow: precision of the slowest direction, or less; None of independent draws, which cannot be lost on the way.
         curvature: the extremes of the whitened Hessian; None where nothing depends on them.
         localised: whether the posterior exists, and is not far from what the window does; None where that was not
             looked at.
+        refused: why nothing can be drawn, of independent draws; empty where it can.
     """
 
     density: LocalDensity
@@ -66,10 +69,11 @@ class Tuning:
     batching: Batching
     heat: float | None
     stable_step: float | None
-    relaxation: float
-    slow: float
+    relaxation: float | None
+    slow: float | None
     curvature: Curvature | None
     localised: bool | None
+    refused: str = ""
 
 
 def tune(density: LocalDensity, sampling: Chains) -> Tuning:
@@ -77,7 +81,13 @@ def tune(density: LocalDensity, sampling: Chains) -> Tuning:
 
     The step follows from the curvature, and from the noise of minibatches where there are any; n_beta from what the
     chains of a pilot see. Where nothing is to be chosen neither is looked at.
+
+    Raises:
+        ValueError: this posterior has no such sampler, see :func:`check_sampler`.
     """
+    check_sampler(density.posterior, sampling)
+    if sampling.sampler == "window":
+        return _independent(density, sampling)
     if _all_given(density, sampling):
         return _by_hand(density, sampling)
     curvature, n = extreme_curvature(density), len(density.task.train)
@@ -89,7 +99,8 @@ def tune(density: LocalDensity, sampling: Chains) -> Tuning:
     if (free or size) and (localised or not density.posterior.require_localised):
         rows = spread_rows(_PILOT_BATCHES * size, n) if size else represented(density)
         random = generator(sampling.seed, 0, "pilot", density.anchor.device)
-        density, positions = pilot(density, curvature, rows, batching, random, free)
+        reached = partial(by_chains, curvature=curvature, rows=rows, batching=batching, noise=random)
+        density, positions = pilot(density, reached, batching, free)
         sampler = _sampler(density, curvature, sampling)
         if size:
             noise = _noise(density, sampling, batching, size, positions)
@@ -117,6 +128,52 @@ def tune(density: LocalDensity, sampling: Chains) -> Tuning:
     )
 
 
+def check_sampler(posterior: LocalPosterior, sampling: Chains) -> None:
+    """Refuse a sampler that does not know the posterior.
+
+    Raises:
+        ValueError: the window's own Gaussian is asked of a posterior without a window, or of one that is not centred.
+    """
+    if sampling.sampler != "window":
+        return
+    if posterior.window is None:
+        raise ValueError(
+            f"sampler='window' draws by the updates of a window, got gamma={posterior.gamma}; use "
+            "LocalPosterior(window=...), or another sampler"
+        )
+    if not posterior.centred:
+        raise ValueError(
+            "sampler='window' draws about the checkpoint, got centred=False; leave that out, or use another sampler"
+        )
+
+
+def _independent(density: LocalDensity, sampling: Chains) -> Tuning:
+    """No chain has to forget where it was, and no posterior to exist: all that is chosen is n_beta."""
+    sampler, usual = WindowGaussian.of(density), density.n_beta
+    batching, refused = decided(density, sampling.batching, sampling.chains), sampler.refused(density)
+    free = density.posterior.n_beta is None
+    if free and not refused:
+        random = generator(sampling.seed, 0, "pilot", density.anchor.device)
+        places = sampler.draw(PILOTS, density.anchor, random)
+        density, _ = pilot(density, lambda colder: places * (usual / colder.n_beta) ** 0.5, batching, free)
+    return Tuning(
+        density,
+        density.n_beta / usual if free else None,
+        replace(sampler, n_beta=density.n_beta),
+        burn_in=0,
+        thinning=1,
+        batch_size=None,
+        batching=batching,
+        heat=None,
+        stable_step=None,
+        relaxation=None,
+        slow=None,
+        curvature=None,
+        localised=None,
+        refused=refused,
+    )
+
+
 def _minibatch(sampling: Chains, n: int) -> int | None:
     return sampling.batch_size if sampling.batch_size and sampling.batch_size < n else None
 
@@ -131,7 +188,7 @@ def _all_given(density: LocalDensity, sampling: Chains) -> bool:
 def _by_hand(density: LocalDensity, sampling: Chains) -> Tuning:
     """Everything as it was given; by the localisation alone where even that leaves a choice."""
     size, slow = _minibatch(sampling, len(density.task.train)), slowest(density)
-    sampler = SAMPLERS[sampling.sampler].tuned(density.gamma, density.gamma, **sampling.options)
+    sampler = LANGEVIN[sampling.sampler].tuned(density.gamma, density.gamma, **sampling.options)
     sampler = replace(cast(Any, sampler), step_size=sampling.step_size)
     return Tuning(
         density,
@@ -150,9 +207,9 @@ def _by_hand(density: LocalDensity, sampling: Chains) -> Tuning:
     )
 
 
-def _sampler(density: LocalDensity, curvature: Curvature, sampling: Chains) -> Sampler:
+def _sampler(density: LocalDensity, curvature: Curvature, sampling: Chains) -> Langevin:
     """The sampler as the curvature asks for it."""
-    return SAMPLERS[sampling.sampler].tuned(*curvature.precision_range(density), **sampling.options)
+    return LANGEVIN[sampling.sampler].tuned(*curvature.precision_range(density), **sampling.options)
 
 
 def _noise(density: LocalDensity, sampling: Chains, batching: Batching, size: int, positions: Tensor) -> float:
@@ -162,7 +219,7 @@ def _noise(density: LocalDensity, sampling: Chains, batching: Batching, size: in
     return gradient_noise(gradient, positions, len(density.task.train), size)
 
 
-def _costs_more(sampling: Chains, size: int, n: int, sampler: Sampler, quieter: Sampler) -> bool:
+def _costs_more(sampling: Chains, size: int, n: int, sampler: Langevin, quieter: Langevin) -> bool:
     """Whether minibatches, with the shorter steps they need, cost more than the whole training set."""
     per_step = size * (1 + sampling.control_variate / sampling.chains)
     return per_step * sampler.step_size > n * quieter.step_size

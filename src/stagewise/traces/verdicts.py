@@ -75,6 +75,8 @@ def _chains_failed(_numbers: Numbers, statuses: Sequence[str], settings: Setting
         return ""
     kinds = ", ".join(f"{count} {status}" for status, count in failed.most_common())
     found = f"{failed.total()} of {len(statuses)} chains failed ({kinds})"
+    if _independent(settings):
+        return f"{found}; {_shorter(settings)}"
     step, stable = settings.get("step_size"), settings.get("stable_step")
     if step and stable and step <= stable:
         return f"{found}, with steps that are stable by the curvature at the checkpoint; {_shorter(settings)}"
@@ -87,7 +89,8 @@ def _cannot_say(numbers: Numbers, _statuses: Sequence[str], settings: Settings) 
     if numbers["draws"] < MIN_DRAWS:
         return f"too few draws per chain ({numbers['draws']}); take at least {MIN_DRAWS}, better 100"
     if "rhat" not in numbers:
-        return f"the training loss hardly changes from draw to draw; use a longer window, or {_stable_step(settings)}"
+        remedy = "" if _independent(settings) else f", or {_stable_step(settings)}"
+        return f"the training loss hardly changes from draw to draw; use a longer window{remedy}"
     return ""
 
 
@@ -102,6 +105,8 @@ def _not_converged(numbers: Numbers, _statuses: Sequence[str], settings: Setting
             f"the chains have not all seen the same region (R-hat {rhat:.2f}, should be below {MAX_RHAT}; a chain is "
             f"worth {ess:.1f} independent draws, should be {MIN_ESS_PER_CHAIN})"
         )
+    if _independent(settings):
+        return f"{found}, which is chance, as every draw is independent of all others; take more draws"
     burn_in, thinning, relaxation = (settings.get(name) for name in ("burn_in", "thinning", "relaxation"))
     if relaxation and burn_in >= _LONG * 5 * relaxation and thinning >= _LONG * relaxation / 2:
         return f"{found}, although burn_in and thinning are long beside {relaxation:.0f} steps; {_shorter(settings)}"
@@ -154,6 +159,11 @@ _RULES: dict[str, Callable[[Numbers, Sequence[str], Settings], str]] = {
     "unconstrained": _unconstrained,
     "beyond first order": _beyond_first_order,
 }
+
+
+def _independent(settings: Settings) -> bool:
+    """Whether draws are, so that no setting of chains is at fault."""
+    return settings.get("sampler") == "window"
 
 
 def _shorter(settings: Settings) -> str:

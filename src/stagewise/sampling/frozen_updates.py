@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,6 +10,10 @@ from torch import Tensor
 from stagewise.derivatives import Product, mean_gradient
 from stagewise.sampling.metric import relative_rates, update_counts
 from stagewise.sampling.posterior import LocalDensity, learning_rates, window_reach
+
+# Along curvature -s the response of a time t is (exp(s t) - 1) / (s t) times that without curvature. Where that is 10,
+# s t is 3.6, and a curvature that changes by a fifth on the way changes it by a factor of 2: no size is left to tell.
+_MOST_GROWTH = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +82,32 @@ class FrozenUpdates:
             total = total + self.clip * slope
             ahead = (1 - rate * self.decay) * ahead - self.clip * curvature(slope) - self.pull * slope
         return total
+
+    def along(self, curvatures: Tensor) -> Tensor:
+        """F along eigen-directions of ``H + pull / clip``, of these curvatures of any shape; float64, on the CPU.
+
+        Decoupled decay and counts are those of most parameters (their medians): where they differ f(H) is not symmetric
+        and has no eigen-directions. Of what differs usually, the decay of biases is small beside 1 / (rate W), and a
+        count matters in the first dozens of updates.
+        """
+        decay, counts = (value.median().double().cpu() for value in (self.decay, self.counts))
+        alike = replace(self, pull=torch.zeros(()), decay=decay, counts=counts)
+        return alike.respond(lambda slopes: curvatures * slopes, torch.ones_like(curvatures))
+
+
+def runaway(density: LocalDensity, gradients: Tensor, response: Tensor) -> str:
+    """Why a response is none: the updates run away, along negative curvature or by steps too long for the curvature.
+
+    Empty where they do not: the response is not far beyond that without curvature.
+    """
+    growth = (density.damping * response.norm(dim=1) / gradients.norm(dim=1)).nan_to_num(nan=torch.inf)
+    most = float(torch.where((gradients != 0).any(1), growth, 0.0).max())
+    if most <= _MOST_GROWTH:
+        return ""
+    return (
+        f"{density.posterior.window} updates run away at fixed curvature: they go {most:.2g} times as far as without; "
+        "use a shorter window, or window_influence"
+    )
 
 
 def path(density: LocalDensity, updates: FrozenUpdates, rows: Tensor) -> tuple[Tensor, Tensor]:
