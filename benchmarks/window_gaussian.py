@@ -57,7 +57,7 @@ class Run:
 
 
 def digits() -> Run:
-    steps = (20, 76, 250, 700)
+    steps = (8, 20, 76, 700)
     return Run(digit_run.task(), digit_run.batch_order(0), partial(_record_digits, steps), (10, 30), steps)
 
 

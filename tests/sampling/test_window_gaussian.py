@@ -12,6 +12,7 @@ from stagewise.influence.bif import NoTrustedCheckpointError, bif
 from stagewise.influence.llc import llc
 from stagewise.influence.trusted import TracesInMemory
 from stagewise.sampling import Chains, LocalPosterior, posterior, sample_block
+from stagewise.sampling.curvature import Curvature
 from stagewise.sampling.frozen_updates import FrozenUpdates
 from stagewise.sampling.metric import clip_factor
 from stagewise.sampling.window_gaussian import WindowGaussian
@@ -124,6 +125,20 @@ def test_updates_that_run_away_are_left_out_with_what_to_do():
     assert trees[0].attrs["unusable"] == trees[1].attrs["unusable"]
     with pytest.raises(NoTrustedCheckpointError, match=r"12 updates run away .* use a shorter window"):
         bif(TracesInMemory({YOUNG: trees[0]}))
+
+
+@pytest.mark.parametrize("end", ["smallest", "largest"])
+def test_the_limit_is_ten_times_as_far_as_without_curvature_along_any_direction(end):
+    """Whatever gradients say: draws go along all directions."""
+    sgd = RULES["sgd"]
+    sampler = WindowGaussian.of(POSTERIOR.at(problem().task, problem().checkpoint))
+    sign = -1 if end == "smallest" else 1
+    curvatures = sign * np.linspace(0.1, 10, 100_000)
+    growth = abs(response(curvatures, sgd, (), 1.0)) / (WINDOW * 0.3)
+    for limit, refused in ((9.9, False), (10.1, True)):
+        beyond = float(curvatures[(growth > limit).argmax()])
+        ends = {"smallest": -0.1, "largest": 0.1} | {end: beyond}
+        assert bool(sampler.refused(WINDOW, Curvature(**ends, softest=torch.ones(D)))) == refused
 
 
 @pytest.mark.parametrize(

@@ -77,8 +77,8 @@ def llc(
 def _at_checkpoint(tree: xr.DataTree, part: Literal["full", "even"]) -> xr.Dataset:
     if tree.attrs.get("sampler") == "window":
         raise ValueError(
-            "the local learning coefficient is of a posterior, and the draws of sampler='window' are of none; sample with "
-            "another"
+            "the local learning coefficient is of a posterior, and the draws of sampler='window' are of none; use "
+            "another sampler"
         )
     if part == "even" and not tree.attrs.get("centred", True):
         raise ValueError(

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import torch
 import xarray as xr
 from torch import Tensor
 
@@ -101,7 +102,7 @@ def response_influence(
             middle, end = path(density, updates, rows) if at == "path" else (density.origin, density.origin)
             targets = gradients(end)
             response = updates.respond(kind(density, middle, rows), targets)
-            if reason := runaway(density, targets, response):
+            if reason := runaway(posterior.window, _growth(density, targets, response)):
                 raise ValueError(reason)
             return Directions(response, place=middle)
 
@@ -112,3 +113,9 @@ def response_influence(
         return whole._replace(parts=[answer(rows[k::_PARTS]) for k in range(_PARTS)], unseen=unseen)
 
     return first_order(task, trajectory, posterior, f"response ({curvature})", solve, steps, curvature=True, per=per)
+
+
+def _growth(density: LocalDensity, gradients: Tensor, response: Tensor) -> float:
+    """How far the updates go, along negative curvature or by steps too long, in units of that without curvature."""
+    growth = (density.damping * response.norm(dim=1) / gradients.norm(dim=1)).nan_to_num(nan=torch.inf)
+    return float(torch.where((gradients != 0).any(1), growth, 0.0).max())

@@ -249,7 +249,7 @@ def _facts(tuning: Tuning, sampling: Chains) -> dict[str, Any]:
     density, curvature = tuning.density, tuning.curvature
     optimizer, window, coming = density.optimizer, density.posterior.window, density.checkpoint.coming_rates
     largest = low = high = None
-    if optimizer and window and curvature:
+    if optimizer and window and curvature and tuning.localised is not None:  # of a posterior
         largest = largest_window(curvature.smallest, optimizer, coming)
         low, high = size_range(density.damping, curvature.smallest, curvature.largest, window, optimizer, coming)
     return {

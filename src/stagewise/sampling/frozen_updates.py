@@ -95,18 +95,18 @@ class FrozenUpdates:
         return alike.respond(lambda slopes: curvatures * slopes, torch.ones_like(curvatures))
 
 
-def runaway(density: LocalDensity, gradients: Tensor, response: Tensor) -> str:
-    """Why a response is none: the updates run away, along negative curvature or by steps too long for the curvature.
+def runaway(window: int | None, growth: float) -> str:
+    """Why updates have no response, where they run away: along negative curvature, or by steps too long for it.
 
-    Empty where they do not: the response is not far beyond that without curvature.
+    Args:
+        window: how many.
+        growth: how many times as far as without curvature they go. Empty where that is not too far.
     """
-    growth = (density.damping * response.norm(dim=1) / gradients.norm(dim=1)).nan_to_num(nan=torch.inf)
-    most = float(torch.where((gradients != 0).any(1), growth, 0.0).max())
-    if most <= _MOST_GROWTH:
+    if growth <= _MOST_GROWTH:
         return ""
     return (
-        f"{density.posterior.window} updates run away at fixed curvature: they go {most:.2g} times as far as without; "
-        "use a shorter window, or window_influence"
+        f"{window} updates run away at fixed curvature: they go {growth:.2g} times as far as without; use a shorter "
+        "window, or window_influence"
     )
 
 

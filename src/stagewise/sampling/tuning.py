@@ -149,9 +149,9 @@ def check_sampler(posterior: LocalPosterior, sampling: Chains) -> None:
 
 def _independent(density: LocalDensity, sampling: Chains) -> Tuning:
     """No chain has to forget where it was, and no posterior to exist: all that is chosen is n_beta."""
-    sampler, usual = WindowGaussian.of(density), density.n_beta
-    batching, refused = decided(density, sampling.batching, sampling.chains), sampler.refused(density)
-    free = density.posterior.n_beta is None
+    sampler, curvature, usual = WindowGaussian.of(density), extreme_curvature(density), density.n_beta
+    refused, free = sampler.refused(density.posterior.window, curvature), density.posterior.n_beta is None
+    batching = decided(density, sampling.batching, sampling.chains)
     if free and not refused:
         random = generator(sampling.seed, 0, "pilot", density.anchor.device)
         places = sampler.draw(PILOTS, density.anchor, random)
@@ -168,7 +168,7 @@ def _independent(density: LocalDensity, sampling: Chains) -> Tuning:
         stable_step=None,
         relaxation=None,
         slow=None,
-        curvature=None,
+        curvature=curvature,
         localised=None,
         refused=refused,
     )

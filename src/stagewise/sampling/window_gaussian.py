@@ -15,9 +15,10 @@ from typing import NamedTuple, Self
 import torch
 from torch import Generator, Tensor
 
-from stagewise.derivatives import Product, hessian_product, mean_gradient
+from stagewise.derivatives import Product, hessian_product
 from stagewise.evaluate import represented
 from stagewise.sampling.base import GradientFunction
+from stagewise.sampling.curvature import Curvature
 from stagewise.sampling.frozen_updates import FrozenUpdates, runaway
 from stagewise.sampling.krylov import applied
 from stagewise.sampling.posterior import LocalDensity
@@ -36,13 +37,16 @@ class WindowGaussianState(NamedTuple):
 class WindowGaussian:
     """Every step is a new draw, whatever was before.
 
+    Where decoupled decay or the counts of Adam's moments differ between parameters f(H) is not symmetric, and has no
+    root: those of most parameters stand for all, see :meth:`FrozenUpdates.along`.
+
     Attributes:
-        curvature: H, the whitened Hessian of the mean loss of the samples that represent the training set.
+        hessian: products with H, the whitened Hessian of the mean loss of the samples that represent the training set.
         updates: of the window.
         n_beta: inverse temperature times the number of samples.
     """
 
-    curvature: Product
+    hessian: Product
     updates: FrozenUpdates
     n_beta: float
     step_size: None = None
@@ -50,19 +54,18 @@ class WindowGaussian:
     @classmethod
     def of(cls, density: LocalDensity) -> Self:
         """That of a window after a checkpoint whose optimiser is recorded."""
-        curvature = hessian_product(density, density.origin, represented(density))
-        return cls(curvature, FrozenUpdates.of(density), density.n_beta)
+        hessian = hessian_product(density, density.origin, represented(density))
+        return cls(hessian, FrozenUpdates.of(density), density.n_beta)
 
-    def refused(self, density: LocalDensity) -> str:
-        """Why the window has no such law, as the response has none: its updates run away; else empty.
+    def refused(self, window: int | None, curvature: Curvature) -> str:
+        """Why there is no such law: along some direction the updates run away. Empty where they do not.
 
-        They are asked of the gradient of the mean loss of the training data, and of every query set.
+        The response to a few gradients may hide that direction; draws go along all of them.
         """
-        task = density.task
-        slopes = [mean_gradient(density, density.origin, task.train)]
-        slopes += [mean_gradient(density, density.origin, data, query=name) for name, data in task.queries.items()]
-        gradients = torch.stack(slopes)
-        return runaway(density, gradients, self.updates.respond(self.curvature, gradients))
+        stiffest = curvature.largest + float(self.updates.pull.max()) / self.updates.clip
+        ends = torch.tensor([curvature.smallest, stiffest, 0.0], dtype=torch.float64)
+        *reach, flat = self.updates.along(ends).abs().nan_to_num(nan=torch.inf).tolist()
+        return runaway(window, max(reach) / flat)
 
     def draw(self, count: int, like: Tensor, generator: Generator) -> Tensor:
         """Independent displacements ``(count, parameters)``, ``like`` one."""
@@ -71,7 +74,7 @@ class WindowGaussian:
 
     def _product(self, vectors: Tensor) -> Tensor:
         """Weight decay that enters through the gradient is a curvature."""
-        return self.curvature(vectors).addcmul_(vectors, self.updates.pull / self.updates.clip)
+        return self.hessian(vectors).addcmul_(vectors, self.updates.pull / self.updates.clip)
 
     def _root(self, curvatures: Tensor) -> Tensor:
         return self.updates.along(curvatures).clamp(min=0).sqrt()
