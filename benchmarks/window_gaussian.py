@@ -7,7 +7,7 @@ checkpoints each. Every estimator is held against `window_influence` over pairs 
 exact influence on the estimate (which the noise of an estimate lowers), and the size, the slope of the estimate on the
 exact influence (which noise leaves as it is; 1 is right). `odd` is the odd part under reflection about the checkpoint.
 The response is that at the checkpoint, the quantity that the draws estimate. Work counts gradients of the mean loss for
-chains and products with its curvature for draws and response, each of which costs two to three gradients; seconds are
+chains and products with its curvature for draws and response, each of which costs more than a gradient; seconds are
 of processor time on one thread, losses along the draws included. Apart from windows and the number of draws every
 setting is its default.
 """

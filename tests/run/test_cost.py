@@ -90,8 +90,8 @@ def test_independent_draws_need_no_burn_in_and_keep_the_vectors_behind_them(cloc
     found = predicted(sampling=Chains("window", chains=5, draws=7), steps=[0, 20])
     assert found.steps == 2 * 7
     assert found.seconds == 2 * (2 + 7 * 4 + 7 * 5)
-    assert copies(Chains("window", chains=5), 10**5) == 6 + (8 + 40) * 5
-    assert copies(Chains("window", chains=5), 10**7) == 6 + 8 + 2 * 5
+    assert copies(Chains("window", chains=5), 10**5) == 6 + 4 + (8 + 40) * 5
+    assert copies(Chains("window", chains=5), 10**7) == 6 + 4 + 8 + 2 * 5
 
 
 def test_updates_that_run_away_cost_their_tuning_only(clock):

@@ -11,7 +11,7 @@ from stagewise.checkpoint import Checkpoint, Optimizer
 from stagewise.influence.bif import NoTrustedCheckpointError, bif
 from stagewise.influence.llc import llc
 from stagewise.influence.trusted import TracesInMemory
-from stagewise.sampling import Chains, LocalPosterior, posterior, sample_block
+from stagewise.sampling import Chains, LocalPosterior, krylov, posterior, sample_block
 from stagewise.sampling.curvature import Curvature
 from stagewise.sampling.frozen_updates import FrozenUpdates
 from stagewise.sampling.metric import clip_factor
@@ -180,6 +180,22 @@ def test_draws_are_independent_and_those_of_a_block_are_its_own():
         scaled = block / block.std((0, 1))
         assert abs((scaled[:, 1:] * scaled[:, :-1]).mean((0, 1))).max() < 0.15
         assert abs((scaled[1:] * scaled[:-1]).mean((0, 1))).max() < 0.15
+
+
+def test_draws_of_large_models_one_by_one_and_without_kept_vectors_are_the_same(monkeypatch):
+    size = 64  # noise comes in sixteens: that of one draw after another is that of all together
+    updates = FrozenUpdates.of(POSTERIOR.at(problem().task, problem().checkpoint))
+    curvatures, zeros = torch.linspace(-0.3, 3, size).double(), torch.zeros(size).double()
+    alike = replace(updates, pull=zeros, decay=zeros, counts=zeros + torch.inf)
+    sampler = WindowGaussian(lambda v: curvatures * v, alike, n_beta=2.0)
+    together = sampler.draw(3, zeros, torch.Generator().manual_seed(0))
+    monkeypatch.setattr(krylov, "STORED", 0)
+    noise = torch.Generator().manual_seed(0)
+    apart = torch.cat([sampler.draw(1, zeros, noise) for _ in range(3)])
+    assert (apart - together).norm() < 2e-3 * together.norm()
+    expected = response(curvatures.numpy(), RULES["sgd"], (), 1.0) / 2
+    draws = sampler.draw(4000, zeros, noise).numpy()
+    np.testing.assert_allclose((draws**2).mean(0), expected, rtol=0.15)
 
 
 @pytest.mark.parametrize(("per_sample", "raised"), [(10.0, False), (0.01, True)])

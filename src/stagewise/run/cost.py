@@ -35,7 +35,8 @@ _COMPRESSED = 0.9
 _PROBES = 3
 # Vectors of the parameters' length: of the model and the posterior, of one chain while it moves and while it waits.
 _FIXED, _MOVING, _KEPT = 6, 8, 2
-_KRYLOV = 40  # of the steps of Lanczos behind an independent draw, where they are kept
+# Of independent draws also those of the window's updates, and of the steps of Lanczos where these are kept.
+_UPDATES, _KRYLOV = 4, 40
 _CURVATURES = 12
 
 
@@ -130,9 +131,9 @@ def sampling_cost(
 def copies(sampling: Chains, parameters: int) -> int:
     """Of the parameters, in one worker: the model's, the checkpoint's, and those of chains on their way."""
     apart = move_apart(sampling.chains, parameters) and sampling.batching != "stacked"
-    together = 1 if apart else sampling.chains
-    moving = _MOVING + _KRYLOV * (sampling.sampler == "window" and together * parameters <= STORED)
-    return _FIXED + moving * together + (_KEPT * sampling.chains if apart else 0)
+    together, window = 1 if apart else sampling.chains, sampling.sampler == "window"
+    moving = _MOVING + _KRYLOV * (window and together * parameters <= STORED)
+    return _FIXED + _UPDATES * window + moving * together + (_KEPT * sampling.chains if apart else 0)
 
 
 def answered(task: Task, trajectory: Trajectory, posterior: LocalPosterior, steps: Sequence[int]) -> list[str]:
