@@ -84,7 +84,7 @@ class FrozenUpdates:
         return total
 
     def along(self, curvatures: Tensor) -> Tensor:
-        """F along eigen-directions of ``H + pull / clip``, of these curvatures of any shape; float64, on the CPU.
+        """The response along eigen-directions of ``H + pull / clip``, by their curvatures of any shape; float64, on the CPU.
 
         Decoupled decay and counts are those of most parameters (their medians): where they differ f(H) is not symmetric
         and has no eigen-directions. Of what differs usually, the decay of biases is small beside 1 / (rate W), and a
