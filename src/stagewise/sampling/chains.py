@@ -34,7 +34,7 @@ class Chains:
         sampler: ``"underdamped"``, ``"sgld"`` or ``"rmsprop_sgld"``, of the local posterior; ``"window"``: independent
             draws from the Gaussian whose covariance is the optimiser's own response to a held gradient during the
             window, at the curvature of the checkpoint, of either sign. Nothing of chains applies to these, and no
-            checkpoint need be localised; a draw costs some dozens of curvature products.
+            checkpoint need be localised; a draw costs ten curvature products or a few dozen.
         chains: chains in a block; they run together.
         blocks: blocks per checkpoint.
         draws: draws kept of each chain.

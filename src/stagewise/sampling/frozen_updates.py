@@ -84,8 +84,9 @@ class FrozenUpdates:
         return total
 
     def along(self, curvatures: Tensor) -> Tensor:
-        """The response along eigen-directions of ``H + pull / clip``, by their curvatures of any shape; float64, on the CPU.
+        """The response along eigen-directions of ``H + pull / clip``, whose curvatures may have any shape.
 
+        Both are float64, on the CPU.
         Decoupled decay and counts are those of most parameters (their medians): where they differ f(H) is not symmetric
         and has no eigen-directions. Of what differs usually, the decay of biases is small beside 1 / (rate W), and a
         count matters in the first dozens of updates.
