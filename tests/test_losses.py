@@ -16,6 +16,7 @@ from transformers import (
 )
 
 import stagewise as sw
+from live import Live
 from stagewise import vocabulary
 from stagewise.attention import plain_attention
 from stagewise.derivatives import directional_derivatives, hessian_product, mean_gradient
@@ -161,6 +162,19 @@ class Scaled(GPT2LMHeadModel):
         output = super().forward(*args, **kwargs)
         output.logits = 3 * output.logits
         return output
+
+
+@pytest.mark.parametrize(("second", "most"), [(False, 1), (True, 2)])
+def test_logits_of_every_piece_are_computed_where_those_of_the_last_were(second, most, monkeypatch):
+    tokens, words = 32, 1000
+    monkeypatch.setattr(vocabulary, "_BYTES", 4 * 4 * words)  # 4 tokens
+    hidden, weight = torch.linspace(-1, 1, tokens)[:, None], torch.linspace(-1, 1, words)[:, None].requires_grad_()
+    with Live() as live:
+        loss = vocabulary.token_losses(hidden, weight, None, torch.arange(tokens)).sum()
+        (slope,) = torch.autograd.grad(loss, weight, create_graph=second)
+        if second:
+            torch.autograd.grad(slope.square().sum(), weight)
+    assert live.made < most * tokens * words
 
 
 def test_model_that_scales_its_logits_is_taken_as_it_is():

@@ -19,7 +19,7 @@ from torch import Tensor
 from stagewise.attention import plain_attention
 from stagewise.double import InDouble, doubled
 from stagewise.functional import unchanged
-from stagewise.memory import out_of_memory
+from stagewise.memory import give_back, out_of_memory
 from stagewise.plain import cannot, objective, plain_losses
 from stagewise.task import Batch, Task
 from stagewise.twice import once_only
@@ -103,6 +103,8 @@ def _compared(task: Task, params: Mapping[str, Tensor], batch: Batch, ladder: _L
     direction = _direction(task, own)
     slope, image = _derivatives(task, own, batch, direction)
     del own  # of large models every copy counts
+    if is_large(task):
+        give_back()
     value, gradient = _along(task, params, batch, direction, ladder)
     # A small loss is the difference of numbers of order 1 (logits), and rounded as they are; so is its gradient.
     rounding = ladder.rounding * max(1.0, abs(value(0.0).item()))

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.function import once_differentiable
 
 # Bytes of logits at a time, of which there are a few copies: large enough for matrix products at full speed.
@@ -46,8 +47,13 @@ def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: T
     return losses.reshape(targets.shape)
 
 
+def _tokens(weight: Tensor) -> int:
+    """In a piece."""
+    return max(1, _BYTES // (len(weight) * weight.element_size()))
+
+
 def _pieces(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
-    size = max(1, _BYTES // (len(weight) * weight.element_size()))
+    size = _tokens(weight)
     return (slice(start, start + size) for start in range(0, len(hidden), size))
 
 
@@ -66,9 +72,23 @@ def _product_onto(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     return total
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    logits = hidden @ weight.mT
-    return logits + bias if bias.ndim else logits
+def _room(hidden: Tensor, weight: Tensor, *others: Tensor) -> Tensor | None:
+    """Where the logits of one piece after another are computed, and all that follows from them.
+
+    A tensor for each would cost as much as what is computed in it: memory that is new to the process is slow, and what
+    is freed in between is often no use for the next. None inside of ``vmap``, where nothing has a place.
+    """
+    if any(map(is_functorch_wrapped_tensor, (hidden, weight, *others))):
+        return None
+    return weight.new_empty(min(_tokens(weight), len(hidden)), len(weight))
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor, room: Tensor | None = None) -> Tensor:
+    if room is None:
+        logits = hidden @ weight.mT
+        return logits + bias if bias.ndim else logits
+    logits = torch.mm(hidden, weight.mT, out=room[: len(hidden)])
+    return logits.add_(bias) if bias.ndim else logits
 
 
 def _to_bias(slopes: Tensor, bias: Tensor) -> Tensor:
@@ -83,8 +103,9 @@ class _Losses(torch.autograd.Function):
     @staticmethod
     def forward(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         losses, totals = [], []
+        room = _room(hidden, weight, bias)
         for piece in _pieces(hidden, weight):
-            logits = _logits(hidden[piece], weight, bias)
+            logits = _logits(hidden[piece], weight, bias, room)
             came = logits.gather(1, targets[piece, None])[:, 0]
             totals.append(_logsumexp(logits))
             losses.append(totals[-1] - came)
@@ -111,8 +132,11 @@ class _Slopes(torch.autograd.Function):
         cotangent: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, totals: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         to_hidden, to_weight, to_bias = [], None, None
+        room = _room(hidden, weight, bias, cotangent)
         for piece in _pieces(hidden, weight):
-            slopes = _slopes(_shares(hidden[piece], weight, bias, totals[piece]), cotangent[piece], targets[piece])
+            shares = _shares(hidden[piece], weight, bias, totals[piece], room)
+            slopes = _slopes(shares, cotangent[piece], targets[piece], in_place=room is not None)
+            del shares
             to_hidden.append(slopes @ weight)
             to_weight = _product_onto(to_weight, slopes.mT, hidden[piece])
             to_bias = _onto(to_bias, _to_bias(slopes, bias))
@@ -129,20 +153,32 @@ class _Slopes(torch.autograd.Function):
     def backward(ctx: Any, along: Tensor, weight_along: Tensor, bias_along: Tensor) -> tuple[Tensor | None, ...]:
         cotangent, hidden, weight, bias, targets, totals = ctx.saved_tensors
         to_cotangent, to_hidden, to_weight, to_bias = [], [], None, None
+        everything = (hidden, weight, bias, cotangent, along, weight_along, bias_along)
+        rooms = [_room(*everything) for _ in range(3)]
+        in_place = rooms[0] is not None
         for piece in _pieces(hidden, weight):
             h, a, c, y = hidden[piece], along[piece], cotangent[piece], targets[piece, None]
-            shares = _shares(h, weight, bias, totals[piece])
-            change = _logits(a, weight, bias_along) + h @ weight_along.mT
-            mean = (shares * change).sum(1)
-            to_cotangent.append(mean - change.gather(1, y)[:, 0])
-            bends = (change - mean[:, None]) * shares * c[:, None]
-            del change
-            slopes = _slopes(shares, c, y[:, 0])
-            del shares
+            shares = _shares(h, weight, bias, totals[piece], rooms[0])
+            change = _logits(a, weight, bias_along, rooms[1])
+            other = _logits(h, weight_along, weight_along.new_zeros(()), rooms[2])
+            if in_place:
+                change.add_(other)
+                mean = torch.mul(shares, change, out=other).sum(1)
+                to_cotangent.append(mean - change.gather(1, y)[:, 0])
+                bends = change.sub_(mean[:, None]).mul_(shares).mul_(c[:, None])
+            else:
+                change = change + other
+                mean = (shares * change).sum(1)
+                to_cotangent.append(mean - change.gather(1, y)[:, 0])
+                bends = (change - mean[:, None]) * shares * c[:, None]
+            slopes = _slopes(shares, c, y[:, 0], in_place)
+            del change, other, shares
             to_hidden.append(bends @ weight + slopes @ weight_along)
-            to_weight = _onto(to_weight, bends.mT @ h + slopes.mT @ a)
+            part = bends.mT @ h
+            part = part.add_(slopes.mT @ a) if in_place else part + slopes.mT @ a
+            to_weight = _onto(to_weight, part)
             to_bias = _onto(to_bias, _to_bias(bends, bias))
-            del bends, slopes
+            del bends, slopes, part
         return torch.cat(to_cotangent), torch.cat(to_hidden), to_weight, to_bias, None, None
 
 
@@ -152,13 +188,15 @@ def _logsumexp(logits: Tensor) -> Tensor:
     return logits.sub_(most[:, None]).exp_().sum(1).log_().add_(most)
 
 
-def _shares(hidden: Tensor, weight: Tensor, bias: Tensor, totals: Tensor) -> Tensor:
+def _shares(hidden: Tensor, weight: Tensor, bias: Tensor, totals: Tensor, room: Tensor | None = None) -> Tensor:
     """Probability of every word."""
-    return _logits(hidden, weight, bias).sub_(totals[:, None]).exp_()
+    return _logits(hidden, weight, bias, room).sub_(totals[:, None]).exp_()
 
 
-def _slopes(shares: Tensor, cotangent: Tensor, targets: Tensor) -> Tensor:
+def _slopes(shares: Tensor, cotangent: Tensor, targets: Tensor, in_place: bool = False) -> Tensor:
     """Of the weighted losses, by logit: c (p - e)."""
+    if in_place:
+        return shares.mul_(cotangent[:, None]).scatter_add_(1, targets[:, None], -cotangent[:, None])
     slopes = shares * cotangent[:, None]
     del shares
     return slopes.scatter_add(1, targets[:, None], -cotangent[:, None])

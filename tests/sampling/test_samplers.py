@@ -38,7 +38,7 @@ def shaken(monkeypatch):
     """One step of a sampler from each row of coordinates (positions, then momenta if any) under given noise."""
 
     def step(sampler, state, gradient, coordinates, noise):
-        monkeypatch.setattr(torch, "randn", lambda *_args, **_kwargs: torch.from_numpy(noise))
+        monkeypatch.setattr(torch, "randn", lambda *_args, **_kwargs: torch.tensor(noise))
         parts = np.split(coordinates, coordinates.shape[1] // noise.shape[1], 1)
         fields = dict(zip(("position", "momentum"), map(torch.from_numpy, parts), strict=False))
         moved = sampler.step(state._replace(**fields), gradient, torch.Generator())
@@ -201,8 +201,8 @@ def test_paths_agree_with_the_library_posteriors_under_the_same_noise(scheme, mo
         kicked = momentum + 0.4 * gaussian_gradient(position).potential
         other = baoa.init(position, kicked)
     for shock in noise:
-        monkeypatch.setattr(torch, "randn", lambda *_a, shock=shock, **_k: shock)
-        monkeypatch.setattr(torch, "randn_like", lambda *_a, shock=shock, **_k: shock)
+        monkeypatch.setattr(torch, "randn", lambda *_a, shock=shock, **_k: shock.clone())
+        monkeypatch.setattr(torch, "randn_like", lambda *_a, shock=shock, **_k: shock.clone())
         state = ours.step(state, gaussian_gradient, random)
         other, _ = theirs.update(other, None)
     torch.testing.assert_close(state.position, other.params, rtol=1e-5, atol=1e-6)

@@ -12,7 +12,8 @@ class Gradient(NamedTuple):
     """A (stochastic) gradient at the current position of every chain.
 
     Attributes:
-        potential: of U = n_beta L + (gamma/2)|u|^2, the negative log density ``(chain, parameters)``.
+        potential: of U = n_beta L + (gamma/2)|u|^2, the negative log density ``(chain, parameters)``. A tensor of its
+            own, in which the sampler may go on computing: of large models every copy costs memory and time.
         loss: of the mean loss of the minibatch alone ``(chain, parameters)``; what RMSprop's metric averages.
     """
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from stagewise.memory import give_back
 from stagewise.sampling.base import GradientFunction, Sampler
 from stagewise.sampling.posterior import LocalDensity
 
@@ -49,6 +50,8 @@ class Block:
     def step(self) -> None:
         """One transition of every chain."""
         for _ in range(len(self._states)):  # in turn; what a state held is free as soon as its step needs it no more
+            if len(self._states) > 1:
+                give_back()
             self._states.append(self._sampler.step(self._states.pop(0), self._gradient, self._noise))
 
     def freeze(self) -> None:

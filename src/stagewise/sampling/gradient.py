@@ -23,6 +23,8 @@ def full_gradient(density: LocalDensity) -> Tensor:
     return mean_gradient(density, density.origin, density.task.train)
 
 
+_PIECE = 2**20  # numbers of a chain at a time, where what is computed of them is needed for a moment
+
 Pieces = Sequence[tuple[float, Batch]]
 """A batch in pieces that fit in memory, each with its share of the samples."""
 
@@ -160,7 +162,10 @@ def exact_gradient(density: LocalDensity, batching: Batching, rows: Tensor | Non
 def _of_potential(density: LocalDensity, u: Tensor, slope: Tensor, still: Tensor | None) -> Gradient:
     """n_beta (slope - still) + gamma u, in few vectors; ``still`` is what does not count of the slope."""
     drift = slope.clone() if still is None else slope - still
-    return Gradient(drift.mul_(density.n_beta).add_(density.gamma * u), slope)
+    drift.mul_(density.n_beta)
+    for part, there in zip(torch.split(drift, _PIECE, 1), torch.split(u, _PIECE, 1), strict=True):
+        part.add_(density.gamma * there)
+    return Gradient(drift, slope)
 
 
 class _Turns:

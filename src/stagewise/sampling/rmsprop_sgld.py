@@ -82,12 +82,11 @@ class RMSpropSGLD:
             updates = updates + 1
         del loss
         # Frozen before the first gradient (no burn-in), V stays what it started as.
-        corrected = v / (1 - self.decay**updates) if updates else v
-        eps = self.step_size / corrected.sqrt().add_(self.stability)
-        moved = u - slope.mul(eps / 2)
-        del slope, corrected
+        corrected = v / (1 - self.decay**updates) if updates else v.clone()
+        eps = corrected.sqrt_().add_(self.stability).reciprocal_().mul_(self.step_size)
+        moved = slope.mul_(eps / -2).add_(u)
         noise = torch.randn(u.shape, generator=generator, dtype=u.dtype, device=u.device)
-        return RMSpropSGLDState(moved.add_(eps.sqrt_() * noise), v, updates, frozen)
+        return RMSpropSGLDState(moved.add_(noise.mul_(eps.sqrt_())), v, updates, frozen)
 
     def freeze(self, state: RMSpropSGLDState) -> RMSpropSGLDState:
         """Stop adapting V."""

@@ -60,9 +60,9 @@ class SGLD:
     def step(self, state: SGLDState, gradient: GradientFunction, generator: Generator) -> SGLDState:
         """One Euler step of every chain."""
         u = state.position
-        moved = u - self.step_size / 2 * gradient(u).potential
+        moved = gradient(u).potential.mul_(-self.step_size / 2).add_(u)
         noise = torch.randn(u.shape, generator=generator, dtype=u.dtype, device=u.device)
-        return SGLDState(moved.add_(self.step_size**0.5 * noise))
+        return SGLDState(moved.add_(noise.mul_(self.step_size**0.5)))
 
     def freeze(self, state: SGLDState) -> SGLDState:
         """Nothing adapts."""

@@ -71,10 +71,10 @@ class Underdamped:
         del state  # of large models every copy counts
         noise = torch.randn(p.shape, generator=generator, dtype=p.dtype, device=p.device)
         keep = math.exp(-self.friction * h)
-        p = (keep * p).add_(math.sqrt(1 - keep**2) * noise)
+        p = (keep * p).add_(noise.mul_(math.sqrt(1 - keep**2)))
         del noise
         u.add_(h / 2 * p)
-        half = h / 2 * gradient(u).potential
+        half = gradient(u).potential.mul_(h / 2)
         return UnderdampedState(u, p.sub_(half).sub_(half))
 
     def freeze(self, state: UnderdampedState) -> UnderdampedState:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.func import vmap
 from torch.nn.functional import pad
 
 from stagewise.content import content_digest
 from stagewise.data import Batch, Samples
-from stagewise.evaluate import Batching, chunks, over_rows, sample_weights
+from stagewise.evaluate import Batching, chunks, sample_weights
 from stagewise.labels import TokenClasses
 from stagewise.sampling.posterior import LocalDensity
+from stagewise.task import Losses, Params
 
 
 class Seen(NamedTuple):
@@ -76,12 +77,24 @@ class Watch:
         places: Tensor | Sequence[Tensor] = _Mirrored(u, self._signs)
         if self._batching == "stacked" and isinstance(u, Tensor):
             places = torch.cat([sign * u for sign in self._signs])
-        for key, data in self._sets.items():
-            losses = data.losses(places, self._batching)
+        for (key, data), values in zip(self._sets.items(), self._losses(places), strict=True):
+            losses = data.kept(values.double())
             change = (losses - data.anchor.to(losses.device)).float()
             finite &= torch.isfinite(change).flatten(1).all(1).reshape(len(self._signs), -1).all(0)
             self._draws[key].append(change.cpu().reshape(len(self._signs), len(u), *change.shape[1:]))
         return finite
+
+    @torch.no_grad()
+    def _losses(self, places: Tensor | Sequence[Tensor]) -> list[Tensor]:
+        """Of every set ``(place, sample[, token])``."""
+        if self._batching == "stacked" and isinstance(places, Tensor) and len(places) > 1:
+            return list(vmap(self._at)(places))
+        return [torch.stack(of_places) for of_places in zip(*map(self._at, places), strict=True)]
+
+    def _at(self, u: Tensor) -> tuple[Tensor, ...]:
+        """Losses of every set at one place, whose parameters are made once: for large models that is work."""
+        params = self._density.params(u)
+        return tuple(data.losses(params) for data in self._sets.values())
 
     def traces(self) -> dict[str, Seen]:
         """All that was recorded, by data set."""
@@ -122,25 +135,28 @@ class _Set:
         self._density, self._query = density, query
         self._batches: list[Batch] = list(chunks(density.task, data))
         with torch.no_grad():
-            first = [density.losses(density.origin, batch, query) for batch in self._batches]
+            params = density.params(density.origin)
+            first = [self._evaluated(params, batch) for batch in self._batches]
+        del params  # of large models every copy counts
         self._width = max(losses.values.shape[1] if losses.values.ndim == 2 else 0 for losses in first)
         # float64 before anything is subtracted: losses may be large beside their fluctuations.
         anchor = torch.cat([self._padded(losses.values) for losses in first]).double()
         shares = torch.cat([self._padded(density.task.shares(losses)) for losses in first]).double()
         self._classes = None if labels is None else TokenClasses.of(labels, shares)
-        self.anchor = anchor if self._classes is None else self._classes.means(anchor)
+        self.anchor = self.kept(anchor)
         self.share = shares if self._classes is None else self._classes.total
         self.tokens = None if self._classes is None else self._classes.sums((shares > 0).double()).cpu()
 
-    @torch.no_grad()
-    def losses(self, u: Tensor | Sequence[Tensor], batching: Batching) -> Tensor:
-        """At ``u (chain, parameters)``: ``(chain, sample[, token])``, float64."""
-        parts = [over_rows(partial(self._values, batch), u, batching) for batch in self._batches]
-        losses = torch.cat([self._padded(part) for part in parts], 1).double()
+    def losses(self, params: Params) -> Tensor:
+        """At one place: ``(sample[, token])``."""
+        return torch.cat([self._padded(self._evaluated(params, batch).values) for batch in self._batches])
+
+    def kept(self, losses: Tensor) -> Tensor:
+        """What is recorded of losses ``(..., sample[, token])``: where tokens have labels, their means."""
         return losses if self._classes is None else self._classes.means(losses)
 
-    def _values(self, batch: Batch, u: Tensor) -> Tensor:
-        return self._density.losses(u, batch, self._query).values
+    def _evaluated(self, params: Params, batch: Batch) -> Losses:
+        return self._density.task.weighted_losses(params, batch, self._query)
 
     def _padded(self, values: Tensor) -> Tensor:
         """Losses of tokens as wide as those of the longest sample."""
