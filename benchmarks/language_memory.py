@@ -83,7 +83,7 @@ def memory(sampler: str, draws: int) -> dict[str, float]:
     with_model = peak()
     checked: list[float] = []
     ends: list[float] = []
-    tree = by_hand(task, sampler, draws, lambda: (checked.append(peak()), ends.append(time.process_time())))
+    tree = by_hand(task, sampler, draws, lambda *_: (checked.append(peak()), ends.append(time.process_time())))
     assert (tree["chains"]["status"] == "ok").all()
     cpu = sorted(after - before for before, after in itertools.pairwise(ends))[(len(ends) - 1) // 2]
     return {"model": with_model, "first": checked[0], "peak": peak(), "cpu of a draw": cpu / CHAINS}
@@ -134,7 +134,7 @@ def timed(draws: int) -> dict[str, Any]:
             for piece in (*torch.split(batch, PIECE), *torch.split(queries, PIECE)) * CHAINS:
                 task.loss(task.model, piece)
 
-    def step() -> None:
+    def step(*_: int) -> None:
         ours.append(time.process_time() - last[0])
         start = time.process_time()
         passes()

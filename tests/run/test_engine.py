@@ -127,7 +127,11 @@ def test_what_is_there_is_not_sampled_again(tmp_path, monkeypatch):
     seen = []
     sampled(tmp_path, progress=lambda *state: seen.append(state))
     assert visited == [5, 0, 9]
-    assert seen == [("sampling", done, 3) for done in (1, 2, 3)]
+    cells, steps = ([state[1:] for state in seen if state[0] == what] for what in ("sampling", "steps of this cell"))
+    assert cells == [(1, 3), (2, 3), (3, 3)]
+    totals = [total for done, total in steps if done == 1]
+    assert len(totals) == 2
+    assert steps == [(done + 1, total) for total in totals for done in range(total)]
 
 
 def test_labels_are_there_before_the_first_cell_and_are_those_of_the_candidates(tmp_path, monkeypatch):

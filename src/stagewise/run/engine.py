@@ -203,7 +203,7 @@ def compute(work: Work, task: Task, workers: int = 1, progress: Progress = silen
     todo = [cell for cell in cells if not store.is_complete(cell)]
     store.write_labels(*_traced_labels(task, work.sampling))
     progress("sampling", len(cells) - len(todo), len(cells))
-    for done, _ in enumerate(_computed(work, task, todo, workers), start=len(cells) - len(todo) + 1):
+    for done, _ in enumerate(_computed(work, task, todo, workers, progress), start=len(cells) - len(todo) + 1):
         progress("sampling", done, len(cells))
 
 
@@ -239,11 +239,14 @@ def _traced_labels(task: Task, sampling: Chains) -> tuple[Labels | None, dict[st
     return traced("train"), {name: traced(f"queries/{name}") for name in task.queries}
 
 
-def _computed(work: Work, task: Task, cells: Sequence[Cell], workers: int) -> Iterator[Cell]:
-    """Compute the cells and yield each when it is in the store."""
+def _computed(work: Work, task: Task, cells: Sequence[Cell], workers: int, progress: Progress) -> Iterator[Cell]:
+    """Compute the cells and yield each when it is in the store.
+
+    One after another in this process there may be hours in each, of large models: their steps are told too.
+    """
     if workers == 1 or len(cells) <= 1:
         for cell in cells:
-            _compute(work, cell, task)
+            _compute(work, cell, task, partial(progress, "steps of this cell"))
             yield cell
         return
     context = _processes()
@@ -275,12 +278,12 @@ def _processes() -> BaseContext:
     return context
 
 
-def _compute(work: Work, cell: Cell, task: Task) -> None:
+def _compute(work: Work, cell: Cell, task: Task, on_step: Callable[[int, int], object] | None = None) -> None:
     if reason := work.unusable.get(cell.step):
         work.store.write(cell, unusable_block(cell.step, reason, work.sampling, cell.block))
         return
     checkpoint = work.trajectory.load(cell.step)
-    tree = sample_block(task, checkpoint, work.posterior, work.sampling, cell.block)
+    tree = sample_block(task, checkpoint, work.posterior, work.sampling, cell.block, on_step)
     work.store.write(cell, tree, probe(task, task.fitted(checkpoint)))
 
 

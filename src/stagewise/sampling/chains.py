@@ -111,7 +111,7 @@ def sample_block(
     posterior: LocalPosterior,
     sampling: Chains,
     block: int = 0,
-    on_step: Callable[[], None] | None = None,
+    on_step: Callable[[int, int], object] | None = None,
 ) -> xr.DataTree:
     """One cell of work: a block of chains at one checkpoint.
 
@@ -121,7 +121,7 @@ def sample_block(
         posterior: what is sampled.
         sampling: how.
         block: which block; it seeds the noise together with ``sampling.seed``.
-        on_step: called after every sampler step.
+        on_step: called after every sampler step with (steps done, steps in all).
 
     Returns:
         Groups ``train`` (the candidates, by their number in the training set) and ``queries/<name>`` with
@@ -151,7 +151,7 @@ def sample_block(
         return _tree({}, status, numbers, facts)
     if tuning.refused:
         return _tree({}, np.full(sampling.chains, "unusable"), numbers, facts | {"unusable": tuning.refused})
-    traces, status, soft_spread = _run(tuning, sampling, block, on_step or (lambda: None))
+    traces, status, soft_spread = _run(tuning, sampling, block, on_step or (lambda *_: None))
     tree = _tree(traces, status, numbers, facts, soft_spread, task.candidates.numpy())
     # An effect of a sample on itself is known by its position: the same samples in the same order.
     for name, data in task.queries.items():
@@ -168,7 +168,7 @@ def unusable_block(step: int, reason: str, sampling: Chains, block: int = 0) -> 
 
 
 def _run(
-    tuning: Tuning, sampling: Chains, block: int, on_step: Callable[[], None]
+    tuning: Tuning, sampling: Chains, block: int, on_step: Callable[[int, int], object]
 ) -> tuple[dict[str, Seen], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Burn in, then draw: traces by data set and variable, the status and the ``soft_spread`` of every chain."""
     density, batching, sampler = tuning.density, tuning.batching, tuning.sampler
@@ -180,7 +180,8 @@ def _run(
     alive = torch.ones(sampling.chains, dtype=torch.bool, device=density.anchor.device)
     farthest, softest = _farthest(density, tuning.slow), tuning.curvature.softest if tuning.curvature else None
     watch, along = Watch(density, batching, sampling.reflect, sampling.single_tokens), []
-    for step in range(-tuning.burn_in, sampling.draws * tuning.thinning):
+    drawing = sampling.draws * tuning.thinning
+    for step in range(-tuning.burn_in, drawing):
         if step == -(tuning.burn_in // 2):
             chains.freeze()
         if alive.any():
@@ -189,7 +190,7 @@ def _run(
         if step >= 0 and (step + 1) % tuning.thinning == 0:
             alive &= watch.draw(chains.places(alive))
             along += [] if softest is None else [chains.along(softest)]
-        on_step()
+        on_step(step + tuning.burn_in + 1, drawing + tuning.burn_in)
     return watch.traces(), np.where(alive.cpu(), "ok", "diverged"), _soft_spread(along, alive.cpu(), tuning.slow)
 
 
