@@ -375,7 +375,7 @@ def memory() -> None:
     size = sum(tensor.numel() for tensor in own.trainable.values())
     console.print(
         f"memory, W = {MEMORY_WINDOW}: {size / 1e6:.0f} million parameters, peak of the process {peak():.1f} GB, "
-        f"{time.perf_counter() - begun:.0f} seconds"
+        f"{MEMORY_WINDOW} states of {3 * 4 * size / 1e9:.2f} GB on disk, {time.perf_counter() - begun:.0f} seconds"
     )
 
 

@@ -77,7 +77,7 @@ def test_draws_come_after_burn_in_and_thinning_steps_apart(monkeypatch):
 
     monkeypatch.setattr(SGLD, "step", spy)
     ticks = []
-    tree = sample(replace(SHORT, sampler="sgld"), on_step=lambda: ticks.append(1))
+    tree = sample(replace(SHORT, sampler="sgld"), on_step=lambda *_: ticks.append(1))
     assert len(visited) == len(ticks) == 3 + 4 * 2
     np.testing.assert_allclose(positions(tree), np.stack(visited[4::2], 1), rtol=1e-6)
 
@@ -216,10 +216,10 @@ def test_chain_that_is_lost_is_named_and_the_others_are_kept():
 def test_steps_that_are_too_long_end_as_diverged_chains_not_as_nan(sampler, burn_in):
     sampling = Chains(sampler, chains=3, draws=4, step_size=30.0, burn_in=burn_in, thinning=1)
     ticks = []
-    tree = sample(sampling, on_step=lambda: ticks.append(1))
+    tree = sample(sampling, on_step=lambda *at: ticks.append(at))
     assert (tree["chains"]["status"] == "diverged").all()
     assert np.isfinite(tree["train"]["loss"]).all()
-    assert len(ticks) == burn_in + 4
+    assert ticks == [(done + 1, burn_in + 4) for done in range(burn_in + 4)]
     # blocks of one step must have the same shape, whatever became of their chains
     assert {path: group.sizes for path, group in tree.to_dict().items()} == {
         path: group.sizes for path, group in sample(replace(sampling, step_size=0.01)).to_dict().items()
