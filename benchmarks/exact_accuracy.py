@@ -8,6 +8,7 @@ digits            classes of handwritten digits at 32 checkpoints, full batch an
 samples           single digits that are called most helpful or harmful, left out, against others like them
 held-out          three small problems and patches of photographs, five optimisers each: with the run's own batches, and
                   with fresh ones, those of the prediction others than those of the measurement
+small changes     the same for smaller and smaller changes of weight, of which the influence is the limit; float64
 language model    classes of tokens in a small transformer that is trained on Python's standard library
 cost              processor time of the influence over that of the window's own training, on one thread
 memory            peak memory for a transformer of 70 million parameters; only where asked for (half an hour)
@@ -205,6 +206,43 @@ def welch_reach(*counts: int) -> float:
     shares = 1 / np.array(counts)
     freedom = shares.sum() ** 2 / (shares**2 / (np.array(counts) - 1)).sum()
     return float(stats.t.ppf(0.975, freedom))
+
+
+# Smaller and smaller changes
+
+SMALL = (0.95, 0.99, 0.999, 0.9999, 0.999999)
+ACTIVATIONS = (nn.ReLU, nn.GELU, nn.Tanh)
+
+
+class InDouble(nn.Module):
+    """Of what a network in float64 is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same, in float64."""
+        return x.double()
+
+
+def limit() -> None:
+    """Diabetes with Adam, where changes of 5 % are furthest from small: how far is first order from them?"""
+    table = Table("activation", "weight", "r", "slope", title=escape("diabetes, Adam, float64: median [range]"))
+    for activation in ACTIVATIONS:
+        problem = replace(held_out.diabetes(), network=partial(hidden, activation))
+        with tempfile.TemporaryDirectory() as folder:
+            own, order = recorded(problem, "Adam", Path(folder))
+            options = {"window": WINDOW, "steps": held_out.STEPS, "order": order}
+            exact = sw.window_influence(own, folder, **options)
+            for weight in SMALL:
+                scores = compared(exact, sw.window_ablation(own, folder, weight=weight, **options))
+                cells = (spread(scores["correlation"]), spread(scores["slope"]))
+                table.add_row(activation.__name__, f"{weight:g}", *map(escape, cells))
+    console.print(table)
+
+
+def hidden(activation: type[nn.Module]) -> nn.Module:
+    """The network of the problem, but for its activation and precision."""
+    return nn.Sequential(
+        InDouble(), nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 16), activation(), nn.Linear(16, 1)
+    ).double()
 
 
 # Language model
@@ -409,6 +447,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "digits": digits,
     "samples": samples,
     "held-out": problems,
+    "small changes": limit,
     "language model": language,
     "cost": cost,
     "memory": memory,
