@@ -6,6 +6,7 @@ import pytest
 
 from stagewise.dynamics import events
 from stagewise.reporting.findings import findings
+from stagewise.results import EXACT
 
 
 def text(results):
@@ -199,3 +200,21 @@ def test_a_run_without_chains_says_so(exact):
     told = text(bare)
     assert "14 of 14 checkpoints are answered exactly" in told
     assert "No checkpoint has been sampled" in told
+
+
+def test_where_nothing_was_retrained_it_is_said_how_large_a_change_exact_influence_is_of(exact):
+    influence = exact.exact
+    right = influence["step"].values * 0.0 + 0.01
+
+    def told(miss, **changes):
+        baselines = {**exact.baselines, EXACT: influence.assign(miss=("step", miss))}
+        return text(replace(exact, baselines=baselines, **{"measured": None} | changes))
+
+    count = influence.sizes["step"]
+    assert f"At each of {count} checkpoints weights changed by 1% or 10% in a random direction do what" in told(right)
+    wrong = right.copy()
+    wrong[-1] = 0.4
+    last = influence["step"].values[-1]
+    assert f"At step {last} (1 of {count} checkpoints) weights changed by 1% or 10%" in told(wrong)
+    assert "in a random direction" not in told(wrong, measured=exact.measured)
+    assert "in a random direction" not in text(replace(exact, measured=None))

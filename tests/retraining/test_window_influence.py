@@ -412,6 +412,25 @@ def test_a_checkpoint_that_cannot_be_used_is_left_out_with_its_reason_and_counte
     assert calls == [(1, 2), (2, 2)]
 
 
+def rough(model, batch):
+    """Its slope changes sign many times over a change of a per cent."""
+    return 1e-4 * torch.sin(2e4 * model(batch[0])[:, 0]) + (model(batch[0])[:, 0] - batch[0][:, 0]) ** 2
+
+
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+def test_a_derivative_that_changes_of_some_per_cent_do_not_follow_says_so_and_another_that_it_is_right(mode):
+    task, order = classifier(), ORDERS["minibatches"]
+    run, options = trajectory(task, RULES["Adam, decay"], order), {"window": WINDOW, "mode": mode, "check": True}
+    found = window_influence(task, run, order=order, **options)
+    assert 0 < found.miss.item() < 0.02
+    few = window_influence(task, run, order=order, queries=[str(found["query"].values[1])], **options)
+    assert 0 < few.miss.item() < 0.05
+    x = torch.randn(12, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    hard = Task(nn.Linear(2, 1).double(), rough, train=(x,), queries={"q": (x + 1,)}, train_groups=list("aabbccddeeff"))
+    start = Checkpoint(0, hard.state(), Optimizer("sgd", 0.05, batch_size=0))
+    assert window_influence(hard, Trajectory.from_checkpoints([start]), **options).miss.item() > 0.1
+
+
 def test_requests_that_exclude_one_another_are_refused():
     task = classifier()
     run = trajectory(task, RULES["SGD"], BatchOrder(60))
@@ -421,6 +440,8 @@ def test_requests_that_exclude_one_another_are_refused():
         window_influence(task, run, window=2, per="sample", mode="forward")
     with pytest.raises(ValueError, match="window >= 1"):
         window_influence(task, run, window=0)
+    with pytest.raises(ValueError, match="no change that is made"):
+        window_influence(task, run, window=2, expected=True, check=True)
 
 
 def test_the_cheaper_mode_is_taken_and_named():

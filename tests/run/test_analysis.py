@@ -115,7 +115,7 @@ def test_baselines_are_the_estimators_they_are_called_by_at_every_step():
     assert list(found) == ["exact influence", "damped influence", "gradient product"]
     for name, estimator in (("gradient product", gradient_product), ("damped influence", damped_influence)):
         xr.testing.assert_allclose(found[name], estimator(task, run, posterior, steps=[0, 20]))
-    exact = window_influence(task, run, window=WINDOW, steps=[0, 20])  # four fresh orders
+    exact = window_influence(task, run, window=WINDOW, steps=[0, 20], check=True)  # four fresh orders
     xr.testing.assert_allclose(found["exact influence"], exact)
     # -(rate W / n) (w - x_i) . (w - x_j) at w = 0, mean over the pairs of two groups
     near, group = springs.NEAR[0], springs.TRAIN[::2].mean(0)

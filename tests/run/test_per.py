@@ -71,7 +71,7 @@ def test_errors_of_groups_are_not_made_of_those_of_samples_but_computed():
     fresh = found(task, config(per="sample", estimators=["exact"]), kept).curves["exact influence"]
     assert kept.names == ["exact influence of samples"] * 2 + ["exact influence"] * 2
     assert (fresh["stderr"] > 0).any()
-    xr.testing.assert_allclose(fresh, window_influence(task, springs.trajectory(), window=3, steps=[0, 20]))
+    xr.testing.assert_allclose(fresh, window_influence(task, springs.trajectory(), window=3, steps=[0, 20], check=True))
     kept = Forgetful()
     found(task, config(per="sample", estimators=["exact"], **OWN), kept)
     assert kept.names == ["exact influence of samples"] * 2, "known batches have no error to compute"

@@ -21,6 +21,7 @@ from stagewise.reporting.words import (
     steps,
 )
 from stagewise.results import BIF, DAMPED, EXACT, Results, headline, others
+from stagewise.retraining.horizon import CHANGES, MOST
 
 LEVEL = 0.95
 _BATCHES = {
@@ -50,6 +51,7 @@ def findings(results: Results) -> list[str]:
         *_flips(results),
         *_agreement(results),
         *_repeated(results),
+        *_small(results),
         *_trust(results),
         *_single(results),
         *results.notes,
@@ -245,6 +247,25 @@ def _exact(results: Results) -> Iterator[str]:
                 f"Held against it without any retraining, {name} correlates with a median of {r} at "
                 f"{count(scores.sizes['step'], 'checkpoint')}; exact effects are {slope} times as large as its own."
             )
+
+
+def _small(results: Results) -> Iterator[str]:
+    """Where changes of some per cent are too large for a derivative, though nothing was retrained to show it."""
+    exact = results.exact
+    if exact is None or "miss" not in exact or results.measured is not None:
+        return
+    missed = exact["step"].values[exact["miss"].values > MOST].tolist()
+    size, known = " or ".join(f"{change:.0%}" for change in CHANGES), count(exact.sizes["step"], "checkpoint")
+    if not missed:
+        yield (
+            f"At each of {known} weights changed by {size} in a random direction do what exact influence says, within "
+            f"{MOST:.0%}."
+        )
+        return
+    yield (
+        f"At {steps(missed)} ({len(missed)} of {known}) weights changed by {size} in a random direction do something "
+        f"else than exact influence says, by more than {MOST:.0%}: there it is of smaller changes still."
+    )
 
 
 def _single(results: Results) -> Iterator[str]:

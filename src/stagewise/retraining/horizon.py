@@ -56,8 +56,23 @@ def masked(
     return found.assign_attrs(attrs)
 
 
-def misses(slopes: Tensor, replay: Replay, trained: Groups, spans: Sequence[range], asked: Sequence[int]) -> Tensor:
+def misses(
+    slopes: Tensor,
+    replay: Replay,
+    trained: Groups,
+    spans: Sequence[range],
+    asked: Sequence[int],
+    queries: Sequence[int] | None = None,
+) -> Tensor:
     """Relative error of the derivative along a random direction of weights in each bin, over the queries.
+
+    Args:
+        slopes: the derivatives by the weight of whole groups ``(trained, asked, train, query)``, float64.
+        replay: the run.
+        trained: the groups.
+        spans: the updates of every bin.
+        asked: the steps at which queries are asked.
+        queries: which of the task's these are, by number; None: all.
 
     Returns:
         ``(trained, asked)``: the lesser of those for the two sizes of change; 0 where neither sees an effect, NaN where
@@ -66,6 +81,7 @@ def misses(slopes: Tensor, replay: Replay, trained: Groups, spans: Sequence[rang
     signs = torch.randint(0, 2, (len(spans), len(trained)), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
     predicted = torch.einsum("bi,baiq->baq", signs, slopes)[:, :, None]
     measured = _measured(replay, trained, spans, asked, signs)
+    measured = measured if queries is None else measured[..., list(queries)]
     size = torch.maximum(predicted.norm(dim=-1), measured.norm(dim=-1))
     wrong = (predicted - measured).norm(dim=-1)
     miss = torch.where(wrong == 0, 0.0, wrong / size).nan_to_num(torch.inf).amin(-1)

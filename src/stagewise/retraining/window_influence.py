@@ -22,6 +22,7 @@ from stagewise.groups import Groups, Labels, query_groups
 from stagewise.labelled import Array, influence_dataset
 from stagewise.retraining.adjoint import Adjoint, Replay, step_back
 from stagewise.retraining.expected import expected_sums
+from stagewise.retraining.horizon import misses
 from stagewise.retraining.orders import all_kinds, window_orders
 from stagewise.retraining.schedule import Order, Schedule
 from stagewise.retraining.start import check_moves, start_at
@@ -49,6 +50,7 @@ def window_influence(
     seed: int = 0,
     order: Order | None = None,
     mode: Mode = "auto",
+    check: bool = False,
     memory: float = 4e9,
     scratch: str | Path | None = None,
     batching: BatchingChoice = "auto",
@@ -85,6 +87,9 @@ def window_influence(
             fresh.
         mode: ``"reverse"``, ``"forward"`` (groups only), ``"auto"``: forward where there are fewer train groups than
             query groups.
+        check: also train the window again with the weights of all groups changed by 1 % and by 10 %, each up or down
+            at random, and reversed: how far is the derivative from what changes that can be made do? It costs about
+            four windows of training.
         memory: bytes that replayed states and adjoints may take, beside the model, its data and one gradient. With less
             memory more updates are made again, and queries wait for one another.
         scratch: folder on a disk for the states that memory does not hold, in place of making updates again; at most
@@ -97,8 +102,10 @@ def window_influence(
         ``value`` and ``stderr`` ``(step, train, query)``, nats per unit weight of one sample (token). Negative is
         helpful. The standard error is that over batch orders: 0 where there is one that is known, NaN where there is
         one that was drawn. Where ``expected``, the difference that half of the updates on the way would make is in it.
-        Coordinates ``train_size`` and ``query_size``; attributes ``mode``, ``batches`` ("recorded", "given", "whole
-        training set", "fresh", ...) and ``omitted``, the checkpoints that could not be used, with reasons (JSON).
+        With ``check`` also ``miss`` ``(step)``, its relative error over the queries for the change that it fits better:
+        above .1 a change of some per cent is not small there, as at kinks of ReLU or where Adam divides by next to
+        nothing. Coordinates ``train_size`` and ``query_size``; attributes ``mode``, ``batches`` ("recorded", "given",
+        "whole training set", "fresh", ...) and ``omitted``, the checkpoints that could not be used, with reasons.
 
     Raises:
         ValueError: no checkpoint can be used, with the reasons: as :func:`window_ablation`, or an operation has no
@@ -124,14 +131,15 @@ def window_influence(
     queried = queried if queries is None else queried.named(queries)
     trained = varied(task, per, groups)
     forward = not expected and _is_forward(mode, per, len(trained), len(queried))
-    if expected and mode == "forward":
-        raise ValueError("expected=True is found backwards; leave out mode='forward'")
+    if expected and (check or mode == "forward"):
+        raise ValueError("expected=True is found backwards, of no change that is made; leave out mode='forward', check")
     folder = None if scratch is None else Path(scratch)
     total, seen = len(chosen_steps(run, steps)), iter(range(1, len(run.steps) + 1))
     kinds, counts = list[str](), list[int]()
+    rows = [query_groups(task).labels.index(label) for label in queried.labels]
 
-    def exact(step: int) -> tuple[Array, Array]:
-        """Influence ``(train, query)`` at a checkpoint, and its standard error."""
+    def exact(step: int) -> tuple[Array, Array, float]:
+        """Influence ``(train, query)`` at a checkpoint, its standard error, and by how much it misses changes."""
         try:
             start = start_at(task, run.load(step), curvature=True)
             check_moves(start)
@@ -142,20 +150,22 @@ def window_influence(
                 sums, off = map(np.stack, zip(*(expected_sums(r, trained, queried) for r in replays), strict=True))
             else:
                 sums = np.stack(
-                    [_forwards(r, trained) if forward else _backwards(r, trained, queried) for r in replays]
+                    [_forwards(r, trained)[:, rows] if forward else _backwards(r, trained, queried) for r in replays]
                 )
                 off = np.zeros_like(sums)
-            spread = _spread(sums, orders.known)
+            spread, miss = _spread(sums, orders.known), np.nan
+            if check:
+                miss = max(_miss(each, r, trained, rows) for each, r in zip(sums, replays, strict=True))
             kinds.append(orders.kind)  # of checkpoints that could be used
             counts.append(len(orders.orders))
         finally:
             if progress is not None:
                 progress(next(seen), total)
         sizes = np.array(trained.sizes)[:, None]
-        return sums.mean(0) / sizes, np.hypot(spread, off.mean(0)) / sizes
+        return sums.mean(0) / sizes, np.hypot(spread, off.mean(0)) / sizes, miss
 
     found = at_usable(run, steps, exact)
-    value, stderr = (np.stack(parts) for parts in zip(*found.results, strict=True))
+    value, stderr, miss = (np.stack(parts) for parts in zip(*found.results, strict=True))
     attrs = {
         "estimator": "exact influence",
         "window": window,
@@ -165,7 +175,14 @@ def window_influence(
         "expected": int(expected),
         **found.attrs,
     }
-    return influence_dataset(value, stderr, found.steps, trained, queried, attrs)
+    influence = influence_dataset(value, stderr, found.steps, trained, queried, attrs)
+    return influence.assign(miss=("step", miss)) if check else influence
+
+
+def _miss(sums: Array, replay: Replay, trained: Groups, queries: Sequence[int]) -> float:
+    """Relative error of derivatives ``(train, query)`` for changes that are made, see :func:`misses`."""
+    slopes = torch.from_numpy(sums)[None, None]
+    return float(misses(slopes, replay, trained, [replay.span], [replay.span.stop], queries))
 
 
 def _is_forward(mode: Mode, per: Per, trained: int, queried: int) -> bool:

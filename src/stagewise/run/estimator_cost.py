@@ -17,7 +17,7 @@ from stagewise.retraining.orders import window_orders
 from stagewise.retraining.start import start_at
 from stagewise.run.analysis import recorded_order
 from stagewise.run.config import RunConfig
-from stagewise.run.estimators import NAMES, SAMPLED, estimate
+from stagewise.run.estimators import NAMES, SAMPLED, estimate, unproved
 from stagewise.run.per import asked, members, size_of
 from stagewise.sampling.chains import Chains
 from stagewise.task import Task
@@ -66,7 +66,7 @@ def _exact(task: Task, trajectory: Trajectory, config: RunConfig, steps: Sequenc
 
     def seconds(window: int) -> float:
         start = time.perf_counter()
-        compute(window=window, steps=[step], repeats=1)
+        compute(window=window, steps=[step], repeats=1, check=unproved(config))
         return time.perf_counter() - start
 
     seconds(1)  # the first time some things are made that are kept

@@ -79,6 +79,8 @@ def without_chains(analysis: Analysis) -> Found:
         try:
             first = _influence(analysis, name, per)
             curves = first if per == by_itself(task) else curves_of(task, first)
+            if curves is not None and "miss" in first:
+                curves = curves.assign(miss=first["miss"])
             found.curves[NAMES[name]] = _influence(analysis, name, by_itself(task)) if curves is None else curves
             if per != "group":
                 found.single[NAMES[name]] = first
@@ -97,8 +99,14 @@ def _influence(analysis: Analysis, name: str, per: Per) -> xr.Dataset:
     called = NAMES[name] if per == by_itself(task) else f"{NAMES[name]} of {per}s"
     compute, cause, digests = estimate(name, task, analysis.trajectory, config, per), "", analysis.digests
     if name == "exact":
+        compute = partial(compute, check=unproved(config))
         cause, digests = _window_cause(config), analysis.of_windows(config.posterior.window or 0)
     return analysis.step_by_step(called, cause, compute, digests)
+
+
+def unproved(config: RunConfig) -> bool:
+    """Whether nothing else says how large a change of weight exact influence is right for: retraining does."""
+    return config.retraining is None
 
 
 def _window_cause(config: RunConfig) -> str:
