@@ -42,3 +42,4 @@ def test_at_most_half_of_the_free_disk_is_used_and_a_folder_is_made(tmp_path, mo
     monkeypatch.setattr(scratch.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     assert room_on_disk(tmp_path / "a" / "b", 100) == 5
     assert (tmp_path / "a" / "b").is_dir()
+    assert room_on_disk(tmp_path, 1) == 256, "each is an open file"

@@ -129,6 +129,8 @@ def test_states_on_disk_change_no_bit_spare_updates_and_leave_nothing(rule, free
     assert kept.value.identical(again.value)
     close(kept.value, whole.value, 1e-12)
     assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    assert found(memory=1, scratch=tmp_path)[1] == often, "without room on the disk it is as without the disk"
 
 
 def test_a_loss_that_is_not_finite_at_a_later_checkpoint_is_no_influence():

@@ -111,8 +111,8 @@ class Replay:
         keep: Keep[TrainingState] = in_memory
         size = len(vectors) * self._bytes
         room = max(0, int(self.memory / 2 / size) - 1)  # beside the one in use
-        if room + 1 < len(steps) and self.scratch is not None:
-            room, keep = room_on_disk(self.scratch, size), partial(on_disk, self.scratch, vectors)
+        if room + 1 < len(steps) and self.scratch is not None and (more := room_on_disk(self.scratch, size)) > room:
+            room, keep = more, partial(on_disk, self.scratch, vectors)
         states = rewind(self._advance, self.start.state, steps, room, keep)
         stop, last = next(states)
         _check_finite(self.start.step, stop, last)

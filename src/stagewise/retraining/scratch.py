@@ -16,12 +16,13 @@ from torch import Tensor
 from stagewise.retraining.updates import TrainingState
 
 _SHARE = 0.5  # of the free disk: others may need some too
+_MOST = 256  # files that are open at once: systems allow about a thousand
 
 
 def room_on_disk(folder: Path, size: int) -> int:
     """How many states of so many bytes may be kept in a folder, which is made if it is not there."""
     folder.mkdir(parents=True, exist_ok=True)
-    return int(_SHARE * shutil.disk_usage(folder).free / size)
+    return min(_MOST, int(_SHARE * shutil.disk_usage(folder).free / size))
 
 
 def on_disk(folder: Path, vectors: Sequence[str], state: TrainingState) -> Callable[[], TrainingState]:

@@ -143,7 +143,8 @@ def in_two_times(analysis: Analysis) -> xr.Dataset:
 
     def compute() -> xr.Dataset:
         bar = partial(analysis.progress, "influence in two times")
-        return influence_in_time(task, start, orders.orders[0], asked, bins=bins, progress=bar)
+        first = orders.orders[0]
+        return influence_in_time(task, start, first, asked, bins=bins, scratch=config.out, progress=bar)
 
     cause = f"{asked} {bins} {config.retraining!r} {analysis.of_run()}"
     return analysis.kept.get("influence in two times", cause, compute)
