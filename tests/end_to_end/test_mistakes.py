@@ -148,6 +148,6 @@ def test_a_moved_run_continues_where_it_is_with_the_cells_it_has(tmp_path):
     results = pipeline.run(
         load_config(tmp_path / "b/run/config.yaml", ["steps=[20, 40]"]), lambda *progress: seen.append(progress)
     )
-    assert seen == [("sampling", 1, 2), ("sampling", 2, 2)]
+    assert [told for told in seen if told[0] == "sampling"] == [("sampling", 1, 2), ("sampling", 2, 2)]
     assert results.losses["step"].values.tolist() == [20, 40]
     assert not (tmp_path / "a").exists()
