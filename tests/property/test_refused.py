@@ -39,7 +39,7 @@ class SampledError(Exception):
     """Something was sampled although it should have been refused."""
 
 
-def sampled() -> None:
+def sampled(*_: int) -> None:
     raise SampledError
 
 
@@ -55,7 +55,7 @@ def doors(case: Case) -> dict[str, Callable[[], Any]]:
     def run() -> Trajectory:
         return Trajectory.from_checkpoints([start()])
 
-    def drawn(stop: Callable[[], None] | None) -> np.ndarray:
+    def drawn(stop: Callable[[int, int], None] | None) -> np.ndarray:
         tree = sample_block(task(), start(), POSTERIOR, FEW, on_step=stop)
         return tree["train"]["loss"].values
 
