@@ -138,7 +138,8 @@ def rate_axis(ax: Axes, losses: xr.Dataset) -> None:
     above.xaxis.set_minor_locator(NullLocator())
     above.xaxis.set_major_formatter(FuncFormatter(lambda step, _: words.number(np.interp(step, steps, rates), 2)))
     above.tick_params(labelsize=6.5, length=2)
-    above.set_xlabel("sum of learning rates", fontsize=6.5)
+    since = f" since step {words.step_number(steps[0])}" if steps[0] else ""
+    above.set_xlabel(f"sum of learning rates{since}", fontsize=6.5)
     above.spines[["left", "right", "bottom"]].set_visible(False)
 
 
