@@ -41,6 +41,7 @@ _PALETTE = (
 
 _FONTS = ("Helvetica Neue", "Arial", "Liberation Sans")
 _MAX_TICKS = 7
+_LOG_OF_ONE_MORE = (np.log1p, np.expm1)
 _ALIKE = 0.01  # relative: of learning rates that count as one
 _P = ParamSpec("_P")
 
@@ -115,7 +116,7 @@ def colours(labels: Sequence[Any]) -> dict[Any, str]:
 
 def step_axis(ax: Axes, steps: Sequence[float] | NDArray[Any]) -> None:
     """A logarithmic axis of training steps that has a place for step 0: log(1 + step)."""
-    ax.set_xscale("function", functions=(np.log1p, np.expm1))
+    ax.set_xscale("function", functions=_LOG_OF_ONE_MORE)
     ax.set_xlim(_step_limits(steps))
     _step_labels(ax.xaxis, steps)
 
@@ -132,7 +133,7 @@ def rate_axis(ax: Axes, losses: xr.Dataset) -> None:
     if np.ptp(each) <= _ALIKE * each.max():
         return
     above = ax.twiny()
-    above.set_xscale("function", functions=(np.log1p, np.expm1))
+    above.set_xscale("function", functions=_LOG_OF_ONE_MORE)
     above.set_xlim(ax.get_xlim())
     above.set_xticks([tick for tick in step_ticks(*ax.get_xlim()) if steps[0] <= tick <= steps[-1]])
     above.xaxis.set_minor_locator(NullLocator())
@@ -146,7 +147,7 @@ def rate_axis(ax: Axes, losses: xr.Dataset) -> None:
 def step_axes(ax: Axes, steps: Sequence[float] | NDArray[Any]) -> None:
     """Two such axes, alike."""
     step_axis(ax, steps)
-    ax.set_yscale("function", functions=(np.log1p, np.expm1))
+    ax.set_yscale("function", functions=_LOG_OF_ONE_MORE)
     ax.set_ylim(_step_limits(steps))
     _step_labels(ax.yaxis, steps)
 
