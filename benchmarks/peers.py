@@ -15,7 +15,8 @@ BIF               of `devinterp`: covariances of token losses over SGLD chains. 
 
 r and slope are those of estimators.py, at its two checkpoints. Seconds are of the CPU, of one checkpoint. MiB is
 the peak of the resident set beyond what the process has with libraries and data loaded (Linux). At the end a draw of
-`devinterp` beside one of ours, with the model, batches and pieces of language_memory.py: four chains of a few draws.
+`devinterp` beside one of ours, with the model and batches of language_memory.py: four chains of a few draws, in
+the same pieces, and as it comes, the batch in one.
 """
 
 from __future__ import annotations
@@ -222,12 +223,12 @@ def shuffled(tokens: np.ndarray[Any, Any], stored: np.ndarray[Any, Any]) -> list
     return [where[row.tobytes()] for row in stored.astype(np.int64)]
 
 
-def draws_of_devinterp(draws: int) -> dict[str, float]:
-    """One draw on the model of language_memory.py: CPU seconds, and memory."""
+def draws_of_devinterp(draws: int, pieces: int) -> dict[str, float]:
+    """One draw on the model of language_memory.py, a batch in so many pieces: CPU seconds, and memory."""
     from datasets import Dataset
     from devinterp.slt.lm_loss import compute_per_token_loss
     from devinterp.slt.sampling import sample
-    from language_memory import BATCH, CHAINS, PIECE, model_and_tokens
+    from language_memory import BATCH, CHAINS, model_and_tokens
 
     model, tokens = model_and_tokens()
     calls: list[float] = []
@@ -239,7 +240,7 @@ def draws_of_devinterp(draws: int) -> dict[str, float]:
     def dataset(rows: Tensor) -> Any:
         return Dataset.from_dict({"input_ids": rows.tolist()}).with_format("torch")
 
-    train, pieces, with_model = tokens[: 4 * BATCH], BATCH // PIECE, peak()
+    train, with_model = tokens[: 4 * BATCH], peak()
     with tempfile.TemporaryDirectory() as folder:
         sample(
             model,
@@ -247,7 +248,7 @@ def draws_of_devinterp(draws: int) -> dict[str, float]:
             {"candidates": (dataset(train[:BATCH]), pieces), "val": (dataset(tokens[4 * BATCH :]), pieces)},
             num_chains=CHAINS,
             num_draws=draws,
-            batch_size=PIECE,
+            batch_size=BATCH // pieces,
             gradient_accumulation_steps=pieces,
             num_init_loss_batches=1,
             device="cpu",
@@ -322,10 +323,11 @@ def compare(python: str, draws: int) -> None:
     ours = [sys.executable, str(Path(__file__).with_name("language_memory.py"))]
     table = Table("chains on the shape of Pythia-14M", "MiB with the model", "peak MiB", "CPU seconds of a draw")
     for name, command in {
-        "stagewise": [*ours, "--part", "sgld"],
-        "devinterp": [python, __file__, "--draws-of"],
+        "stagewise, in pieces of 2": [*ours, "--part", "sgld", str(draws)],
+        "devinterp, in pieces of 2": [python, __file__, "--draws-of", str(draws), "4"],
+        "devinterp, the batch whole": [python, __file__, "--draws-of", str(draws), "1"],
     }.items():
-        got = json.loads(printed([*command, str(draws)]).strip().splitlines()[-1])
+        got = json.loads(printed(command).strip().splitlines()[-1])
         table.add_row(name, *(f"{got[key]:,.0f}" for key in ("model", "peak")), f"{got['cpu of a draw']:.1f}")
     console.print(table)
 
@@ -373,13 +375,13 @@ def main() -> None:
     parser.add_argument("--peers", metavar="PYTHON", help="of the environment with peers-requirements.txt")
     parser.add_argument("--draws", type=int, default=5, help="of each chain on the large vocabulary")
     parser.add_argument("--part", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--draws-of", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--draws-of", nargs=2, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
         name, given, out = options.part
         work(name, Path(given), Path(out))
     elif options.draws_of:
-        print(json.dumps(draws_of_devinterp(options.draws_of)))
+        print(json.dumps(draws_of_devinterp(*options.draws_of)))
     elif options.peers:
         compare(options.peers, options.draws)
     else:

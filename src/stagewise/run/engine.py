@@ -283,7 +283,8 @@ def _compute(work: Work, cell: Cell, task: Task, on_step: Callable[[int, int], o
         work.store.write(cell, unusable_block(cell.step, reason, work.sampling, cell.block))
         return
     checkpoint = work.trajectory.load(cell.step)
-    tree = sample_block(task, checkpoint, work.posterior, work.sampling, cell.block, on_step)
+    underway = work.store.underway(cell)
+    tree = sample_block(task, checkpoint, work.posterior, work.sampling, cell.block, on_step, underway)
     work.store.write(cell, tree, probe(task, task.fitted(checkpoint)))
 
 

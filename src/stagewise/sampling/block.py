@@ -72,3 +72,17 @@ class Block:
             return torch.where(alive[:, None], self._states[0].position, 0.0)
         kept = zip(self._states, alive.tolist(), strict=True)
         return [state.position[0] if there else torch.zeros_like(state.position[0]) for state, there in kept]
+
+    def state(self) -> list[dict[str, Any]]:
+        """The fields of every state."""
+        return [state._asdict() for state in self._states]
+
+    def go_on(self, kept: Sequence[dict[str, Any]]) -> None:
+        """Take up what :meth:`state` gave, of chains like these."""
+        like = self._states[0]
+        self._states = [
+            type(like)(
+                **{name: part.to(like.position) if isinstance(part, Tensor) else part for name, part in of.items()}
+            )
+            for of in kept
+        ]

@@ -7,23 +7,15 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, cast, get_args
 
 import numpy as np
-import torch
 import xarray as xr
-from torch import Tensor
 
 from stagewise.checkpoint import Checkpoint
-from stagewise.derivatives import mean_gradient
-from stagewise.evaluate import represented
-from stagewise.sampling.block import Block
-from stagewise.sampling.gradient import potential_gradient
-from stagewise.sampling.posterior import LocalDensity, LocalPosterior, largest_window, size_range
-from stagewise.sampling.tuning import LANGEVIN, SamplerName, Tuning, generator, tune
-from stagewise.sampling.watch import Seen, Watch
+from stagewise.sampling.drawing import Drawing, Underway
+from stagewise.sampling.posterior import LocalPosterior, largest_window, size_range
+from stagewise.sampling.tuning import LANGEVIN, SamplerName, Tuning, tune
+from stagewise.sampling.watch import Seen
 from stagewise.stacking import BatchingChoice
 from stagewise.task import Task
-
-# The localisation alone keeps gamma u^2 at 1 in every direction; a chain at a multiple of that has diverged.
-_DIVERGED = 10.0
 
 
 @dataclass(frozen=True)
@@ -112,6 +104,7 @@ def sample_block(
     sampling: Chains,
     block: int = 0,
     on_step: Callable[[int, int], object] | None = None,
+    underway: Underway | None = None,
 ) -> xr.DataTree:
     """One cell of work: a block of chains at one checkpoint.
 
@@ -122,6 +115,7 @@ def sample_block(
         sampling: how.
         block: which block; it seeds the noise together with ``sampling.seed``.
         on_step: called after every sampler step with (steps done, steps in all).
+        underway: where the chains are kept meanwhile, to go on from when the process was killed.
 
     Returns:
         Groups ``train`` (the candidates, by their number in the training set) and ``queries/<name>`` with
@@ -151,8 +145,15 @@ def sample_block(
         return _tree({}, status, numbers, facts)
     if tuning.refused:
         return _tree({}, np.full(sampling.chains, "unusable"), numbers, facts | {"unusable": tuning.refused})
-    traces, status, soft_spread = _run(tuning, sampling, block, on_step or (lambda *_: None))
-    tree = _tree(traces, status, numbers, facts, soft_spread, task.candidates.numpy())
+    drawing = Drawing(tuning, sampling, block, underway.load() if underway else None)
+    while drawing.done < drawing.steps:
+        drawing.step()
+        if on_step is not None:
+            on_step(drawing.done, drawing.steps)
+        if underway is not None:
+            underway.keep(drawing.state)
+    traces = drawing.traces()
+    tree = _tree(traces, drawing.status(), numbers, facts, drawing.soft_spread(), task.candidates.numpy())
     # An effect of a sample on itself is known by its position: the same samples in the same order.
     for name, data in task.queries.items():
         if f"queries/{name}" in traces:
@@ -165,58 +166,6 @@ def unusable_block(step: int, reason: str, sampling: Chains, block: int = 0) -> 
     """The cell of a checkpoint at which the posterior cannot be defined: no draws, and the reason why."""
     numbers = np.arange(block * sampling.chains, (block + 1) * sampling.chains)
     return _tree({}, np.full(sampling.chains, "unusable"), numbers, {"step": step, "unusable": reason})
-
-
-def _run(
-    tuning: Tuning, sampling: Chains, block: int, on_step: Callable[[int, int], object]
-) -> tuple[dict[str, Seen], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Burn in, then draw: traces by data set and variable, the status and the ``soft_spread`` of every chain."""
-    density, batching, sampler = tuning.density, tuning.batching, tuning.sampler
-    noise, minibatches = (generator(sampling.seed, block, use, density.anchor.device) for use in ("noise", "batch"))
-    gradient = potential_gradient(
-        density, sampling.chains, tuning.batch_size, sampling.control_variate, batching, minibatches
-    )
-    chains = Block(density, sampler, gradient, noise, sampling.chains, batching == "loop")
-    alive = torch.ones(sampling.chains, dtype=torch.bool, device=density.anchor.device)
-    farthest, softest = _farthest(density, tuning.slow), tuning.curvature.softest if tuning.curvature else None
-    watch, along = Watch(density, batching, sampling.reflect, sampling.single_tokens), []
-    drawing = sampling.draws * tuning.thinning
-    for step in range(-tuning.burn_in, drawing):
-        if step == -(tuning.burn_in // 2):
-            chains.freeze()
-        if alive.any():
-            chains.step()
-            alive &= chains.squared_distance() < farthest  # also False for NaN
-        if step >= 0 and (step + 1) % tuning.thinning == 0:
-            alive &= watch.draw(chains.places(alive))
-            along += [] if softest is None else [chains.along(softest)]
-        on_step(step + tuning.burn_in + 1, drawing + tuning.burn_in)
-    return watch.traces(), np.where(alive.cpu(), "ok", "diverged"), _soft_spread(along, alive.cpu(), tuning.slow)
-
-
-def _soft_spread(along: list[Tensor], alive: Tensor, slow: float | None) -> np.ndarray[Any, Any]:
-    """Of every chain, from its displacements along the softest direction; NaN where that is not known."""
-    if not along or slow is None:
-        return np.full(len(alive), np.nan)
-    soft = torch.stack(along, 1).double().cpu()
-    spread = slow * (soft - soft[alive].mean()).square().mean(1)
-    return torch.where(alive, spread, torch.nan).numpy()
-
-
-def _farthest(density: LocalDensity, slow: float | None) -> float:
-    """Squared distance from the checkpoint that no chain of this posterior reaches; independent draws know no limit.
-
-    Generous enough for every quantile of the stationary law: a chi-square of all directions, one of them as
-    soft as ``slow``, about a centre as far downhill as the gradient can push it.
-    """
-    if slow is None:
-        return torch.inf
-    spread = _DIVERGED * (density.vector.size / density.gamma + 4 / slow)
-    if density.posterior.centred:
-        return spread
-    rows = represented(density)  # a bound needs no more
-    pull = mean_gradient(density, density.origin, density.task.train, rows).norm()
-    return spread + _DIVERGED * float(density.n_beta * pull / slow) ** 2
 
 
 def _tree(

@@ -186,6 +186,7 @@ def potential_gradient(
     control_variate: bool,
     batching: Batching,
     generator: Generator,
+    taken: int = 0,
 ) -> GradientFunction:
     """The gradient of U = n_beta L + (gamma/2)|u|^2 for a block of chains.
 
@@ -205,6 +206,7 @@ def potential_gradient(
         control_variate: see above; without noise (full batch) it changes nothing.
         batching: stack the chains, or loop over them.
         generator: draws the minibatches.
+        taken: steps of all chains that were taken before; theirs are passed over.
     """
     train = density.task.train
     if batch_size is None or batch_size >= len(train):
@@ -215,6 +217,8 @@ def potential_gradient(
     if control_variate:
         indices, slopes = reshuffled(len(train), batch_size, generator), piecewise_gradients(loss, batching)
         anchor_gradient = None if centred else full_gradient(density)
+        for _ in range(taken):
+            next(indices)
 
         current: list[tuple[Pieces, Tensor]] = []
 
@@ -230,6 +234,9 @@ def potential_gradient(
         return anchored
 
     own = [reshuffled(len(train), batch_size, generator) for _ in range(chains)]
+    for _ in range(taken):
+        for indices in own:
+            next(indices)
     of_chains = _own_gradients(density, batching)
     anchor_gradient = full_gradient(density) if centred else None
 

@@ -96,6 +96,14 @@ class Watch:
         params = self._density.params(u)
         return tuple(data.losses(params) for data in self._sets.values())
 
+    def state(self) -> dict[str, list[Tensor]]:
+        """All draws of every set so far."""
+        return self._draws
+
+    def go_on(self, kept: dict[str, list[Tensor]]) -> None:
+        """Take up what :meth:`state` gave."""
+        self._draws = {key: list(kept[key]) for key in self._sets}
+
     def traces(self) -> dict[str, Seen]:
         """All that was recorded, by data set."""
         seen = {}

@@ -5,7 +5,7 @@
 
 A cell is written into a hidden file beside its place and renamed when it is whole and on disk. Killing a
 writer at any moment leaves all complete cells as they were, plus at most one hidden file, which
-:meth:`TraceStore.sweep` removes.
+:meth:`TraceStore.sweep` removes, and the chains that were under way, ``<step>-<block>.zip.underway``.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from stagewise.traces.cells import Cell, Facts, check_cell, join_blocks, join_fa
 from stagewise.traces.files import PARTIAL, RunFolderError, explain_read, explain_write, fsync, write_text
 from stagewise.traces.identity import RunMismatchError, check_identity, read_identity, write_identity
 from stagewise.traces.lock import RunLockedError, run_lock
+from stagewise.traces.underway import UnderwayFile
 from stagewise.traces.zarr_tree import read_attrs, read_label, read_tree, write_tree
 
 __all__ = ["Cell", "RunFolderError", "RunLockedError", "RunMismatchError", "TraceStore"]
@@ -151,14 +152,21 @@ class TraceStore:
                 write_tree(pack(tree), partial, asdict(cell) | {"probe": dict(probe or {})})
                 fsync(partial)
                 self._publish(partial, cell)
+                self._underway(cell.name).unlink(missing_ok=True)
         finally:
             partial.unlink(missing_ok=True)
+
+    def underway(self, cell: Cell) -> UnderwayFile:
+        """Where the chains of a cell are kept until it is complete."""
+        return UnderwayFile(self._underway(cell.name), cell.key)
 
     def sweep(self) -> None:
         """Remove what killed writers left behind. Call it under :meth:`lock`, before workers start."""
         with self._writing():
             for partial in (*self.root.glob(f"{PARTIAL}*"), *self._cells.glob(f"{PARTIAL}*")):
                 partial.unlink(missing_ok=True)  # a writer that is still alive has done it itself
+            for whole in self._files().values():
+                self._underway(whole.name).unlink(missing_ok=True)
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -240,6 +248,9 @@ class TraceStore:
     @property
     def _cells(self) -> Path:
         return self.root / "cells"
+
+    def _underway(self, name: str) -> Path:
+        return self._cells / f"{name}.underway"
 
     def _create(self) -> None:
         identity = self.root / "identity.json"
