@@ -213,7 +213,8 @@ def columns(
     if named is not None:
         named = _of_columns(named, counted.shape, numbers, argument)
         counted = counted & (named != NONE)
-    samples, share, traces = np.indices(counted.shape)[0][counted], share[counted], loss[..., counted]
+    samples, share = np.indices(counted.shape)[0][counted], share[counted]
+    traces = loss.reshape(*loss.shape[:2], -1) if counted.all() else loss[..., counted]
     members = np.ones(len(share), dtype=np.intp) if counts is None else counts[counted]
     if named is None:
         places = np.stack(np.nonzero(counted), 1).tolist()
@@ -262,10 +263,17 @@ def losses_of(dataset: xr.Dataset, kept: Indices, part: Part) -> Array:
     Raises:
         ValueError: the traces have no reflected losses.
     """
-    loss = dataset["loss"].values[kept].astype(np.float64)
+    loss = _of_chains(dataset["loss"], kept)
     if part == "full":
         return loss
     if "loss_reflected" not in dataset:
         raise ValueError(f"part={part!r} needs traces sampled with reflect=True; these have no reflected losses")
-    mirrored = dataset["loss_reflected"].values[kept].astype(np.float64)
+    mirrored = _of_chains(dataset["loss_reflected"], kept)
     return (loss - mirrored) / 2 if part == "odd" else (loss + mirrored) / 2
+
+
+def _of_chains(losses: xr.DataArray, kept: Indices) -> Array:
+    """As float64; not copied where nothing is left out, for they can be most of the memory."""
+    values = losses.values if len(kept) == len(losses) else losses.values[kept]
+    result: Array = values.astype(np.float64, copy=False)
+    return result
