@@ -2,12 +2,12 @@
 
     python benchmarks/learning_coefficient.py [--only TEXT]
 
-`llc` at singular points, with gamma = 1 and growing n_beta, against the exact rise n_beta E[L] of the same posterior (an
-integral) and against the learning coefficient, which it tends to: like a power of n_beta where the multiplicity m is 1,
-and like 1 / log n_beta where m is 2. `err` is the relative error against the coefficient, of the integral and of the
-chains; 0.1 is asked for. The curvature at a singular point says nothing of the steps that its arms bear, so these are
-set by hand, 1 / sqrt(10 n_beta), with burn-in and thinning of 10 and 1 time units. SGLD needs a step that is shorter
-than the square of that, and as many more steps. All chains start at the checkpoint; burn-in is no part of the draws.
+`llc` at singular points, with gamma = 1 and growing n_beta, against the exact rise n_beta E[L] of the same posterior
+(an integral) and against the learning coefficient. The rise tends to the coefficient like a power of n_beta where the
+multiplicity m is 1, and like 1 / log n_beta where m is 2. `err` is the relative error against the coefficient, of the
+integral and of the chains; 0.1 is asked for. The curvature at a singular point says nothing of the steps that its arms
+bear, so these are set by hand, 1 / sqrt(10 n_beta), with burn-in and thinning of 10 and 1 time units. SGLD needs a step
+that is shorter than the square of that, and as many more steps. Burn-in is no part of the draws.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from stagewise.dynamics.curves import curves as curves
     from stagewise.dynamics.events import Event as Event
     from stagewise.dynamics.events import events as events
+    from stagewise.dynamics.kernel_map import influence_map as influence_map
     from stagewise.dynamics.spectrum import top_eigenvalue_share as top_eigenvalue_share
     from stagewise.dynamics.stages import Transition as Transition
     from stagewise.dynamics.stages import extrema as extrema
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from stagewise.influence.damped import damped_influence as damped_influence
     from stagewise.influence.gradients import gradient_product as gradient_product
     from stagewise.influence.llc import llc as llc
+    from stagewise.influence.loss_kernel import loss_kernel as loss_kernel
     from stagewise.influence.phases import phase_decomposition as phase_decomposition
     from stagewise.influence.response import response_influence as response_influence
     from stagewise.influence.strongest import strongest as strongest
@@ -86,12 +88,14 @@ _ROOMS = {
     "stagewise.dynamics.branches": ("separations", "squared_distances"),
     "stagewise.dynamics.curves": ("curves",),
     "stagewise.dynamics.events": ("Event", "events"),
+    "stagewise.dynamics.kernel_map": ("influence_map",),
     "stagewise.dynamics.spectrum": ("top_eigenvalue_share",),
     "stagewise.dynamics.stages": ("Transition", "extrema", "rise", "transition_table"),
     "stagewise.influence.bif": ("bif",),
     "stagewise.influence.damped": ("damped_influence",),
     "stagewise.influence.gradients": ("gradient_product",),
     "stagewise.influence.llc": ("llc",),
+    "stagewise.influence.loss_kernel": ("loss_kernel",),
     "stagewise.influence.phases": ("phase_decomposition",),
     "stagewise.influence.response": ("response_influence",),
     "stagewise.influence.strongest": ("strongest",),
