@@ -7,7 +7,8 @@
 multiplicity m is 1, and like 1 / log n_beta where m is 2. `err` is the relative error against the coefficient, of the
 integral and of the chains; 0.1 is asked for. The curvature at a singular point says nothing of the steps that its arms
 bear, so these are set by hand, 1 / sqrt(10 n_beta), with burn-in and thinning of 10 and 1 time units. SGLD needs a step
-that is shorter than the square of that, and as many more steps. Burn-in is no part of the draws.
+that is shorter than the square of that, and as many more steps. Burn-in is no part of the draws. Where the standard
+error is large, a chain has been in an arm too steep even for these steps.
 """
 
 from __future__ import annotations
@@ -30,15 +31,17 @@ N_BETAS = (100, 1_000, 10_000)
 ENOUGH = 0.1
 COLUMNS = (
     "loss",
-    "coefficient",
+    "known",
     "m",
     "sampler",
     "n_beta",
     "integral",
     "llc",
-    "err (integral)",
+    "err",
     "err (llc)",
-    "within 0.1",
+    "<= 0.1",
+    "verdict",
+    "steps",
 )
 
 
@@ -50,7 +53,6 @@ def problems() -> list[Singular]:
         reduced_rank(2, 1, 4, 0),
         reduced_rank(2, 2, 2, 0),
         reduced_rank(2, 1, 2, 0),
-        reduced_rank(2, 1, 2, 1),
         reduced_rank(2, 2, 2, 1),
     ]
 
@@ -110,12 +112,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     start = time.process_time()
-    table = Table(*COLUMNS, "verdict", "steps", "seconds", title=f"gamma = {GAMMA:g}, {CHAINS} x {DRAWS} draws")
+    table = Table(title=f"gamma = {GAMMA:g}, {CHAINS} x {DRAWS} draws")
+    for name in (*COLUMNS, "seconds"):
+        table.add_column(name, no_wrap=True)
     for problem in problems():
         if options.only in problem.name:
             for n_beta in N_BETAS:
                 table.add_row(*row(problem, n_beta, underdamped(n_beta)))
-            if problem.name in ("crossing w1^2 w2^2", "rank 0 by 2-1-4"):
+            if problem.name == "crossing w1^2 w2^2":
                 table.add_row(*row(problem, N_BETAS[0], sgld(N_BETAS[0])))
             table.add_section()
     console.print(table)

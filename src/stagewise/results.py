@@ -69,6 +69,8 @@ class Results:
             helpful; coordinate ``train_size``; attribute ``omitted``, JSON of {step: reason}. None if no checkpoint
             could be answered.
         correlation: the same as minus the correlation of losses, without unit.
+        positions: ``value`` (step, sample, axis) and ``share`` (step, axis) of the training samples by their loss
+            kernel, coordinate ``label``, see :func:`stagewise.influence_map`. None where samples have no labels.
         events: of the influence curves.
         baselines: other estimators by name, as ``influence``, with stderr 0 where they have no noise.
         single: influence of single samples ("12") or tokens ("12/3", token 3 of sample 12) by the name of its
@@ -91,6 +93,7 @@ class Results:
     diagnostics: xr.Dataset
     influence: xr.Dataset | None
     correlation: xr.Dataset | None = None
+    positions: xr.Dataset | None = None
     events: Sequence[Event] = ()
     baselines: Mapping[str, xr.Dataset] = field(default_factory=dict)
     single: Mapping[str, xr.Dataset] = field(default_factory=dict)
@@ -109,6 +112,9 @@ class Results:
         for name, dataset in [*matrices.items(), *self.single.items()]:
             if dataset is not None:
                 _require(name, dataset, {"value": _DIMS, "stderr": _DIMS})
+        if self.positions is not None:
+            dims = {"step", "axis"}
+            _require("positions", self.positions, {"value": {*dims, "sample"}, "share": dims, "label": {"sample"}})
         if self.in_two_times is not None:
             _require("in_two_times", self.in_two_times, {"value": {"trained", "asked", "train", "query"}})
         if self.measured is not None:

@@ -25,6 +25,10 @@ def test_run_prints_findings_and_the_path_of_the_report(finished):
     assert "nats" in output
 
 
+def test_a_run_with_chains_and_labels_has_a_map_of_its_samples(finished):
+    assert (finished[0] / "figures" / "map.svg").exists()
+
+
 def test_report_is_written_again_without_the_task(finished, tmp_path):
     folder, _ = finished
     (folder / "report.html").unlink()

@@ -20,8 +20,9 @@ def influence_map(kernel: xr.Dataset, *, axes: int = 2) -> xr.Dataset:
     before, by orthogonal Procrustes; what turns all samples together is not seen. At the first step the axes are the
     principal ones, largest first, and of the positions of at least half the largest size the first is positive.
 
-    Noise moves every position, and spreads samples that the model does not tell apart: look at the standard errors and
-    the shares before you name what an axis is.
+    Noise moves every position, and spreads samples that the model does not tell apart. Where more directions are about
+    as wide as those that are kept, the plane itself is in doubt, and all standard errors are large, while who lies near
+    whom is not: look at errors and shares before you name what an axis is.
 
     Args:
         kernel: ``value`` ``(step, sample, other)``, symmetric, and perhaps ``replicates``

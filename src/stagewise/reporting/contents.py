@@ -14,6 +14,7 @@ from stagewise.dynamics.stages import Transition, rise
 from stagewise.reporting import check_figures, figures, tables, triangle_figure
 from stagewise.reporting.exemplar_figure import PER_SIDE, exemplar_grid
 from stagewise.reporting.findings import clearest_flips, findings
+from stagewise.reporting.map_figure import sample_map
 from stagewise.reporting.page import Page, Plate, Section, write_page
 from stagewise.reporting.passages import Passages, passages_of
 from stagewise.reporting.tables import Table
@@ -36,6 +37,7 @@ def sections(results: Results) -> list[Section]:
         Section("Held against retraining", [*_comparison(results)]),
         Section("Held against the replayed window", [*_size_checks(results)]),
         Section("Samples that mattered most", [*_exemplars(results.exemplars), *_tokens(results)]),
+        *([Section("Samples that are alike to the model", [*_map(results)])] if results.positions is not None else []),
         Section("Can the chains be trusted?", [*_chains(results)]),
     ]
 
@@ -239,6 +241,19 @@ def _tokens(results: Results) -> Iterator[Table]:
             for query in looked_at:
                 yield tables.tokens_table(single.sel(step=steps, query=query), f"{query}, by {name}")
             return
+
+
+def _map(results: Results) -> Iterator[Plate]:
+    if results.positions is None:
+        return
+    caption = (
+        f"The {count(results.positions.sizes['sample'], 'training sample')} by how their losses rise and fall together "
+        "over the draws: near each other where their correlation R is high, by classical scaling of 1 − R, every "
+        "checkpoint turned to the one before. Colours are labels, of which the map knows nothing. The percentage is "
+        "the share of all spread that this plane holds; what is left lies outside of it, noise of the draws too. The "
+        "cross is the median standard error of a position, where it is known."
+    )
+    yield Plate("map", caption, sample_map(results.positions))
 
 
 def _chains(results: Results) -> Iterator[Plate | Table]:

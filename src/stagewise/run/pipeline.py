@@ -11,12 +11,14 @@ import numpy as np
 import xarray as xr
 
 from stagewise.dynamics.events import events
+from stagewise.dynamics.kernel_map import influence_map
 from stagewise.influence.bif import NoTrustedCheckpointError, bif
+from stagewise.influence.loss_kernel import loss_kernel
 from stagewise.influence.trusted import ReadOnce
 from stagewise.reporting.contents import write_report
 from stagewise.results import BIF, EXACT, Exemplar, Results, headline, size_check
 from stagewise.run import yaml12
-from stagewise.run.analysis import Analysis, in_two_times, mean_losses, measure
+from stagewise.run.analysis import Analysis, in_two_times, mean_losses, measure, spread
 from stagewise.run.before import look
 from stagewise.run.config import RunConfig, save_config
 from stagewise.run.engine import Work, compute, default_workers, prepare
@@ -35,6 +37,7 @@ from stagewise.traces.store import TraceStore
 from stagewise.usable import chosen_steps
 from stagewise.varied import by_itself
 
+_MAPS, _MOST_MAPPED = 8, 2048  # checkpoints; and samples, whose pairs are all computed
 _NOT_SAMPLED = xr.Dataset({name: ("step", np.array([], dtype=str)) for name in ("verdict", "advice")}, {"step": []})
 
 
@@ -148,6 +151,7 @@ def _report(traces: ReadOnce, influence: xr.Dataset | None) -> Results:
         diagnostics=traces.diagnostics if traces.steps else _NOT_SAMPLED,
         influence=influence,
         correlation=None if influence is None else bif(traces, kind="correlation"),
+        positions=None if influence is None else _positions(traces, influence["step"].values.tolist()),
         baselines=baselines,
         single=single,
         measured=datasets.get("measured"),
@@ -162,6 +166,14 @@ def _report(traces: ReadOnce, influence: xr.Dataset | None) -> Results:
         results = replace(results, events=events(results.answered))
     write_report(results, folder)
     return results
+
+
+def _positions(traces: ReadOnce, steps: list[int]) -> xr.Dataset | None:
+    """The map of the training samples at a few checkpoints, where it has labels to show."""
+    labels = (traces.labels or {}).get("train")
+    if labels is None or np.ndim(labels) != 1 or not 2 < traces.load(steps[0])["train"].sizes["sample"] <= _MOST_MAPPED:
+        return None
+    return influence_map(loss_kernel(traces, steps=spread(steps, _MAPS)))
 
 
 @dataclass(frozen=True)
