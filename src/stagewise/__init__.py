@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from stagewise.influence.phases import phase_decomposition as phase_decomposition
     from stagewise.influence.response import response_influence as response_influence
     from stagewise.influence.strongest import strongest as strongest
+    from stagewise.influence.susceptibility import susceptibilities as susceptibilities
     from stagewise.influence.trusted import TracesInMemory as TracesInMemory
     from stagewise.retraining.ablation import window_ablation as window_ablation
     from stagewise.retraining.curriculum import curriculum as curriculum
@@ -99,6 +100,7 @@ _ROOMS = {
     "stagewise.influence.phases": ("phase_decomposition",),
     "stagewise.influence.response": ("response_influence",),
     "stagewise.influence.strongest": ("strongest",),
+    "stagewise.influence.susceptibility": ("susceptibilities",),
     "stagewise.influence.trusted": ("TracesInMemory",),
     "stagewise.retraining.ablation": ("window_ablation",),
     "stagewise.retraining.curriculum": ("curriculum",),

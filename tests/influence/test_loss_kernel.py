@@ -46,9 +46,9 @@ def test_a_sample_is_itself_without_doubt_and_one_that_never_changes_is_like_non
 
 def test_gaussian_posterior_of_linear_regression_has_the_exact_kernel():
     problem = Regression.random(n=6, d=3)
-    n_beta, gamma = 6e4, 100.0
+    n_beta, gamma = 6e4, 5e3
     posterior = LocalPosterior(gamma=gamma, n_beta=n_beta)
-    cell = sample_block(problem.task, problem.trajectory().load(10), posterior, Chains(draws=100))
+    cell = sample_block(problem.task, problem.trajectory().load(10), posterior, Chains())
     got = loss_kernel(Traces({10: cell})).isel(step=0)
     _, covariance = problem.posterior(n_beta / 6, gamma, np.ones(6))
     residuals, moves = problem.x @ problem.w - problem.y, problem.x @ covariance @ problem.x.T
@@ -57,17 +57,17 @@ def test_gaussian_posterior_of_linear_regression_has_the_exact_kernel():
     other = ~np.eye(6, dtype=bool)
     z = (got["value"].values - exact)[other] / got["stderr"].values[other]
     assert np.abs(z).max() < 4
-    assert got["stderr"].values.max() < 0.08  # tight enough to notice a wrong entry
+    assert got["stderr"].values.max() < 0.1  # tight enough to notice a wrong entry
 
 
 def test_standard_errors_cover_the_exact_correlation_as_often_as_they_say(trusting):
     rho, covered = 0.6, 0
-    for seed in range(150):
+    for seed in range(100):
         common, own = (np.random.default_rng([seed, k]).normal(size=(16, 40, 3)) for k in (0, 1))
         train = np.sqrt(rho) * common[..., :1] + np.sqrt(1 - rho) * own
         got = loss_kernel(Traces({0: tree(train, {"val": train})}))
         covered += abs(got["value"][0, 0, 1] - rho) < stats.t.ppf(0.95, 15) * got["stderr"][0, 0, 1]
-    assert stats.binomtest(int(covered), 150, 0.9).pvalue > 1e-3
+    assert stats.binomtest(int(covered), 100, 0.9).pvalue > 1e-3
 
 
 def test_a_group_is_its_mean_loss_and_not_the_mean_of_its_pairs():

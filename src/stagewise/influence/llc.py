@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 
 from stagewise.influence.covariance import Array, mean_and_stderr, stretches
-from stagewise.influence.pairs import losses_of
+from stagewise.influence.pairs import Indices, losses_of
 from stagewise.influence.trusted import Traces, as_traces, numbered, ok_chains, over_checkpoints
 
 
@@ -95,10 +95,15 @@ def _rises(tree: xr.DataTree, part: Literal["full", "even"]) -> Array:
     train = tree["train"].to_dataset().transpose("chain", "draw", ...)
     # By all chains, failed or not, so that replicates are cut alike at every checkpoint.
     pieces = stretches(tree["chains"].sizes["chain"], train.sizes["draw"])
-    losses = losses_of(train, ok_chains(tree), part)[:, train.sizes["draw"] % pieces :]
-    # Sample by sample, because the rise is small beside the losses.
-    rise = losses - train["loss_anchor"].values.astype(np.float64)
-    share = train["share"].values
-    mean = (rise * (share / share.sum())).reshape(*rise.shape[:2], -1).sum(-1)
-    rises: Array = mean.reshape(len(rise) * pieces, -1).mean(1)
+    mean = mean_rise(train, ok_chains(tree), part)[:, train.sizes["draw"] % pieces :]
+    rises: Array = mean.reshape(len(mean) * pieces, -1).mean(1)
     return rises
+
+
+def mean_rise(train: xr.Dataset, kept: Indices, part: Literal["full", "even"]) -> Array:
+    """Rise of the mean training loss above the checkpoint at every draw of the chains that are kept, nats."""
+    # Sample by sample, because the rise is small beside the losses.
+    rise = losses_of(train, kept, part) - train["loss_anchor"].values.astype(np.float64)
+    share = train["share"].values
+    mean: Array = (rise * (share / share.sum())).reshape(*rise.shape[:2], -1).sum(-1)
+    return mean

@@ -82,7 +82,7 @@ def loss_kernel(
 
     def estimate(_step: int, tree: xr.DataTree) -> xr.Dataset:
         dataset = tree["train"].to_dataset()
-        rows = _summed(columns(dataset, ok_chains(tree), groups, "train_groups", part=part, tokens=tokens))
+        rows = _summed(columns(dataset, ok_chains(tree), groups, "groups", part=part, tokens=tokens))
         # By all chains, failed or not, so that replicates are cut alike at every checkpoint.
         pieces = stretches(tree["chains"].sizes["chain"], dataset.sizes["draw"])
         matrix = influence_matrix(rows, rows, Estimator("correlation", centring, 1.0, pieces), shared=False)
