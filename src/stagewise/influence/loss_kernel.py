@@ -19,6 +19,7 @@ from stagewise.groups import Labels
 from stagewise.influence.covariance import Centring, group_sums, stretches
 from stagewise.influence.pairs import Columns, Estimator, Part, columns, influence_matrix
 from stagewise.influence.trusted import Traces, as_traces, carried_labels, numbered, ok_chains, over_checkpoints
+from stagewise.labels import as_labels
 
 
 def loss_kernel(
@@ -108,5 +109,5 @@ def _of_samples(labels: Labels | None, rows: Columns, dataset: xr.Dataset) -> np
     """The label of the sample that each row is of, where samples have labels."""
     if labels is None or np.ndim(labels) != 1:
         return None
-    words, numbers = np.asarray(labels).astype(str), dataset["sample"].values
+    words, numbers = as_labels(labels, len(labels), "labels"), dataset["sample"].values
     return words[numbers[rows.samples] if len(words) > len(numbers) else rows.samples]

@@ -40,7 +40,7 @@ def sample_map(positions: xr.Dataset) -> Figure:
             _cross(ax, reach, *np.median(at["stderr"].values, 0))
     style.empty_axes_off(axes, len(steps))
     handles = [ax for ax in axes[0, 0].lines if ax.get_label() in names]
-    shown = [words.label_text(name, 14) for name in names]
+    shown = [words.label_text(name, 14) or "no label" for name in names]
     figure.legend(handles, shown, loc="outside lower center", ncols=10, frameon=False, markerscale=2, handletextpad=0)
     return figure
 
