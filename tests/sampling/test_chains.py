@@ -278,6 +278,7 @@ def test_query_set_that_is_the_training_set_is_marked():
     ("settings", "message"),
     [
         ({"sampler": "hmc"}, "sampler must be one of"),
+        ({"batching": "stack"}, "batching must be one of"),
         ({"chains": 0}, "chains must be positive, got 0"),
         ({"draws": -1}, "draws must be positive"),
         ({"step_size": 0.0}, "step_size must be positive"),

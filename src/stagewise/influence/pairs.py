@@ -23,8 +23,9 @@ Kind = Literal["covariance", "correlation", "partial"]
 Part = Literal["full", "odd", "even"]
 Indices = np.ndarray[Any, np.dtype[np.intp]]
 
-# Numbers in one block of replicates (64 MB), and in those kept of one checkpoint (16 MB).
-_BLOCK = 2**23
+# Numbers in one block of replicates (4 MB: larger ones leave the processor's caches), and in those kept of one checkpoint
+# (16 MB).
+_BLOCK = 2**19
 _KEPT = 2**21
 
 
@@ -133,22 +134,23 @@ def influence_matrix(train: Columns, query: Columns, estimator: Estimator, share
         ``value`` and ``stderr`` ``(train, query)``, and ``replicates`` ``(replicate, train, query)`` unless they are
         more than 2^21 numbers; coordinates ``train_size`` and ``query_size``, the columns in a row.
     """
-    per_row = len(train.traces) * estimator.pieces * len(query.names)
-    keep = per_row * len(train.names) <= _KEPT
+    rows, columns = len(train.names), len(query.names)
+    count = len(train.traces) * estimator.pieces
     own = query.by_sample() if shared else {}
-    size = max(1, _BLOCK // per_row)
-    blocks = []
-    for start in range(0, len(train.names), size):
-        rows = train.chosen(slice(start, start + size))
-        replicates = _mean_replicates(rows, query, estimator, own)
-        value, stderr = mean_and_stderr(replicates)
-        data: dict[str, Any] = {"value": (("train", "query"), value), "stderr": (("train", "query"), stderr)}
-        if keep:
-            data["replicates"] = (("replicate", "train", "query"), replicates)
-        coords = {"train": rows.names, "train_size": ("train", rows.sizes)}
-        blocks.append(xr.Dataset(data, coords))
-    matrix = xr.concat(blocks, "train") if len(blocks) > 1 else blocks[0]
-    return matrix.assign_coords(query=query.names, query_size=("query", query.sizes))
+    value, stderr = np.empty((rows, columns)), np.empty((rows, columns))
+    kept = np.empty((count, rows, columns)) if count * rows * columns <= _KEPT else None
+    size = max(1, _BLOCK // (count * columns))
+    for start in range(0, rows, size):
+        block = slice(start, start + size)
+        replicates = _mean_replicates(train.chosen(block), query, estimator, own)
+        value[block], stderr[block] = mean_and_stderr(replicates)
+        if kept is not None:
+            kept[:, block] = replicates
+    data: dict[str, Any] = {"value": (("train", "query"), value), "stderr": (("train", "query"), stderr)}
+    if kept is not None:
+        data["replicates"] = (("replicate", "train", "query"), kept)
+    sizes = {"train_size": ("train", train.sizes), "query_size": ("query", query.sizes)}
+    return xr.Dataset(data, {"train": train.names, "query": query.names} | sizes)
 
 
 def _mean_replicates(

@@ -169,9 +169,11 @@ def carried_labels(
 
 def _reason_to_omit(tree: xr.DataTree, trusted_only: bool, known: tuple[str, str] | None = None) -> str:
     """Why a checkpoint cannot be used; empty if it can. ``known`` are its verdict and advice, if it was diagnosed."""
-    verdict, advice = known or _judged(tree)
     drawn = "train" in tree.children and (tree["chains"]["status"] == "ok").any()
-    return "" if drawn and not (trusted_only and verdict in _UNTRUSTED) else f"{verdict}: {advice}"
+    if drawn and not trusted_only:
+        return ""
+    verdict, advice = known or _judged(tree)
+    return "" if drawn and verdict not in _UNTRUSTED else f"{verdict}: {advice}"
 
 
 def _judged(tree: xr.DataTree) -> tuple[str, str]:

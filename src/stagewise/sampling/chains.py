@@ -80,6 +80,8 @@ class Chains:
     def __post_init__(self) -> None:
         if self.sampler not in (names := get_args(SamplerName)):
             raise ValueError(f"sampler must be one of {sorted(names)}, got {self.sampler!r}")
+        if self.batching not in (names := get_args(BatchingChoice)):
+            raise ValueError(f"batching must be one of {sorted(names)}, got {self.batching!r}")
         for name in ("chains", "blocks", "draws", "step_size", "thinning", "batch_size"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -161,8 +161,7 @@ def exact_gradient(density: LocalDensity, batching: Batching, rows: Tensor | Non
 
 def _of_potential(density: LocalDensity, u: Tensor, slope: Tensor, still: Tensor | None) -> Gradient:
     """n_beta (slope - still) + gamma u, in few vectors; ``still`` is what does not count of the slope."""
-    drift = slope.clone() if still is None else slope - still
-    drift.mul_(density.n_beta)
+    drift = slope * density.n_beta if still is None else (slope - still).mul_(density.n_beta)
     for part, there in zip(torch.split(drift, _PIECE, 1), torch.split(u, _PIECE, 1), strict=True):
         part.add_(density.gamma * there)
     return Gradient(drift, slope)
