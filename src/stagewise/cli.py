@@ -109,16 +109,21 @@ def study(
 
 @app.command()
 def doctor(folder: RunFolder) -> None:
-    """Are these chains to be trusted, and if not, what to change. One line per checkpoint."""
+    """Are these chains to be trusted, and if not, what to change. One line per checkpoint.
+
+    Exit code 0: all verdicts are "ok" or "beyond first order", which is answered with a word of caution. 1: the chains
+    of some checkpoint cannot be trusted, and it is not answered. 2: there is nothing to judge: no run folder, no
+    traces, or arguments that are wrong.
+    """
     from rich.table import Table
 
     from stagewise.run.pipeline import checkup
 
-    with _readable_errors():
+    with _readable_errors(code=2):
         verdicts = checkup(folder)
-        table = Table(
-            "step", "verdict", "R-hat", "ESS", "loss rise", "even share", "chains ok", "exact: r / slope", box=None
-        )
+        products = ("R-hat of products", "ESS of products")
+        last = ("loss rise", "even share", "chains ok", "exact: r / slope")
+        table = Table("step", "verdict", "R-hat", "ESS", *products, *last, box=None)
         for row in verdicts.rows:
             table.add_row(*row)
         console.print(table)
@@ -126,6 +131,8 @@ def doctor(folder: RunFolder) -> None:
             console.print(line, highlight=False, markup=False)
         if verdicts.replay:
             console.print(f"retraining: {verdicts.replay}", highlight=False, markup=False)
+    if verdicts.untrusted:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -142,13 +149,20 @@ def report(folder: RunFolder) -> None:
 def export(
     folder: RunFolder,
     jsonl: Annotated[Path, typer.Option(help="File for the samples that matter most, to be read by PAIR's viewer.")],
+    untrusted: Annotated[
+        bool, typer.Option("--untrusted", help="Name samples picked by chains that cannot be trusted, too.")
+    ] = False,
 ) -> None:
     """The training samples that matter most as JSON lines, for https://pair-code.github.io/pretraining-tda/demo."""
-    from stagewise.run.jsonl import write_jsonl
+    from stagewise.run.jsonl import read_jsonl, write_jsonl
 
     with _readable_errors():
-        lines = write_jsonl(folder, jsonl)
+        lines = write_jsonl(folder, jsonl, trusted_only=not untrusted)
         console.print(f"{lines} lines: {jsonl}", highlight=False, markup=False, soft_wrap=True)
+        doubts = {record["step"]: record["untrusted"] for record in read_jsonl(jsonl) if "untrusted" in record}
+        for step, reason in doubts.items():
+            what = "not to be trusted" if untrusted else "withheld"
+            console.print(f"step {step}: {what}: {reason}", highlight=False, markup=False)
 
 
 @app.command()
@@ -194,8 +208,8 @@ def _show(found: Sequence[str], report: Path) -> None:
 
 
 @contextmanager
-def _readable_errors() -> Iterator[None]:
-    """Faults of input end with their message and code 1; anything else is a bug and keeps its traceback."""
+def _readable_errors(code: int = 1) -> Iterator[None]:
+    """Faults of input end with their message and this code; anything else is a bug and keeps its traceback."""
     try:
         yield
     except Exception as error:
@@ -203,7 +217,7 @@ def _readable_errors() -> Iterator[None]:
         if message is None:
             raise
         Console(stderr=True).print(f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(1)
+        sys.exit(code)
 
 
 def _explained(error: Exception) -> str | None:

@@ -43,6 +43,7 @@ class Exemplar:
         images: ``(sample, height, width)`` or ``(sample, height, width, 3)`` in [0, 1], if the data are images.
         texts: the text of every token of each sample, or of the stretch of it that matters, if the data are text.
         token_values: influence of every token on the query, in nats per unit weight; NaN where it does not count.
+        estimator: whose influence it is, as a report calls it.
     """
 
     query: str
@@ -54,6 +55,7 @@ class Exemplar:
     images: NDArray[np.floating[Any]] | None = None
     texts: Sequence[Sequence[str]] | None = None
     token_values: Sequence[Sequence[float]] | None = None
+    estimator: str = BIF
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +83,7 @@ class Results:
         in_two_times: ``value`` (trained, asked, train, query), see :func:`stagewise.influence_in_time`.
         notes: sentences on what had to be left out.
         exemplars: single training samples that matter most.
+        withheld: steps at which chains picked some that are not among them, as these chains cannot be trusted, and why.
         config: the configuration of the run, of plain values.
         provenance: where the numbers come from (versions, hashes, times), of plain values.
 
@@ -102,6 +105,7 @@ class Results:
     in_two_times: xr.Dataset | None = None
     notes: Sequence[str] = ()
     exemplars: Sequence[Exemplar] = ()
+    withheld: Mapping[int, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 

@@ -79,7 +79,7 @@ def test_a_run_without_chains_is_a_report_of_exact_influence_and_writes_no_trace
     again = cli.invoke(app, ["report", str(tmp_path / "run")])
     assert again.exit_code == 0, again.output
     checked = cli.invoke(app, ["doctor", str(tmp_path / "run")])
-    assert checked.exit_code == 1
+    assert checked.exit_code == 2
     assert "run the sampling first" in checked.output
 
 
@@ -100,7 +100,7 @@ def test_unwritable_run_folder_is_named(tmp_path):
 
 def test_doctor_on_a_folder_that_is_no_run_says_so(tmp_path):
     result = cli.invoke(app, ["doctor", str(tmp_path)])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "no run folder" in result.output
 
 
@@ -118,3 +118,60 @@ def test_data_without_labels_are_studied_sample_by_sample(tmp_path):
     page = (tmp_path / "run" / "report.html").read_text()
     assert "one" in page
     assert "two" in page
+
+
+def test_doctor_ends_with_1_where_the_chains_of_a_checkpoint_cannot_be_trusted(tmp_path):
+    config = write_run(tmp_path, sampling={"chains": 4, "draws": 4}, estimators=["bif"], retraining=None)
+    assert cli.invoke(app, ["run", str(config)]).exit_code == 0
+    result = cli.invoke(app, ["doctor", str(tmp_path / "run")])
+    assert result.exit_code == 1
+    assert "too few draws" in result.output
+
+
+def test_doctor_ends_with_0_where_there_is_but_a_word_of_caution(finished, monkeypatch):
+    monkeypatch.setattr("stagewise.traces.verdicts.MAX_EVEN_SHARE", -1.0)
+    result = cli.invoke(app, ["doctor", str(finished[0])])
+    assert result.exit_code == 0
+    assert "beyond first order" in result.output
+
+
+def test_doctor_says_in_its_help_what_its_exit_codes_mean():
+    text = " ".join(cli.invoke(app, ["doctor", "--help"]).output.split())
+    assert all(f"{code}:" in text for code in (1, 2))
+    assert "Exit code 0" in text
+    assert cli.invoke(app, ["doctor"]).exit_code == 2
+
+
+def test_rankings_of_chains_that_are_not_trusted_any_more_are_withheld_with_the_reason_unless_forced(
+    tmp_path, monkeypatch
+):
+    config = write_run(tmp_path, estimators=["bif"], retraining=None, per="sample")
+    assert cli.invoke(app, ["run", str(config)]).exit_code == 0
+    folder, path = tmp_path / "run", tmp_path / "a.jsonl"
+    before = sw.report(folder)
+    assert before.exemplars
+    assert before.single["BIF"].sizes["step"] == 3
+    assert not before.withheld
+    monkeypatch.setattr("stagewise.traces.verdicts.MAX_RHAT", 0.0)  # as a later version may judge more strictly
+    after = sw.report(folder)
+    assert not after.exemplars
+    assert "BIF" not in after.single
+    assert {*after.withheld} == {exemplar.step for exemplar in before.exemplars}
+    page = (folder / "report.html").read_text()
+    assert "Chains that cannot be trusted pick no samples" in page
+    assert "Training samples that mattered most for" not in page
+    result = cli.invoke(app, ["export", str(folder), "--jsonl", str(path)])
+    assert "withheld: not converged: " in result.output
+    for record in sw.read_jsonl(path):
+        assert record["untrusted"].startswith("not converged: ")
+        assert record["proponents"] == record["opponents"] == []
+    forced = cli.invoke(app, ["export", str(folder), "--jsonl", str(path), "--untrusted"])
+    assert "not to be trusted: not converged: " in forced.output
+    assert all(r["untrusted"] and (r["proponents"] or r["opponents"]) for r in sw.read_jsonl(path))
+
+
+def test_rankings_by_exact_influence_are_shown_whatever_the_chains_are(finished, monkeypatch, tmp_path):
+    monkeypatch.setattr("stagewise.traces.verdicts.MAX_RHAT", 0.0)
+    path = tmp_path / "a.jsonl"
+    assert cli.invoke(app, ["export", str(finished[0]), "--jsonl", str(path)]).exit_code == 0
+    assert all("untrusted" not in r and (r["proponents"] or r["opponents"]) for r in sw.read_jsonl(path))

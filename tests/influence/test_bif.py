@@ -13,7 +13,7 @@ def verdicts(monkeypatch):
     """Verdict and advice by step, in place of the real diagnosis."""
     table = {}
 
-    def diagnose(tree):
+    def diagnose(tree, _labels):
         verdict, advice = table.get(tree.attrs.get("step"), ("ok", ""))
         return xr.Dataset({"verdict": verdict, "advice": advice})
 

@@ -22,7 +22,7 @@ SHARES = np.array([0.5, 1.0, 1.5])  # the samples' curvatures are these times H,
 def trusting(monkeypatch):
     """Every checkpoint is fine, without the cost of finding out."""
     verdict = xr.Dataset({"verdict": "ok", "advice": ""})
-    monkeypatch.setattr("stagewise.influence.trusted.diagnose", lambda _: verdict)
+    monkeypatch.setattr("stagewise.influence.trusted.diagnose", lambda *_: verdict)
 
 
 def bowl(positions, slope=0.0, **arguments):

@@ -15,7 +15,7 @@ PARTS = ("weight", "mean_train", "mean_query", "within", "between", "total")
 @pytest.fixture(autouse=True)
 def trusting(monkeypatch):
     """Every checkpoint is fine: chains that stay in one phase never converge."""
-    monkeypatch.setattr("stagewise.influence.trusted.diagnose", lambda _: xr.Dataset({"verdict": "ok", "advice": ""}))
+    monkeypatch.setattr("stagewise.influence.trusted.diagnose", lambda *_: xr.Dataset({"verdict": "ok", "advice": ""}))
 
 
 def draw_phases(*weights, chains=16, draws=20, seed=0):

@@ -119,8 +119,15 @@ class ReadOnce(TraceStore):
     @cached_property
     def verdicts(self) -> dict[int, tuple[str, str]]:
         """Verdict and advice of every step."""
+        if not self.steps:
+            return {}
         columns = (self.diagnostics[name].values.tolist() for name in ("step", "verdict", "advice"))
         return {step: (verdict, advice) for step, verdict, advice in zip(*columns, strict=True)}
+
+
+def untrusted(verdicts: Mapping[int, tuple[str, str]]) -> dict[int, str]:
+    """The steps whose chains cannot be trusted, with the reason, of verdicts and advice by step."""
+    return {step: f"{verdict}: {advice}" for step, (verdict, advice) in verdicts.items() if verdict in _UNTRUSTED}
 
 
 def over_checkpoints(
@@ -139,7 +146,7 @@ def over_checkpoints(
     verdicts: Mapping[int, tuple[str, str]] = getattr(traces, "verdicts", {})
     for step in steps:
         tree = traces.load(step)
-        if reason := _reason_to_omit(tree, trusted_only, verdicts.get(step)):
+        if reason := _reason_to_omit(tree, trusted_only, verdicts.get(step), getattr(traces, "labels", None)):
             omitted[str(step)] = reason
             continue
         results.append(estimate(step, tree).expand_dims(step=[step]))
@@ -167,17 +174,19 @@ def carried_labels(
     return (carried["train"] if train is None else train), dict(carried["queries"]) | given
 
 
-def _reason_to_omit(tree: xr.DataTree, trusted_only: bool, known: tuple[str, str] | None = None) -> str:
+def _reason_to_omit(
+    tree: xr.DataTree, trusted_only: bool, known: tuple[str, str] | None, labels: Mapping[str, Any] | None
+) -> str:
     """Why a checkpoint cannot be used; empty if it can. ``known`` are its verdict and advice, if it was diagnosed."""
     drawn = "train" in tree.children and (tree["chains"]["status"] == "ok").any()
     if drawn and not trusted_only:
         return ""
-    verdict, advice = known or _judged(tree)
+    verdict, advice = known or _judged(tree, labels)
     return "" if drawn and verdict not in _UNTRUSTED else f"{verdict}: {advice}"
 
 
-def _judged(tree: xr.DataTree) -> tuple[str, str]:
-    diagnosis = diagnose(tree)
+def _judged(tree: xr.DataTree, labels: Mapping[str, Any] | None) -> tuple[str, str]:
+    diagnosis = diagnose(tree, labels)
     return str(diagnosis["verdict"].item()), str(diagnosis["advice"].item())
 
 

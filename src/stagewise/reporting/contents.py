@@ -19,7 +19,7 @@ from stagewise.reporting.page import Page, Plate, Section, write_page
 from stagewise.reporting.passages import Passages, passages_of
 from stagewise.reporting.tables import Table
 from stagewise.reporting.words import count, label_text, number, quoted
-from stagewise.results import DAMPED, Exemplar, Results, others
+from stagewise.results import DAMPED, Results, others
 from stagewise.retraining.scores import measured_influence
 
 _SHOWN_FLIPS = 15
@@ -36,7 +36,7 @@ def sections(results: Results) -> list[Section]:
         *([Section("Influence in two times", in_two_times)] if in_two_times else []),
         Section("Held against retraining", [*_comparison(results)]),
         Section("Held against the replayed window", [*_size_checks(results)]),
-        Section("Samples that mattered most", [*_exemplars(results.exemplars), *_tokens(results)]),
+        Section("Samples that mattered most", [*_exemplars(results), *_tokens(results)]),
         *([Section("Samples that are alike to the model", [*_map(results)])] if results.positions is not None else []),
         Section("Can the chains be trusted?", [*_chains(results)]),
     ]
@@ -211,10 +211,12 @@ def _scatter_caption(measured: xr.Dataset) -> str:
     )
 
 
-def _exemplars(exemplars: Sequence[Exemplar]) -> Iterator[Plate | Table | Passages]:
-    if not exemplars:
+def _exemplars(results: Results) -> Iterator[Plate | Table | Passages]:
+    for step, reason in results.withheld.items():
+        yield Plate(f"withheld-{step}", f"Chains that cannot be trusted pick no samples. Step {step}: {reason}.")
+    if not results.exemplars and not results.withheld:
         yield Plate("exemplars", "Single training samples were not looked at in this run.")
-    by_query = sorted(exemplars, key=lambda exemplar: str(exemplar.query))
+    by_query = sorted(results.exemplars, key=lambda exemplar: str(exemplar.query))
     for k, (query, group) in enumerate(groupby(by_query, key=lambda exemplar: exemplar.query)):
         chosen = list(group)
         if any(exemplar.token_values for exemplar in chosen):

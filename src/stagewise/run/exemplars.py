@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from stagewise.influence.bif import bif
-from stagewise.results import Exemplar
+from stagewise.results import BIF, Exemplar
 from stagewise.run.analysis import spread
 from stagewise.run.estimators import OneByOne
 from stagewise.task import Samples, Task
@@ -49,6 +49,11 @@ def tokens_of(single: xr.Dataset, picked: Mapping[int, Sequence[int]], queries: 
         step: single.sel(step=[step], query=queries).isel(train=np.flatnonzero(np.isin(of_sample, [*samples])))
         for step, samples in picked.items()
     }
+
+
+def from_untrusted(exemplar: Exemplar, reasons: Mapping[int, str]) -> bool:
+    """Whether it was picked by chains that cannot be trusted, given the steps that have such."""
+    return exemplar.estimator == BIF and exemplar.step in reasons
 
 
 def exemplars(

@@ -24,7 +24,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from stagewise.results import Exemplar
+from stagewise.results import BIF, EXACT, Exemplar
 
 # Arrays with more numbers than this are no longer written for a person to read.
 _READABLE = 2**16
@@ -70,7 +70,8 @@ def load_results(folder: Path) -> tuple[dict[str, xr.Dataset], list[Exemplar]]:
         if path.stem != "exemplars"
     }
     stored = json.loads((target / "exemplars.json").read_text(encoding="utf-8"))
-    return datasets, [_exemplar_from_json(entry) for entry in stored]
+    usual = EXACT if f"baseline {EXACT}" in datasets else BIF  # of folders that do not say by which they were picked
+    return datasets, [_exemplar_from_json({"estimator": usual} | entry) for entry in stored]
 
 
 def dataset_to_json(dataset: xr.Dataset) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 One line per query and checkpoint (https://github.com/PAIR-code/pretraining-tda). A *proponent* is a helpful training
 sample, an *opponent* a harmful one, each list beginning with the strongest. The viewer's scores are positive for
 proponents: they are **minus** the influence of all other results, in nats per unit weight. Fields that the viewer does
-not know: ``step``, ``window``, ``proponent_stderrs``, ``opponent_stderrs``, ``score``.
+not know: ``step``, ``window``, ``proponent_stderrs``, ``opponent_stderrs``, ``score``, and ``untrusted``: why the
+chains that picked the samples cannot be trusted, if they cannot.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from stagewise.influence.trusted import ReadOnce, untrusted
 from stagewise.results import Exemplar
 from stagewise.run import yaml12
+from stagewise.run.exemplars import from_untrusted
 from stagewise.run.folder import load_results
 from stagewise.traces.files import write_text
 from stagewise.traces.store import TraceStore
@@ -25,12 +29,13 @@ _LISTS = {"s": str, "_ids": str, "_scores": float, "_stderrs": float}
 """What is known of each proponent and of each opponent, by the end of its field's name."""
 
 
-def write_jsonl(folder: str | Path, path: str | Path) -> int:
+def write_jsonl(folder: str | Path, path: str | Path, trusted_only: bool = True) -> int:
     """Write the training samples that matter most in a run folder, for PAIR's attribution viewer.
 
     Args:
         folder: of a run with results.
         path: the file, which appears or is replaced as a whole.
+        trusted_only: name no samples that were picked by chains which cannot be trusted; the line says why.
 
     Returns:
         How many lines there are: one per query and checkpoint.
@@ -44,12 +49,18 @@ def write_jsonl(folder: str | Path, path: str | Path) -> int:
         >>> sw.write_jsonl("runs/first", "attributions.jsonl")  # doctest: +SKIP
         12
     """
-    root = TraceStore.read_only(folder).root
+    traces = ReadOnce.of(TraceStore.read_only(folder))
+    root = traces.root
     _, exemplars = load_results(root)
     if not exemplars:
         raise ValueError(f"{root} holds no single training samples; run it with the setting exemplars=6, for instance")
     window = yaml12.load((root / "config.yaml").read_text(encoding="utf-8"))["posterior"]["window"]
-    lines = [_line(_record(exemplar, window)) for exemplar in exemplars]
+    reasons = untrusted(traces.verdicts)
+    lines = []
+    for exemplar in exemplars:
+        doubt = {"untrusted": reasons[exemplar.step]} if from_untrusted(exemplar, reasons) else {}
+        named = replace(exemplar, samples=[]) if doubt and trusted_only else exemplar
+        lines.append(_line(_record(named, window) | doubt))
     write_text(Path(path).expanduser(), "\n".join(lines) + "\n")
     return len(lines)
 

@@ -14,7 +14,7 @@ from stagewise.dynamics.events import events
 from stagewise.dynamics.kernel_map import influence_map
 from stagewise.influence.bif import NoTrustedCheckpointError, bif
 from stagewise.influence.loss_kernel import loss_kernel
-from stagewise.influence.trusted import ReadOnce
+from stagewise.influence.trusted import ReadOnce, untrusted
 from stagewise.reporting.contents import write_report
 from stagewise.results import BIF, EXACT, Exemplar, Results, headline, size_check
 from stagewise.run import yaml12
@@ -23,7 +23,7 @@ from stagewise.run.before import look
 from stagewise.run.config import RunConfig, save_config
 from stagewise.run.engine import Work, compute, default_workers, prepare
 from stagewise.run.estimators import NAMES, SAMPLED, Found, exact_samples, exact_tokens, of_chains, without_chains
-from stagewise.run.exemplars import chosen, exemplars, sampled_samples, tokens_of
+from stagewise.run.exemplars import chosen, exemplars, from_untrusted, sampled_samples, tokens_of
 from stagewise.run.folder import load_results, provenance, save_results
 from stagewise.run.kept import Kept
 from stagewise.run.per import asked
@@ -32,7 +32,6 @@ from stagewise.run.progress import Progress, silent
 from stagewise.run.source import trajectory_of
 from stagewise.run.task_file import load_task
 from stagewise.task import Task
-from stagewise.traces.diagnostics import diagnose_run
 from stagewise.traces.store import TraceStore
 from stagewise.usable import chosen_steps
 from stagewise.varied import by_itself
@@ -108,6 +107,10 @@ def _analyse(
 
 def _exemplars(analysis: Analysis, found: Found, influence: xr.Dataset | None, traces: TraceStore) -> list[Exemplar]:
     """By the best estimator that there is."""
+
+    def named(name: str, found: list[Exemplar]) -> list[Exemplar]:
+        return [replace(exemplar, estimator=name) for exemplar in found]
+
     task, count, single = analysis.task, analysis.config.exemplars, found.single
     of_samples = {} if asked(task, analysis.config) == "token" else single
     if (exact := found.curves.get(EXACT)) is not None:
@@ -115,11 +118,11 @@ def _exemplars(analysis: Analysis, found: Found, influence: xr.Dataset | None, t
         tokens = partial(exact_tokens, analysis)
         if EXACT in single and EXACT not in of_samples:
             tokens = partial(tokens_of, single[EXACT])
-        return exemplars(task, samples, exact, count, of_tokens=tokens)
+        return named(EXACT, exemplars(task, samples, exact, count, of_tokens=tokens))
     if influence is not None:
-        return exemplars(task, partial(sampled_samples, traces), influence, count)
+        return named(BIF, exemplars(task, partial(sampled_samples, traces), influence, count))
     for name, values in of_samples.items():
-        return exemplars(task, partial(chosen, values), found.curves[name], count)
+        return named(name, exemplars(task, partial(chosen, values), found.curves[name], count))
     return []
 
 
@@ -143,6 +146,11 @@ def _report(traces: ReadOnce, influence: xr.Dataset | None) -> Results:
     baselines = {
         name.removeprefix("baseline "): found for name, found in datasets.items() if name.startswith("baseline ")
     }
+    reasons = untrusted(traces.verdicts)  # perhaps more than there were when the results were written
+    if BIF in single:
+        drawn = single.pop(BIF)
+        steps = [step for step in drawn["step"].values.tolist() if step not in reasons]
+        single |= {BIF: drawn.sel(step=steps)} if steps else {}
     if datasets["losses"].attrs.get("curves") == "sample":
         single = baselines | ({} if influence is None else {BIF: influence})
     results = Results(
@@ -158,7 +166,8 @@ def _report(traces: ReadOnce, influence: xr.Dataset | None) -> Results:
         replay=datasets.get("replay"),
         in_two_times=datasets.get("in two times"),
         notes=json.loads(datasets["losses"].attrs.get("notes", "[]")),
-        exemplars=picked,
+        exemplars=[exemplar for exemplar in picked if not from_untrusted(exemplar, reasons)],
+        withheld={exemplar.step: reasons[exemplar.step] for exemplar in picked if from_untrusted(exemplar, reasons)},
         config=settings,
         provenance=json.loads((folder / "provenance.json").read_text(encoding="utf-8")),
     )
@@ -178,10 +187,18 @@ def _positions(traces: ReadOnce, steps: list[int]) -> xr.Dataset | None:
 
 @dataclass(frozen=True)
 class Checkup:
-    """The doctor's findings: a row of words per checkpoint, what to change, and whether retraining repeats the run."""
+    """The doctor's findings.
+
+    Attributes:
+        rows: words per checkpoint.
+        advice: what to change.
+        untrusted: the checkpoints whose chains cannot be trusted, and why.
+        replay: whether retraining repeats the run.
+    """
 
     rows: list[tuple[str, ...]]
     advice: list[str]
+    untrusted: dict[int, str]
     replay: str = ""
 
 
@@ -192,28 +209,29 @@ def checkup(folder: str | Path) -> Checkup:
         RunFolderError: it is no run folder.
         ValueError: nothing has been sampled yet.
     """
-    verdicts, sizes = diagnose_run(TraceStore.read_only(folder)), _sizes(Path(folder))
+    traces = ReadOnce.of(TraceStore.read_only(folder))
+    verdicts, sizes = traces.diagnostics, _sizes(traces)
     rows, advice = [], []
     for step in verdicts["step"].values:
         one = verdicts.sel(step=step)
         numbers = [
             f"{float(one[name]):.3g}" if name in one and np.isfinite(float(one[name])) else "-"
-            for name in ("rhat", "ess_bulk", "loss_rise", "even_share")
+            for name in ("rhat", "ess_bulk", "rhat_products", "ess_products", "loss_rise", "even_share")
         ]
         chains = f"{int(one['chains_ok'])}/{int(one['chains_ok']) + int(one['chains_failed'])}"
         rows.append((str(step), str(one["verdict"].item()), *numbers, chains, sizes.get(int(step), "-")))
         if text := str(one["advice"].item()):
             advice.append(f"step {step}: {text}")
-    return Checkup(rows, advice, _repeats(Path(folder)))
+    return Checkup(rows, advice, untrusted(traces.verdicts), _repeats(traces.root))
 
 
-def _sizes(folder: Path) -> dict[int, str]:
+def _sizes(traces: ReadOnce) -> dict[int, str]:
     """Correlation and slope of exact on sampled influence, by step; empty where one of them was not computed."""
     try:
-        exact = load_results(folder)[0].get(f"baseline {EXACT}")
+        exact = load_results(traces.root)[0].get(f"baseline {EXACT}")
     except FileNotFoundError:
         return {}
-    sampled = _influence(ReadOnce.of(TraceStore.read_only(folder)))
+    sampled = _influence(traces)
     if exact is None or sampled is None:
         return {}
     scores = size_check(sampled, exact)

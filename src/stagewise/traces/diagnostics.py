@@ -1,31 +1,34 @@
 """Can these chains be trusted, and if not, what to change: one verdict per step.
 
 The statistics of chains come from ``arviz-stats``. They look at series of mean losses, one per data set: the
-mean loss of the candidates and that of each query set, over the chains that ended ok. All is computed from changes
-since the checkpoint: losses may be large beside them.
+mean loss of the candidates and that of each query set, over the chains that ended ok; and at products of losses, see
+:mod:`stagewise.traces.products`. All is computed from changes since the checkpoint: losses may be large beside them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import xarray as xr
 
+from stagewise.influence.covariance import stretches
 from stagewise.traces.cells import loss_groups
+from stagewise.traces.products import arviz, product_numbers
 from stagewise.traces.store import TraceStore
 from stagewise.traces.verdicts import MIN_CHAINS, MIN_DRAWS, judge
 
 _DIMS = ["chain", "draw"]
 
 
-def diagnose(tree: xr.DataTree) -> xr.Dataset:
+def diagnose(tree: xr.DataTree, labels: Mapping[str, Any] | None = None) -> xr.Dataset:
     """Diagnostics and verdict of one step.
 
     Args:
         tree: the traces of a step, see :meth:`stagewise.traces.store.TraceStore.load`.
+        labels: of the groups whose influence is asked for, see :attr:`stagewise.traces.store.TraceStore.labels`.
 
     Returns:
         Scalars. Always there:
@@ -57,7 +60,10 @@ def diagnose(tree: xr.DataTree) -> xr.Dataset:
         * ``mcse_mean``: Monte Carlo standard error of the mean training loss, in nats;
         * ``loss_rise_stderr``: that of ``loss_rise``, in nats: the same, as the checkpoint's loss is exact;
         * ``drift``: mean of the later half of the draws minus that of the earlier half in units of its
-          standard error, for the series where it is largest in size.
+          standard error, for the series where it is largest in size;
+        * ``rhat_rows``, ``ess_rows``, ``rhat_products``, ``ess_products``, ``mcse_products``, ``between_share``,
+          ``drift_share``, ``chains_p``: of the products that influence averages and of what they are made of, see
+          :func:`stagewise.traces.products.product_numbers`.
 
         There if the losses at the reflected points were recorded:
 
@@ -75,6 +81,8 @@ def diagnose(tree: xr.DataTree) -> xr.Dataset:
         "localised": tree.attrs.get("localised", True) is not False,  # None: not looked at
     }
     numbers = _numbers(groups) if drawn else {}
+    if "rhat" in numbers:
+        numbers |= product_numbers(groups, labels or {}, stretches(len(status), facts["draws"]))
     if drawn and "soft_spread" in chains and chains["soft_spread"].notnull().any():
         numbers["soft_spread"] = float(chains["soft_spread"].values[ok].mean())
     numbers |= {name: float(tree.attrs[name]) for name in ("size_low", "size_high") if tree.attrs.get(name) is not None}
@@ -121,7 +129,8 @@ def diagnose_run(traces: TraceStore | str | Path) -> xr.Dataset:
     store = TraceStore.read_only(traces) if isinstance(traces, str | Path) else traces
     if not store.steps:
         raise ValueError(f"{store.root} holds no complete cell yet; run the sampling first")
-    results = [diagnose(store.load(step)) for step in store.steps]
+    labels = store.labels
+    results = [diagnose(store.load(step), labels) for step in store.steps]
     return xr.concat(results, xr.Variable("step", list(store.steps)), data_vars="all", join="outer")
 
 
@@ -203,7 +212,7 @@ def _convergence(series: xr.DataArray) -> dict[str, float]:
     moving = series[(series.max(_DIMS) > series.min(_DIMS)).values]
     if "train" not in moving["series"]:
         return {}
-    az = _arviz()
+    az = arviz()
     with np.errstate(divide="ignore", invalid="ignore"):  # chains frozen at different values: R-hat is infinite
         mcse = _mcse(moving).sel(series="train").item()
         numbers = {
@@ -225,12 +234,5 @@ def _drift(series: xr.DataArray) -> float:
     return float(z[np.argmax(np.abs(z))])
 
 
-def _arviz() -> Any:
-    """Imported where chains are judged: processes that only sample start two seconds earlier without it."""
-    import arviz_stats
-
-    return arviz_stats  # calls itself typed, but is not
-
-
 def _mcse(series: xr.DataArray) -> xr.DataArray:
-    return cast(xr.DataArray, _arviz().mcse(series, sample_dims=_DIMS, method="mean"))
+    return cast(xr.DataArray, arviz().mcse(series, sample_dims=_DIMS, method="mean"))

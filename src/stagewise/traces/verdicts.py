@@ -16,6 +16,11 @@ MIN_DRAWS = 8
 MAX_RHAT = 1.1
 MAX_DRIFT = 4.0
 MIN_ESS_PER_CHAIN = 5
+RHAT_BY_CHANCE = 2.5
+"""Over the independent draws that a chain is worth: by how much the largest R-hat of many rows exceeds 1 by chance."""
+MAX_BETWEEN_SHARE = 0.3
+MAX_DRIFT_SHARE = 0.25
+MIN_CHAINS_P = 1e-3
 MAX_HEAT = 0.1
 MAX_SOFT_SPREAD = 2.5
 MAX_EVEN_SHARE = 0.2
@@ -95,23 +100,57 @@ def _cannot_say(numbers: Numbers, _statuses: Sequence[str], settings: Settings) 
 
 
 def _not_converged(numbers: Numbers, _statuses: Sequence[str], settings: Settings) -> str:
-    drift, rhat, ess = numbers["drift"], numbers["rhat"], numbers["ess_bulk"] / numbers["chains_ok"]
-    if abs(drift) <= MAX_DRIFT and rhat <= MAX_RHAT and ess >= MIN_ESS_PER_CHAIN:
+    found = _of_means(numbers) or _of_products(numbers)
+    if not found:
         return ""
-    if abs(drift) > MAX_DRIFT:
-        found = f"the losses still drift ({drift:+.1f} standard errors)"
-    else:
-        found = (
-            f"the chains have not all seen the same region (R-hat {rhat:.2f}, should be below {MAX_RHAT}; a chain is "
-            f"worth {ess:.1f} independent draws, should be {MIN_ESS_PER_CHAIN})"
-        )
     if _independent(settings):
         return f"{found}, which is chance, as every draw is independent of all others; take more draws"
     burn_in, thinning, relaxation = (settings.get(name) for name in ("burn_in", "thinning", "relaxation"))
     if relaxation and burn_in >= _LONG * 5 * relaxation and thinning >= _LONG * relaxation / 2:
         return f"{found}, although burn_in and thinning are long beside {relaxation:.0f} steps; {_shorter(settings)}"
+    ess = min(numbers.get(name, math.inf) for name in ("ess_bulk", "ess_rows", "ess_products")) / numbers["chains_ok"]
     factor = max(2, math.ceil(2 * MIN_ESS_PER_CHAIN / ess))
     return f"{found}; use a longer {_times(settings, 'burn_in', 2)} and a larger {_times(settings, 'thinning', factor)}"
+
+
+def _of_means(numbers: Numbers) -> str:
+    """What is wrong with the mean losses."""
+    drift, rhat, ess = numbers["drift"], numbers["rhat"], numbers["ess_bulk"] / numbers["chains_ok"]
+    if abs(drift) > MAX_DRIFT:
+        return f"the losses still drift ({drift:+.1f} standard errors)"
+    if rhat <= MAX_RHAT and ess >= MIN_ESS_PER_CHAIN:
+        return ""
+    return (
+        f"the chains have not all seen the same region (R-hat {rhat:.2f}, should be below {MAX_RHAT}; a chain is "
+        f"worth {ess:.1f} independent draws, should be {MIN_ESS_PER_CHAIN})"
+    )
+
+
+def _of_products(numbers: Numbers) -> str:
+    """What is wrong with the products that influence averages, where the mean losses are right."""
+    drift, between = numbers.get("drift_share", 0.0), numbers.get("between_share", 0.0)
+    if drift > MAX_DRIFT_SHARE:
+        return f"the losses of a group still drift (a line over the draws explains {drift:.0%} of their variance)"
+    for name, what in (
+        ("rows", "the losses of groups"),
+        ("products", "the products of losses that influence averages"),
+    ):
+        rhat = numbers.get(f"rhat_{name}", 1.0)
+        ess = numbers.get(f"ess_{name}", math.inf) / numbers["chains_ok"]
+        limit = max(MAX_RHAT, 1 + RHAT_BY_CHANCE / ess)
+        if rhat > limit or ess < MIN_ESS_PER_CHAIN:
+            return (
+                f"the chains do not agree about {what} (R-hat {rhat:.2f}, should be below {limit:.2f}; a chain is "
+                f"worth {ess:.1f} independent draws, should be {MIN_ESS_PER_CHAIN})"
+            )
+    if between > MAX_BETWEEN_SHARE:
+        return f"{between:.0%} of the covariances lie between the means of chains, which stay where they are"
+    if (p := numbers.get("chains_p", 1.0)) < MIN_CHAINS_P:
+        return (
+            "the covariances of the chains differ by more than those of stretches of one chain do "
+            f"(F-test: p = {p:.0e}), and standard errors would be too small"
+        )
+    return ""
 
 
 def _heated(_numbers: Numbers, _statuses: Sequence[str], settings: Settings) -> str:
