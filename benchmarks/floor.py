@@ -179,7 +179,8 @@ def update_of_devinterp(repeats: int) -> Numbers:
     found = {}
     for name in ("sgld", "rmsprop_sgld"):
         parts = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
-        optimizer = getattr(SGMCMC, name)(parts, lr=1e-6, nbeta=SETTINGS["n_beta"], localization=SETTINGS["localization"])
+        settings = {"lr": 1e-6, "nbeta": SETTINGS["n_beta"], "localization": SETTINGS["localization"]}
+        optimizer = getattr(SGMCMC, name)(parts, **settings)
         for part in parts:
             part.grad = torch.randn_like(part)
         optimizer.step()
@@ -307,7 +308,8 @@ def compare(peers: str | None, draws: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("part", "measured", "ours", "devinterp", "devinterp / ours", title=f"{torch.get_num_threads()} threads")
+    threads = f"{torch.get_num_threads()} threads"
+    table = Table("part", "measured", "ours", "devinterp", "devinterp / ours", title=threads)
     with tempfile.TemporaryDirectory() as folder:
         for part in OURS:
             paths = {whose: str(Path(folder) / f"{whose}.npy") for whose in ("ours", "theirs")}

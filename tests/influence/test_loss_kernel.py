@@ -17,7 +17,7 @@ from stagewise.sampling.posterior import LocalPosterior
 def trusting(monkeypatch):
     """Every checkpoint is fine, without the cost of finding out."""
     verdict = xr.Dataset({"verdict": "ok", "advice": ""})
-    monkeypatch.setattr("stagewise.influence.trusted.diagnose", lambda _: verdict)
+    monkeypatch.setattr("stagewise.influence.trusted.diagnose", lambda *_: verdict)
 
 
 def flat(loss):

@@ -13,7 +13,7 @@ from stagewise.influence.strongest import strongest
 @pytest.fixture(autouse=True)
 def _trusted(monkeypatch):
     judged = xr.Dataset({"verdict": "ok", "advice": ""})
-    monkeypatch.setattr("stagewise.influence.trusted.diagnose", lambda _tree: judged)
+    monkeypatch.setattr("stagewise.influence.trusted.diagnose", lambda *_: judged)
 
 
 def by_sorting(whole, count):

@@ -18,7 +18,7 @@ PARTS = {"first": slice(0, 1), "rest": slice(1, 3)}
 def trusting(monkeypatch):
     """Every checkpoint is fine, without the cost of finding out."""
     verdict = xr.Dataset({"verdict": "ok", "advice": ""})
-    monkeypatch.setattr("stagewise.influence.trusted.diagnose", lambda _: verdict)
+    monkeypatch.setattr("stagewise.influence.trusted.diagnose", lambda *_: verdict)
 
 
 @pytest.fixture(scope="module")

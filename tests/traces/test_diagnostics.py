@@ -328,7 +328,7 @@ def test_a_query_whose_loss_runs_wild_is_named_and_its_checkpoint_is_not_trusted
     assert "parameters=" in advice
     assert "window" in advice
     assert "n_beta does not help" in advice
-    assert _reason_to_omit(tree, True, (verdict, advice)).startswith("unconstrained")
+    assert _reason_to_omit(tree, True, (verdict, advice), None).startswith("unconstrained")
 
 
 @pytest.mark.parametrize(("size", "verdict"), [(9.0, "ok"), (11.0, "unconstrained")])
@@ -422,7 +422,7 @@ def test_the_most_severe_verdict_wins():
 def test_a_checkpoint_that_cannot_be_used_gives_its_reason_as_advice():
     tree = cell(statuses=["unusable"] * 4, unusable="the learning rate at step 0 is 0")
     assert verdict_of(tree) == ("unusable", "the learning rate at step 0 is 0")
-    assert _reason_to_omit(tree, False, verdict_of(tree)) == "unusable: the learning rate at step 0 is 0"
+    assert _reason_to_omit(tree, False, verdict_of(tree), None) == "unusable: the learning rate at step 0 is 0"
 
 
 # A whole run.

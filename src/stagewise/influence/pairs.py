@@ -23,8 +23,7 @@ Kind = Literal["covariance", "correlation", "partial"]
 Part = Literal["full", "odd", "even"]
 Indices = np.ndarray[Any, np.dtype[np.intp]]
 
-# Numbers in one block of replicates (4 MB: larger ones leave the processor's caches), and in those kept of one checkpoint
-# (16 MB).
+# Numbers in one block of replicates (4 MB: larger ones leave the caches), and in those kept of one checkpoint (16 MB).
 _BLOCK = 2**19
 _KEPT = 2**21
 
