@@ -26,6 +26,7 @@ from stagewise.retraining.schedule import BatchOrder, Order, Schedule
 from stagewise.retraining.start import start_at
 from stagewise.retraining.training import train
 from stagewise.studies.chance import Labels
+from stagewise.studies.induction.classes import by_third
 from stagewise.studies.induction.lab import Lab
 from stagewise.studies.induction.network import Network
 from stagewise.studies.induction.settings import Settings
@@ -48,8 +49,6 @@ ARMS = {
 
 EXCESS_LEFT, LOOKS_BACK = 0.06, 0.3
 """Nats, and attention to the token before: induction has formed once a run has crossed both, said before any run."""
-
-_THIRDS = ("first", "middle", "last")
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +76,7 @@ def forming(lab: Lab, seed: int) -> range | None:
 def kinds(lab: Lab) -> tuple[Labels, np.ndarray[Any, np.dtype[np.int64]]]:
     """Names of kinds of tokens, class and third of the sequence; and which each predicted training token is of."""
     classes = lab.data.classes
-    thirds = np.array(_THIRDS)[np.arange(classes.shape[1]) * 3 // classes.shape[1]]
-    names, places = np.unique(np.char.add(np.char.add(classes, " "), thirds), return_inverse=True)
+    names, places = np.unique(by_third(classes), return_inverse=True)
     return names, places.reshape(classes.shape)
 
 

@@ -27,6 +27,9 @@ CLASSES = ("induction", "against", "neither", "early")
 THRESHOLD = 0.05
 """Nats. About half of the mean gain in sequences of 100 of three tokens: below it there is little to be learnt."""
 
+THIRDS = ("first", "middle", "last")
+"""Of a sequence."""
+
 
 def token_classes(tokens: Tensor, vocabulary: int, threshold: float = THRESHOLD) -> Labels:
     """The class of every predicted token ``(n, length - 1)``: entry ``s - 1`` is that of token s."""
@@ -34,3 +37,9 @@ def token_classes(tokens: Tensor, vocabulary: int, threshold: float = THRESHOLD)
     alike = gain(tokens, vocabulary).numpy() < threshold
     helped = log_ratio(tokens, vocabulary).numpy() > 0
     return np.select([early, alike, helped], ["early", "neither", "induction"], "against")
+
+
+def by_third(classes: Labels) -> Labels:
+    """Class and third of the sequence of every predicted token ``(n, length - 1)``: ``"induction last"``."""
+    length = classes.shape[1]
+    return np.char.add(np.char.add(classes, " "), np.array(THIRDS)[np.arange(length) * 3 // length])

@@ -8,10 +8,12 @@ from tempfile import TemporaryDirectory
 
 from stagewise.reporting import words
 from stagewise.retraining.window_influence import window_influence
+from stagewise.sampling.chains import sample_block
 from stagewise.studies import pricing
 from stagewise.studies.induction.arms import ARMS, decisions
 from stagewise.studies.induction.lab import Lab
-from stagewise.studies.induction.settings import FULL, Settings
+from stagewise.studies.induction.observed import observed_task
+from stagewise.studies.induction.settings import FULL, OBSERVED_RUNS, OBSERVING, POSTERIOR, Settings
 from stagewise.studies.induction.training import EXCESS
 from stagewise.studies.timing import of_window, timed
 
@@ -24,11 +26,15 @@ def cost(settings: Settings = FULL) -> str:
         lab = Lab(Path(folder), replace(settings, last=_SHORT, every=_SHORT, window_starts=(_START,)))
         update = timed(lambda: lab.run(0)) / _SHORT
         exact, others = pricing.exact(lab, _START, settings.window), pricing.others(lab, settings)
+        chains = timed(lambda: sample_block(observed_task(lab, 0), lab.run(0).load(_SHORT), POSTERIOR, OBSERVING))
         choice = of_window(lambda length: _choose(lab, length), settings.window)
-    windows, count = len(settings.exact_starts), settings.seeds
+    windows, count, observed = len(settings.exact_starts), settings.seeds, min(OBSERVED_RUNS, settings.seeds)
     parts = {
         f"training {words.count(count, 'run')}": settings.last * update,
         f"exact influence of {words.count(windows, 'window')} in each, and its control": windows * exact,
+        f"chains at {words.count(len(settings.observed), 'checkpoint')} of {words.count(observed, 'run')}": (
+            len(settings.observed) * chains * observed / count
+        ),
         **others,
         # Every query group has a derivative for each step that is asked for, and one run is made again, twice.
         "influence in two times": settings.asked[-1] * (len(settings.asked) * exact / settings.window + 2 * update),

@@ -112,14 +112,14 @@ OBSERVED_RUNS = 5
 """Of the runs, the first that the local posterior of every checkpoint is asked about."""
 
 OBSERVED_SEQUENCES = 16
-"""Training sequences that its loss is the mean of, and as many queries: an update of a chain costs a gradient of all."""
+"""Training sequences that its loss is the mean of, and as many queries: an update of a chain costs all gradients."""
 
 POSTERIOR = LocalPosterior(gamma=2e4, n_beta=1e4, metric="euclidean")
 """The same at all checkpoints, so that what it tells of them can be compared.
 
 Windows of training are not localised on this network. gamma / n_beta is 2 because the loss curves downwards by up to
-1.2 in the first updates, so that this much is localised at every checkpoint there is. With n_beta at 10,000 some per
-cent of the spread of losses are of second order, and R-hat of 4 chains is below 1.1. Both were chosen by that alone.
+1.2 in the first updates, so that this much is localised at every checkpoint there is. With n_beta at 10,000 about one
+per cent of the spread of losses is of second order, and R-hat of 4 chains is below 1.1. Both were chosen by that alone.
 """
 
 OBSERVING = Chains(chains=4, draws=16)

@@ -9,6 +9,7 @@ from stagewise.run.progress import Progress, silent
 from stagewise.studies.experiment import Experiment
 from stagewise.studies.induction.experiments.class_influence import class_influence
 from stagewise.studies.induction.experiments.intervention import intervention
+from stagewise.studies.induction.experiments.observables import observables
 from stagewise.studies.induction.experiments.stages import stages
 from stagewise.studies.induction.experiments.two_times import two_times
 from stagewise.studies.induction.experiments.windows import windows
@@ -17,7 +18,14 @@ from stagewise.studies.induction.settings import FULL, Settings
 from stagewise.studies.page import carry_out
 
 TITLE = "In-context Markov chains: which tokens teach a transformer induction, and when"
-EXPERIMENTS: tuple[Callable[[Lab], Experiment], ...] = (stages, class_influence, windows, two_times, intervention)
+EXPERIMENTS: tuple[Callable[[Lab], Experiment], ...] = (
+    stages,
+    class_influence,
+    observables,
+    windows,
+    two_times,
+    intervention,
+)
 
 
 def study(
