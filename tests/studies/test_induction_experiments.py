@@ -11,20 +11,29 @@ from reading import assert_whole, check, plate, value
 from typer.testing import CliRunner
 
 from stagewise.cli import app
+from stagewise.influence.bif import bif
+from stagewise.influence.llc import llc
+from stagewise.influence.trusted import NoTrustedCheckpointError
+from stagewise.studies.effects import of_classes
 from stagewise.studies.induction import cost as cost_module
 from stagewise.studies.induction import lab as lab_module
 from stagewise.studies.induction import study as study_module
 from stagewise.studies.induction.arms import ARMS, CHANCE, NAMED, UNCHANGED, formed, trained
 from stagewise.studies.induction.cost import cost
+from stagewise.studies.induction.experiments import observables as observables_module
 from stagewise.studies.induction.experiments import windows as windows_module
 from stagewise.studies.induction.experiments.class_influence import class_influence
 from stagewise.studies.induction.experiments.intervention import intervention
+from stagewise.studies.induction.experiments.observables import observables
 from stagewise.studies.induction.experiments.stages import stages
 from stagewise.studies.induction.experiments.two_times import in_time, two_times
 from stagewise.studies.induction.experiments.windows import windows
 from stagewise.studies.induction.lab import Lab
-from stagewise.studies.induction.settings import EIGHT, FULL, REDUCED
+from stagewise.studies.induction.observed import excess, influence, spectrum, traces
+from stagewise.studies.induction.settings import EIGHT, FULL, OBSERVED_SEQUENCES, REDUCED
 from stagewise.studies.induction.study import study
+from stagewise.studies.induction.training import EXCESS
+from stagewise.studies.measures import divergence
 from stagewise.studies.seeds import t_interval
 
 cli = CliRunner()
@@ -105,6 +114,49 @@ def test_influence_of_classes_is_told_with_peaks_flips_and_the_control(lab):
     assert len(plate(found, "influence-on-classes").axes) == 4
 
 
+def test_observables_of_the_local_posterior_are_those_of_the_draws_and_held_to_what_was_said(lab, monkeypatch):
+    monkeypatch.setattr(observables_module, "OBSERVED_RUNS", 1)
+    found, store = observables(lab), traces(lab, 0)
+    when, steps = lab.transition(0), list(REDUCED.observed)
+    ends = [min(steps, key=lambda step: abs(step - end)) for end in (when.lower, when.upper)]
+    before, after = (llc(store, part="even").sel(step=step)["value"].item() for step in ends)
+    rise = check(found, "rise of the local learning coefficient")
+    assert rise.value == pytest.approx(after - before)
+    assert rise.lower[0] < rise.value < rise.upper[0]
+    assert value(found, "seeds whose local") == (rise.lower[0] > 0)
+    for name, curve in (("share of the top", spectrum(store)["value"]), ("influence of", -influence(store)["value"])):
+        largest = curve["step"][int(curve.argmax("step"))].item()
+        assert value(found, f"the {name}", "step, each") == largest
+        assert value(found, f"seeds whose {name}") == (when.lower <= largest <= when.upper and curve.max() > 0)
+        assert check(found, f"seeds whose {name}").target == (1,)
+    assert check(found, "can be trusted").values == (len(steps), len(steps))
+    assert 0 < value(found, "spread of the excess") < 1
+    assert len(plate(found, "observables").axes) == 4
+
+
+def test_influence_of_all_induction_tokens_is_the_sum_over_thirds_and_the_excess_that_of_the_checkpoint(lab):
+    store, whole = traces(lab, 0), influence(traces(lab, 0))["value"]
+    each = of_classes(bif(store)).sel(query=EXCESS)
+    thirds = [name for name in each["train"].values if name.startswith("induction ")]
+    np.testing.assert_allclose(whole, each.sel(train=thirds).sum("train"), rtol=1e-6)
+    model, data, step = lab.task(0).model, lab.data, REDUCED.observed[-1]
+    logits = torch.func.functional_call(model, lab.run(0).load(step).params, data.queries[:OBSERVED_SEQUENCES, :-1])
+    rule = data.probes.rules["bigram"][:OBSERVED_SEQUENCES]
+    expected = divergence(rule, logits.double().log_softmax(-1)).mean().item()
+    assert excess(store, [step])["anchor"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_chains_that_can_be_trusted_nowhere_are_told_and_end_no_study(lab, monkeypatch):
+    def refuse(*_, **__):
+        raise NoTrustedCheckpointError("none")
+
+    monkeypatch.setattr(observables_module, "OBSERVED_RUNS", 1)
+    monkeypatch.setattr(observables_module, "llc", refuse)
+    found = observables(lab)
+    assert "at no checkpoint of 1 run" in found.findings[0]
+    assert not found.checks
+
+
 def test_influence_in_two_times_is_what_the_change_does_that_is_made_and_nothing_after_the_question(lab):
     found = two_times(lab)
     assert check(found, "vs that change made, all seeds and steps: r").value > 0.97
@@ -175,7 +227,14 @@ def test_command_carries_out_the_study_and_predicts_its_cost(tmp_path, monkeypat
     monkeypatch.setattr(cost_module, "cost", partial(cost, PLATEAU))
     predicted = cli.invoke(app, ["study", "induction", "--out", str(tmp_path), "--dry-run"])
     assert predicted.exit_code == 0, predicted.output
-    for text in ("time ", "training 1 run", "exact influence of", "damped", "with other weights, in 9 ways"):
+    for text in (
+        "time ",
+        "training 1 run",
+        "exact influence of",
+        "the local posterior of 1 run at 2 checkpoints",
+        "damped",
+        "with other weights, in 9 ways",
+    ):
         assert text in predicted.output
     assert not list(tmp_path.iterdir())
     result = cli.invoke(app, ["study", "induction", "--out", str(tmp_path)])

@@ -28,13 +28,13 @@ def cost(settings: Settings = FULL) -> str:
         exact, others = pricing.exact(lab, _START, settings.window), pricing.others(lab, settings)
         chains = timed(lambda: sample_block(observed_task(lab, 0), lab.run(0).load(_SHORT), POSTERIOR, OBSERVING))
         choice = of_window(lambda length: _choose(lab, length), settings.window)
-    windows, count, observed = len(settings.exact_starts), settings.seeds, min(OBSERVED_RUNS, settings.seeds)
+    windows, count = len(settings.exact_starts), settings.seeds
+    looks, observed = len(settings.observed), min(OBSERVED_RUNS, count)
+    chains *= looks * observed / count
     parts = {
         f"training {words.count(count, 'run')}": settings.last * update,
         f"exact influence of {words.count(windows, 'window')} in each, and its control": windows * exact,
-        f"chains at {words.count(len(settings.observed), 'checkpoint')} of {words.count(observed, 'run')}": (
-            len(settings.observed) * chains * observed / count
-        ),
+        f"the local posterior of {words.count(observed, 'run')} at {words.count(looks, 'checkpoint')}": chains,
         **others,
         # Every query group has a derivative for each step that is asked for, and one run is made again, twice.
         "influence in two times": settings.asked[-1] * (len(settings.asked) * exact / settings.window + 2 * update),
