@@ -229,6 +229,6 @@ def _draw(lab: Lab, runs: Sequence[_Run]) -> Figure:
         column[0].set_title(f"seed {run.seed}")
     for ax, title in zip(axes[:, 0], titles, strict=True):
         ax.set_ylabel(title)
-    axes[0, 0].legend(frameon=False)
+    axes[0, 0].legend(frameon=False, loc="upper left", fontsize=6, handlelength=1)
     style.name_axes(figure, drawing.STEPS)
     return figure
