@@ -118,9 +118,9 @@ POSTERIOR = LocalPosterior(gamma=2e4, n_beta=1e4, metric="euclidean")
 """The same at all checkpoints, so that what it tells of them can be compared.
 
 Windows of training are not localised on this network. gamma / n_beta is 2 because the loss curves downwards by up to
-1.2 in the first updates of the first run; less would do later, with longer chains. n_beta was tried at 10,000 alone: one
-to three per cent of the spread of losses are of second order, and in a pilot R-hat was below 1.1. No other influence
-was looked at. Checkpoints whose chains have not converged are left out.
+1.2 in the first updates of the first run; less would do later, with longer chains. n_beta was tried at 10,000 alone:
+one to three per cent of the spread of losses are of second order, and in a pilot R-hat was below 1.1. Neither was
+chosen by any influence. Checkpoints whose chains have not converged are left out.
 """
 
 OBSERVING = Chains(chains=4, draws=16)

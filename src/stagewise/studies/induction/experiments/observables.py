@@ -4,8 +4,8 @@ Three observables: the local learning coefficient; the share of the top eigenval
 kinds of tokens (class and third of the sequence); and the influence of induction tokens on the excess.
 
 What was said before they were computed over training (a pilot at steps 300 to 375 of the first run, made for the
-chains' diagnostics and cost, had shown the coefficient at these): over the transition, from 5 % to 90 % of the last prefix
-matching, the local learning coefficient rises, and within it the share of the top eigenvalue is largest and the
+chains' diagnostics and cost, had shown the coefficient at these): over the transition, from 5 % to 90 % of the last
+prefix matching, the local learning coefficient rises, and within it the share of the top eigenvalue is largest and the
 influence of induction tokens on the excess most helpful, in every run.
 
 Nothing is said of covariance between phases. It needs a posterior that holds both, and how far the draws of one
