@@ -129,7 +129,7 @@ def test_observables_of_the_local_posterior_are_those_of_the_draws_and_held_to_w
         assert value(found, f"the {name}", "step, each") == largest
         assert value(found, f"seeds whose {name}") == (when.lower <= largest <= when.upper and curve.max() > 0)
         assert check(found, f"seeds whose {name}").target == (1,)
-    assert check(found, "can be trusted").values == (len(steps), len(steps))
+    assert check(found, "can be trusted").values == (llc(store).sizes["step"], len(steps))
     assert 0 < value(found, "spread of the excess") < 1
     assert len(plate(found, "observables").axes) == 4
 
