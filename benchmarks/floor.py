@@ -9,8 +9,8 @@ chains      a GPT-NeoX of two layers of width 128, 2,048 words, contexts of 128,
             chains, RMSprop-SGLD, losses of all tokens of 16 candidates and 16 others at every draw; `bare` is the same
             passes without anything else, in turn with ours
 update      one step of one chain of 70 million parameters, in the shapes of Pythia-70M, the gradient being there
-pairs       influence of every token of 32 sequences on every token of 32 others, 63 tokens each, from 4 x 50 draws
-digits      32 chains at 20 checkpoints of the digits network, beside one chain at a time in plain PyTorch
+pairs       influence of every token of 32 sequences on every token of 32 others, 63 tokens each, from 4 x 48 draws
+digits      32 chains at some checkpoints of the digits network, beside one chain at a time in plain PyTorch
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ WORDS, CONTEXT, BATCH, CHAINS = 2_048, 128, 16, 4
 SETTINGS = {"lr": 1e-6, "n_beta": 1e3, "localization": 1e4}
 HUGE = 70_385_664  # numbers in the matrices of Pythia-70M
 SEQUENCES, TOKENS = 32, 63
-STEPS, KEPT = 20, 5  # sampler steps and draws of the chains on digits
+AT, STEPS, KEPT = 5, 100, 5  # checkpoints, sampler steps and draws of the chains on digits
 Numbers = dict[str, float]
 
 
@@ -193,7 +193,7 @@ def update_of_devinterp(repeats: int) -> Numbers:
 
 def losses() -> tuple[np.ndarray[Any, Any], ...]:
     random = np.random.default_rng(0)
-    shape = (CHAINS, 50, SEQUENCES, TOKENS)
+    shape = (CHAINS, 48, SEQUENCES, TOKENS)
     common = random.normal(size=(*shape[:2], 1, 1))
     first, second = ((3 + common + random.normal(size=shape)).astype(np.float32) for _ in range(2))
     return first, second
@@ -253,7 +253,7 @@ def digits(_: str) -> Numbers:
     settings = {"burn_in": 0, "thinning": STEPS // KEPT, "step_size": step_size, "batch_size": size}
     sampling = sw.Chains("sgld", chains, 1, KEPT, control_variate=False, reflect=False, **settings)
     with tempfile.TemporaryDirectory() as folder:
-        record(Path(folder) / "run", size, range(0, 400, 20))
+        record(Path(folder) / "run", size, range(0, 20 * AT, 20))
         run = sw.Trajectory.from_directory(Path(folder) / "run")
         checkpoints = [run.load(step) for step in run.steps]
     problem = task()

@@ -125,6 +125,10 @@ class Samples:
             ) from error
         return on_device(batch, device)
 
+    def stacked(self, rows: Tensor, device: torch.device | str = "cpu") -> Batch | None:
+        """The batches ``rows`` ``(batch, sample)`` as one, ``(batch, sample, ...)``; None where data are no columns."""
+        return None if self._columns is None else self.batch(rows, device)
+
     def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
         """All samples in order, in batches of at most ``size``."""
         return (self.batch(slice(i, i + size), device) for i in range(0, len(self), size))

@@ -119,20 +119,26 @@ def _own_gradients(density: LocalDensity, batching: Batching) -> Callable[[Tenso
 
         if batching == "loop":
             return one_by_one()
-        batches = [task.train.batch(own, task.device) for own in rows]
-        flat = [tree_flatten(batch)[0] for batch in batches]
-        same = all(
-            isinstance(leaf, Tensor) and leaf.shape == first.shape
-            for leaves in flat
-            for leaf, first in zip(leaves, flat[0], strict=False)
-        )
-        if not same:
+        stacked = task.train.stacked(torch.stack(rows), task.device)
+        if stacked is None:
+            stacked = _stacked([task.train.batch(own, task.device) for own in rows])
+        if stacked is None:
             return one_by_one()
-        stacked = tree_map(lambda *leaves: torch.stack(leaves), *batches)
         with differentiable(u) as leaf:
             return gradient(vmap(loss)(leaf, stacked).sum(), leaf)
 
     return apply
+
+
+def _stacked(batches: list[Batch]) -> Batch | None:
+    """Batches as one, where all they hold are tensors of equal shapes."""
+    flat = [tree_flatten(batch)[0] for batch in batches]
+    same = all(
+        isinstance(leaf, Tensor) and leaf.shape == first.shape
+        for leaves in flat
+        for leaf, first in zip(leaves, flat[0], strict=False)
+    )
+    return tree_map(lambda *leaves: torch.stack(leaves), *batches) if same else None
 
 
 def reshuffled(n: int, size: int, generator: Generator) -> Iterator[Tensor]:
