@@ -123,7 +123,10 @@ def mean_and_stderr(replicates: Array) -> tuple[Array, Array]:
             f"one chain with fewer than {2 * _MIN_STRETCH} draws leaves no spread to take a standard error from; run "
             "more chains or draws"
         )
-    return replicates.mean(0), replicates.std(0, ddof=1) / np.sqrt(len(replicates))
+    mean = replicates.mean(0)
+    deviations = replicates - mean
+    squares = np.einsum("r...,r...->...", deviations, deviations)
+    return mean, np.sqrt(squares / (len(replicates) * (len(replicates) - 1)))
 
 
 def _prepared(a: Array, b: Array, centring: Centring, pieces: int | None) -> tuple[Array, Array, int]:
@@ -160,7 +163,8 @@ def _product_replicates(a: Array, b: Array, pieces: int, denominator: float) -> 
     chains, draws = a.shape[:2]
     a = a.reshape(chains * pieces, draws // pieces, -1)
     b = b.reshape(chains * pieces, draws // pieces, -1)
-    products: Array = np.matmul(a.transpose(0, 2, 1), b) * (len(a) / denominator)
+    # Factors go to the smaller side: the products are most of the work.
+    products: Array = np.matmul((a * (len(a) / denominator)).transpose(0, 2, 1), b)
     return products
 
 

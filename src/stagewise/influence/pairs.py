@@ -23,8 +23,8 @@ Kind = Literal["covariance", "correlation", "partial"]
 Part = Literal["full", "odd", "even"]
 Indices = np.ndarray[Any, np.dtype[np.intp]]
 
-# Numbers in one block of replicates (4 MB: larger ones leave the caches), and in those kept of one checkpoint (16 MB).
-_BLOCK = 2**19
+# Numbers in one block of replicates (2 MB: larger ones leave the caches), and in those kept of one checkpoint (16 MB).
+_BLOCK = 2**18
 _KEPT = 2**21
 
 
@@ -112,7 +112,7 @@ class Estimator(NamedTuple):
         """Replicates of the influence summed over all pairs of columns of two rows: ``(replicate, train, query)``."""
         if self.kind == "covariance":
             a, b = (group_sums(side.traces, side.rows) for side in (train, query))
-            return self.scale * covariance_replicates(a, b, self.centring, self.pieces)
+            return covariance_replicates(self.scale * a, b, self.centring, self.pieces)
         fixed = None if train.controls is None or query.controls is None else (train.controls, query.controls)
         return self.scale * correlation_replicates(
             train.traces, query.traces, train.rows, query.rows, self.centring, self.pieces, fixed
@@ -157,7 +157,9 @@ def _mean_replicates(
 ) -> Array:
     """Replicates of the mean influence over pairs of columns, without those of one sample with its ``own``."""
     sums, pairs = estimator.pair_sums(train, query), np.outer(estimator.sizes(train), estimator.sizes(query))
-    if not own or pairs.max() == 1:
+    if pairs.max() == 1:
+        return sums
+    if not own:
         return sums / pairs
     same_sums, same_pairs = np.zeros_like(sums), np.zeros_like(pairs)
     for sample, (rows, left) in train.by_sample().items():
