@@ -15,7 +15,7 @@ help:
 	@echo "make test-studies   the studies in miniature, against their exact answers, and every remedy for chains, followed"
 	@echo "make lint     format check, lint and type check"
 	@echo "make bench    accuracy against measured effects, and cost (long)"
-	@echo "make peers    two other libraries against the same retraining, in an environment of their own (long)"
+	@echo "make peers    two other libraries against the same retraining, and what they cost, in an environment of their own (long)"
 
 # The pins were resolved on Python 3.11. On a newer Python only torch is held; the rest follows pyproject.toml.
 $(VENV)/constraints.txt: constraints.txt
@@ -80,6 +80,7 @@ $(PEERS)/.installed: benchmarks/peers-requirements.txt $(VENV)/constraints.txt
 
 peers: $(VENV)/.installed-test $(PEERS)/.installed
 	$(BIN)/python benchmarks/peers.py --peers $(PEERS)/bin/python
+	$(BIN)/python benchmarks/floor.py --peers $(PEERS)/bin/python
 
 clean:
 	rm -rf $(VENV) $(PEERS) runs

@@ -230,6 +230,22 @@ def test_losses_kept_by_sample_and_label_give_the_influence_that_single_tokens_g
     np.testing.assert_allclose(learned[0]["value"], learned[1]["value"], rtol=1e-5)
 
 
+def test_kernels_and_susceptibilities_of_carried_labels_are_those_of_single_tokens_and_other_labels_are_refused():
+    of, classes, single = drawn_by_class_and_singly("tokens")
+    kept = sw.TracesInMemory({3: classes}, {"train": [["", "even", "odd"]], "queries": {}})
+    labels = of.label_sets["train"]
+    all_tokens, options = sw.TracesInMemory({3: single}, {"train": labels, "queries": {}}), {"trusted_only": False}
+    kernel = [sw.loss_kernel(traces, grouped=True, **options) for traces in (kept, all_tokens)]
+    chi = [sw.susceptibilities({"all": traces}, grouped=True, **options) for traces in (kept, all_tokens)]
+    for one, other in (kernel, chi):
+        assert one["sample"].values.tolist() == ["even", "odd"]
+        np.testing.assert_allclose(one["value"], other["value"], rtol=1e-4, atol=1e-9)
+    with pytest.raises(ValueError, match="sample with single_tokens=True"):
+        sw.loss_kernel(kept, groups=labels, **options)
+    with pytest.raises(ValueError, match=r"got \(2,\)$"):
+        sw.bif(kept, train_groups=["a", "b"], **options)
+
+
 @pytest.mark.parametrize("single", [False, True])
 def test_a_folder_of_labelled_tokens_is_gone_on_with(tmp_path, single):
     of, posterior = task(), sw.LocalPosterior(window=4)

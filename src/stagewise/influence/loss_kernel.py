@@ -26,6 +26,7 @@ def loss_kernel(
     traces: Traces | str | Path,
     *,
     groups: Labels | None = None,
+    grouped: bool = False,
     tokens: bool = False,
     steps: Sequence[int] | None = None,
     part: Part = "full",
@@ -41,6 +42,7 @@ def loss_kernel(
         traces: loss traces, or the run folder that holds them.
         groups: label of every training sample ``(sample,)`` or token ``(sample, token)``; the kernel is then that of
             the groups' mean losses.
+        grouped: by the labels that the traces carry, where none are given here.
         tokens: one row per token.
         steps: some of the checkpoints; default all.
         part: ``"odd"`` or ``"even"`` under reflection about the checkpoint.
@@ -80,6 +82,8 @@ def loss_kernel(
     if missing := sorted(set(chosen) - set(traces.steps)):
         raise ValueError(f"steps {missing} are not in the traces, which have {list(traces.steps)}")
     carried = None if groups is not None else carried_labels(traces, None, {}, grouped=True)[0]
+    if grouped and carried is not None:
+        groups, carried = carried, None
 
     def estimate(_step: int, tree: xr.DataTree) -> xr.Dataset:
         dataset = tree["train"].to_dataset()
@@ -102,7 +106,8 @@ def _summed(rows: Columns) -> Columns:
     """The loss of every row in place of those of its columns."""
     if rows.rows is None:
         return rows
-    return replace(rows, traces=group_sums(rows.traces, rows.rows), samples=np.arange(len(rows.names)), rows=None)
+    summed = group_sums(rows.traces, rows.rows)
+    return replace(rows, traces=summed, samples=np.arange(len(rows.names)), rows=None, counts=None)
 
 
 def _of_samples(labels: Labels | None, rows: Columns, dataset: xr.Dataset) -> np.ndarray[Any, np.dtype[np.str_]] | None:

@@ -214,7 +214,7 @@ def columns(
         share = whole
     counted, numbers = share > 0 if tokens else np.ones(share.shape, dtype=bool), dataset["sample"].values
     if named is not None:
-        named = _of_columns(named, counted.shape, numbers, argument)
+        named = _of_columns(named, counted.shape, numbers, argument, by_label=counts is not None)
         counted = counted & (named != NONE)
     samples, share = np.indices(counted.shape)[0][counted], share[counted]
     traces = loss.reshape(*loss.shape[:2], -1) if counted.all() else loss[..., counted]
@@ -236,14 +236,18 @@ def columns(
 
 
 def _of_columns(
-    array: np.ndarray[Any, Any], shape: tuple[int, ...], numbers: Indices, argument: str
+    array: np.ndarray[Any, Any], shape: tuple[int, ...], numbers: Indices, argument: str, by_label: bool = False
 ) -> np.ndarray[Any, Any]:
     """One label per column, from labels of all columns, of all samples, or of the whole training set."""
     if len(array) > shape[0] > 0 and numbers.max() < len(array):
         array = array[numbers]
     if array.shape not in (shape, shape[:1], (1, *shape[1:])):
         expected = " or ".join(str(s) for s in dict.fromkeys((shape[:1], shape)))
-        raise ValueError(f"{argument}: expected labels of shape {expected}, got {array.shape}")
+        raise ValueError(
+            f"{argument}: expected labels of shape {expected}, got {array.shape}"
+            + "; these traces hold the mean loss of every label in a sample: group by the labels that they carry, or "
+            "sample with single_tokens=True" * by_label
+        )
     broadcast: np.ndarray[Any, Any] = np.broadcast_to(
         array.reshape(*array.shape, *[1] * (len(shape) - array.ndim)), shape
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from stagewise.influence.trusted import (
     NoTrustedCheckpointError,
     Traces,
     as_traces,
+    carried_labels,
     joined,
     numbered,
     ok_chains,
@@ -36,6 +38,7 @@ def susceptibilities(
     components: Mapping[str, Traces | str | Path],
     *,
     groups: Labels | None = None,
+    grouped: bool = False,
     tokens: bool = False,
     standardised: bool = False,
     trusted_only: bool = True,
@@ -53,6 +56,7 @@ def susceptibilities(
         components: loss traces, or the run folder that holds them, by the component's name.
         groups: label of every training sample ``(sample,)`` or token ``(sample, token)``; l_m is then the mean loss of
             a group.
+        grouped: by the labels that the traces carry, where none are given here.
         tokens: one column per token.
         standardised: every component's values are brought to mean 0 and variance 1 over the data, and the mean over
             the components taken out of every datum: what is left is in which of them it differs. Without unit.
@@ -92,13 +96,12 @@ def susceptibilities(
     if len(components) < 1 + standardised:
         raise ValueError(f"components: got {len(components)}, expected {1 + standardised} or more; sample the others")
 
-    def estimate(_step: int, tree: xr.DataTree) -> xr.Dataset:
-        return _at_checkpoint(tree, groups, tokens)
-
     found: list[xr.Dataset] = []
     omitted: dict[str, str] = {}
     for name, given in components.items():
         traces = as_traces(given)
+        labels, _ = carried_labels(traces, groups, {}, grouped)
+        estimate = partial(_at_checkpoint, groups=labels, tokens=tokens)
         one = over_checkpoints(traces, traces.steps, trusted_only, estimate)
         omitted |= {step: f"{name}: {reason}" for step, reason in json.loads(one.attrs["omitted"]).items()}
         found.append(one.expand_dims(component=[name]))
@@ -118,7 +121,7 @@ def susceptibilities(
     return result
 
 
-def _at_checkpoint(tree: xr.DataTree, groups: Labels | None, tokens: bool) -> xr.Dataset:
+def _at_checkpoint(_step: int, tree: xr.DataTree, groups: Labels | None, tokens: bool) -> xr.Dataset:
     """Of one component: ``value``, ``stderr`` and ``replicates`` by sample."""
     if tree.attrs.get("sampler") == "window":
         raise ValueError(
