@@ -18,6 +18,7 @@ from stagewise.groups import Labels
 from stagewise.influence.common_mode import controlled
 from stagewise.influence.covariance import Centring, stretches
 from stagewise.influence.pairs import Estimator, Kind, Part, influence_matrix
+from stagewise.influence.remainder import check_question, completed, remainder
 from stagewise.influence.trusted import (
     DataSets,
     NoTrustedCheckpointError,
@@ -44,6 +45,7 @@ def bif(
     part: Part = "full",
     tokens: bool = False,
     self_pairs: bool = True,
+    first_order: xr.Dataset | None = None,
     trusted_only: bool = True,
 ) -> xr.Dataset:
     """Influence of training samples, tokens or groups on queries at every checkpoint.
@@ -65,6 +67,10 @@ def bif(
         self_pairs: count a sample's effect on itself in the means of groups, as retraining does; False leaves out the
             pairs of a sample (or of two tokens of one sequence) with itself where a query set holds the candidates
             themselves, which share context and noise, unless a mean has no others.
+        first_order: influence to first order, of the same posterior, steps and groups: only what lies beyond it is then
+            taken from the draws, which must have been sampled with ``linear=True``. It is
+            ``damped_influence(curvature="hessian")`` for chains, and ``response_influence(at="checkpoint")`` for
+            ``sampler="window"``, whose reflected losses count as draws too.
         trusted_only: leave out checkpoints whose chains cannot be trusted; attribute ``omitted`` says which and why.
 
     Returns:
@@ -75,8 +81,9 @@ def bif(
 
     Raises:
         NoTrustedCheckpointError: no checkpoint can be trusted, with the reasons.
-        ValueError: labels do not fit the traces, an odd or even part is asked of traces without reflected losses, or a
-            partial correlation of a single training sample.
+        ValueError: labels do not fit the traces, an odd or even part is asked of traces without reflected losses, a
+            partial correlation of a single training sample, or ``first_order`` of other draws, or of what is not a
+            covariance.
 
     Example:
         >>> import torch, stagewise as sw
@@ -96,11 +103,18 @@ def bif(
         (('step', 'train', 'query'), (1, 2, 1), True)
     """
     traces = as_traces(traces)
+    if first_order is not None:
+        check_question(kind, centring, part, self_pairs)
     labels = carried_labels(traces, train_groups, query_groups or {}, grouped)
 
     by_token = tokens or (labels[0] is not None and np.ndim(labels[0]) == 2)
 
     def estimate(_step: int, tree: xr.DataTree) -> xr.Dataset:
+        if first_order is not None:
+            sides = remainder(tree, labels, grouped, part, tokens)
+            linear = data_sets(tree, labels, grouped, "linear", tokens, self_pairs)
+            found, known = (_at_checkpoint(of, tree, kind, centring) for of in (sides, linear))
+            return completed(found, known, first_order, tree.attrs)
         sides = data_sets(tree, labels, grouped, part, tokens, self_pairs)
         return _at_checkpoint(controlled(sides, tree, part) if kind == "partial" else sides, tree, kind, centring)
 
@@ -113,6 +127,7 @@ def bif(
         "part": part,
         "tokens": tokens,
         "self_pairs": self_pairs,
+        "first_order": "sampled" if first_order is None else first_order.attrs["estimator"],
         "units": units,
         "sign": "negative = helpful: more weight on the training data lowers the query loss",
     }

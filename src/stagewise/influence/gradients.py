@@ -147,7 +147,7 @@ def first_order(
     value, stderr = np.stack([v for v, _, _ in found.results]), np.stack([e for _, e, _ in found.results])
     units = {"units": "nats per unit weight"}
     variables = {"value": (dims, value, units), "stderr": (dims, stderr, units)}
-    about = {"window": posterior.window} if posterior.window else {"gamma": density.gamma}
+    about = {"window": posterior.window} if posterior.window else {"gamma": density.gamma, "n_beta": density.n_beta}
     sign = {"sign": "negative = helpful: more weight on the training data lowers the query loss"}
     attrs = {"estimator": estimator} | units | sign | member_of(trained) | {"metric": density.metric} | about
     return xr.Dataset(variables, coords, attrs | found.attrs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +22,8 @@ from stagewise.labels import NONE, Labels, as_labels
 
 Kind = Literal["covariance", "correlation", "partial"]
 Part = Literal["full", "odd", "even"]
+Recorded = Literal[Part, "linear"]
+"""Parts of the losses, and what they are to first order."""
 Indices = np.ndarray[Any, np.dtype[np.intp]]
 
 # Numbers in one block of replicates (2 MB: larger ones leave the caches), and in those kept of one checkpoint (16 MB).
@@ -44,6 +47,7 @@ class Columns:
         share: mean share of a sample (a token) in the mean over the whole data set.
         counts: how many tokens each column stands for; None where it is one.
         controls: ``(chain, draw, column)``, what a partial correlation holds fixed for each, if one is asked for.
+        also: other traces of the same columns with a sign, by which their covariance counts too.
     """
 
     traces: Array
@@ -53,6 +57,7 @@ class Columns:
     share: float = 1.0
     counts: Indices | None = None
     controls: Array | None = None
+    also: Sequence[tuple[float, Array]] = ()
 
     @property
     def lengths(self) -> Indices:
@@ -78,7 +83,9 @@ class Columns:
         """Some of the columns."""
         counts = None if self.counts is None else self.counts[columns]
         controls = None if self.controls is None else self.controls[..., columns]
-        return Columns(self.traces[..., columns], self.samples[columns], names, rows, self.share, counts, controls)
+        also = [(sign, traces[..., columns]) for sign, traces in self.also]
+        traces, samples = self.traces[..., columns], self.samples[columns]
+        return Columns(traces, samples, names, rows, self.share, counts, controls, also)
 
     def by_sample(self) -> dict[int, tuple[Indices, Columns]]:
         """For every sample its own columns, and the rows of this set they belong to."""
@@ -111,12 +118,18 @@ class Estimator(NamedTuple):
     def pair_sums(self, train: Columns, query: Columns) -> Array:
         """Replicates of the influence summed over all pairs of columns of two rows: ``(replicate, train, query)``."""
         if self.kind == "covariance":
-            a, b = (group_sums(side.traces, side.rows) for side in (train, query))
-            return covariance_replicates(self.scale * a, b, self.centring, self.pieces)
+            total = self._covariance(train, query, train.traces, query.traces)
+            for (sign, a), (_, b) in zip(train.also, query.also, strict=True):
+                total += sign * self._covariance(train, query, a, b)
+            return total
         fixed = None if train.controls is None or query.controls is None else (train.controls, query.controls)
         return self.scale * correlation_replicates(
             train.traces, query.traces, train.rows, query.rows, self.centring, self.pieces, fixed
         )
+
+    def _covariance(self, train: Columns, query: Columns, a: Array, b: Array) -> Array:
+        a, b = group_sums(a, train.rows), group_sums(b, query.rows)
+        return self.scale * covariance_replicates(a, b, self.centring, self.pieces)
 
 
 def influence_matrix(train: Columns, query: Columns, estimator: Estimator, shared: bool) -> xr.Dataset:
@@ -178,7 +191,7 @@ def columns(
     labels: Labels | None,
     argument: str,
     *,
-    part: Part = "full",
+    part: Recorded = "full",
     tokens: bool = False,
 ) -> Columns:
     """The columns of one data set over the chains that are kept. Tokens without weight or label are in no column.
@@ -264,12 +277,14 @@ def _within(weights: Array, members: Indices, rows: list[Indices] | None) -> Arr
     return relative
 
 
-def losses_of(dataset: xr.Dataset, kept: Indices, part: Part) -> Array:
+def losses_of(dataset: xr.Dataset, kept: Indices, part: Recorded) -> Array:
     """Losses of some chains, or their odd or even part under reflection: ``(chain, draw, sample[, token])``.
 
     Raises:
         ValueError: the traces have no reflected losses.
     """
+    if part == "linear":
+        return _of_chains(dataset["loss_linear"], kept)
     loss = _of_chains(dataset["loss"], kept)
     if part == "full":
         return loss

@@ -112,7 +112,8 @@ def response_influence(
         unseen = (1 - len(rows) / len(task.train)) / (_PARTS - 1)
         return whole._replace(parts=[answer(rows[k::_PARTS]) for k in range(_PARTS)], unseen=unseen)
 
-    return first_order(task, trajectory, posterior, f"response ({curvature})", solve, steps, curvature=True, per=per)
+    found = first_order(task, trajectory, posterior, f"response ({curvature})", solve, steps, curvature=True, per=per)
+    return found.assign_attrs(at=at)
 
 
 def _growth(density: LocalDensity, gradients: Tensor, response: Tensor) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 import xarray as xr
 
 from stagewise.groups import Labels
-from stagewise.influence.pairs import Columns, Indices, Part, columns
+from stagewise.influence.pairs import Columns, Indices, Recorded, columns
 from stagewise.traces.diagnostics import diagnose, diagnose_run
 from stagewise.traces.store import TraceStore
 
@@ -213,7 +213,7 @@ def data_sets(
     tree: xr.DataTree,
     labels: tuple[Labels | None, dict[str, Labels | None]],
     grouped: bool,
-    part: Part,
+    part: Recorded,
     tokens: bool,
     self_pairs: bool,
 ) -> DataSets:

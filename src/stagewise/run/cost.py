@@ -21,6 +21,7 @@ from stagewise.run.source import trajectory_of
 from stagewise.run.task_file import load_task
 from stagewise.sampling.block import move_apart
 from stagewise.sampling.chains import Chains
+from stagewise.sampling.coupled import quadratic_gradient
 from stagewise.sampling.curvature import extreme_curvature
 from stagewise.sampling.gradient import potential_gradient
 from stagewise.sampling.krylov import STORED
@@ -114,7 +115,7 @@ def sampling_cost(
     per_cell = sum(seconds for seconds, _ in probes) / len(probes)
     per_cell_steps = sum(count for _, count in probes) / len(probes)
     samples = len(task.candidates) + sum(len(data) for data in task.queries.values())
-    traces = 4.0 * sampling.chains * sampling.draws * samples * _tokens(task) * (2 if sampling.reflect else 1)
+    traces = 4.0 * sampling.chains * sampling.draws * samples * _tokens(task) * (1 + sampling.reflect + sampling.linear)
     parameters = sum(p.numel() for p in task.model.parameters())
     # Traces are kept as float32 changes, and put together as float64 at the end.
     memory = 4 * traces + 4.0 * copies(sampling, parameters) * parameters
@@ -133,7 +134,8 @@ def copies(sampling: Chains, parameters: int) -> int:
     apart = move_apart(sampling.chains, parameters) and sampling.batching != "stacked"
     together, window = 1 if apart else sampling.chains, sampling.sampler == "window"
     moving = _MOVING + _KRYLOV * (window and together * parameters <= STORED)
-    return _FIXED + _UPDATES * window + moving * together + (_KEPT * sampling.chains if apart else 0)
+    waiting = (sampling.chains if apart else 0) + (sampling.chains if sampling.linear and not window else 0)
+    return _FIXED + _UPDATES * window + moving * together + _KEPT * waiting
 
 
 def answered(task: Task, trajectory: Trajectory, posterior: LocalPosterior, steps: Sequence[int]) -> list[str]:
@@ -176,17 +178,18 @@ def _times(tuning: Tuning, sampling: Chains) -> tuple[float, float]:
     one_by_one = batching != "stacked" and move_apart(sampling.chains, density.vector.size)
     chains = 1 if one_by_one else sampling.chains
     u = torch.zeros(chains, density.vector.size).to(density.anchor)
-    gradient = potential_gradient(
-        density, chains, tuning.batch_size, sampling.control_variate, batching, torch.Generator()
-    )
+    size, random = tuning.batch_size, torch.Generator
+    gradients = [potential_gradient(density, chains, size, sampling.control_variate, batching, random())]
+    if sampling.linear and sampling.sampler != "window":
+        gradients.append(quadratic_gradient(density, chains, size, random()))
     sampler, noise = tuning.sampler, torch.Generator(u.device)
-    state = sampler.step(sampler.init(u, noise), gradient, noise)
+    states = [sampler.step(sampler.init(u, noise), gradient, noise) for gradient in gradients]
     start = time.perf_counter()
     for _ in range(3):
-        state = sampler.step(state, gradient, noise)
-        state.position.sum().item()
+        states = [sampler.step(state, slope, noise) for state, slope in zip(states, gradients, strict=True)]
+        sum(state.position.sum().item() for state in states)
     middle = time.perf_counter()
-    Watch(density, batching, sampling.reflect, sampling.single_tokens).draw(u)
+    Watch(density, batching, sampling.reflect, sampling.single_tokens, sampling.linear).draw(u)
     times = sampling.chains // chains
     return times * (middle - start) / 3, times * (time.perf_counter() - middle)
 

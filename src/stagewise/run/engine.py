@@ -51,6 +51,7 @@ class ChainSettings(TypedDict, total=False):
     batch_size: int | None
     control_variate: bool
     reflect: bool
+    linear: bool
     single_tokens: bool
     batching: Literal["auto", "stacked", "loop"]
     seed: int

@@ -13,7 +13,7 @@ from stagewise.checkpoint import Checkpoint
 from stagewise.sampling.drawing import Drawing, Underway
 from stagewise.sampling.posterior import LocalPosterior, largest_window, size_range
 from stagewise.sampling.tuning import LANGEVIN, SamplerName, Tuning, tune
-from stagewise.sampling.watch import Seen
+from stagewise.sampling.watch import DRAWN, Seen
 from stagewise.stacking import BatchingChoice
 from stagewise.task import Task
 
@@ -38,6 +38,9 @@ class Chains:
             minibatches adds 1 % to the variances at most; where the whole training set costs less, it is used.
         control_variate: subtract each minibatch's gradient at the checkpoint.
         reflect: also record losses at the reflected point 2w* - w, for odd and even parts.
+        linear: also record the losses to first order in the displacement, for ``bif(first_order=)``: along the draws of
+            ``sampler="window"``; else along chains of the quadratic form of the posterior that move by the same noise
+            and minibatches, at about the price of the chains themselves.
         single_tokens: record the losses of single tokens where these have labels; by default only their means over the
             tokens of a sample that have one label.
         batching: stack the chains or loop over them; ``"auto"`` stacks small models that allow it.
@@ -73,6 +76,7 @@ class Chains:
     batch_size: int | None = None
     control_variate: bool = True
     reflect: bool = True
+    linear: bool = False
     single_tokens: bool = False
     batching: BatchingChoice = "auto"
     seed: int = 0
@@ -94,6 +98,10 @@ class Chains:
             raise ValueError(f"burn_in must not be negative, got {self.burn_in}")
         if self.burn_in == 0 and self.sampler == "rmsprop_sgld":
             raise ValueError("rmsprop_sgld adapts in the first half of burn_in, and with burn_in=0 never; use 'sgld'")
+        if self.linear and self.sampler == "rmsprop_sgld":
+            raise ValueError("linear=True needs chains whose law is known; rmsprop_sgld adapts, use 'underdamped'")
+        if self.linear and self.batch_size and not self.control_variate:
+            raise ValueError("linear=True needs chains that share their minibatches; leave out control_variate=False")
         given = [n for n in ("step_size", "burn_in", "thinning", "batch_size") if getattr(self, n) is not None]
         if self.sampler == "window" and given:
             raise ValueError(f"sampler='window' draws independently, and has no {', '.join(given)}; leave that out")
@@ -121,10 +129,11 @@ def sample_block(
 
     Returns:
         Groups ``train`` (the candidates, by their number in the training set) and ``queries/<name>`` with
-        ``loss (chain, draw, sample[, token])`` in nats, the same at the reflected points (``loss_reflected``) and at
-        the checkpoint (``loss_anchor``), the ``share`` of every loss in the mean over its data set (in the training
-        objective), and the attributes ``is_training_set``, true of a query set whose samples are the candidates, and
-        ``own_loss``, true of one on which something else than the training loss is measured; group ``chains`` with
+        ``loss (chain, draw, sample[, token])`` in nats, the same at the reflected points (``loss_reflected``), to
+        first order (``loss_linear``) and at the checkpoint (``loss_anchor``), the ``share`` of every loss in the mean
+        over its data set (in the training objective), and the attributes ``is_training_set``, true of a query set whose
+        samples are the candidates, and ``own_loss``, true of one on which something else than the training loss is
+        measured; group ``chains`` with
         the ``status`` of every chain, and its ``soft_spread``, the mean square displacement along the softest
         direction in units of the variance that the curvature at the checkpoint gives it; attributes with every
         number that was chosen. Where all of them are given by hand and the posterior need not be localised, the
@@ -184,7 +193,7 @@ def _tree(
     for name, seen in traces.items():
         data = ("sample", "token")[: seen.loss_anchor.ndim]
         variables = {
-            key: ((*(("chain", "draw") if key in ("loss", "loss_reflected") else ()), *data), value.numpy())
+            key: ((*(("chain", "draw") if key in DRAWN else ()), *data), value.numpy())
             for key, value in seen._asdict().items()
             if value is not None
         }

@@ -13,6 +13,7 @@ from torch import Tensor
 from stagewise.derivatives import mean_gradient
 from stagewise.evaluate import represented
 from stagewise.sampling.block import Block
+from stagewise.sampling.coupled import Coupled
 from stagewise.sampling.gradient import potential_gradient
 from stagewise.sampling.posterior import LocalDensity
 from stagewise.sampling.tuning import Tuning, generator
@@ -67,7 +68,10 @@ class Drawing:
         )
         self._noise, self._alive = noise, torch.ones(sampling.chains, dtype=torch.bool, device=density.anchor.device)
         self._chains = Block(density, tuning.sampler, gradient, noise, sampling.chains, tuning.batching == "loop")
-        self._watch = Watch(density, tuning.batching, sampling.reflect, sampling.single_tokens)
+        self._coupled = None
+        if sampling.linear and sampling.sampler != "window":  # whose draws have a law that is known
+            self._coupled = Coupled(tuning, sampling, block, self.done)
+        self._watch = Watch(density, tuning.batching, sampling.reflect, sampling.single_tokens, sampling.linear)
         self._along: list[Tensor] = []
         self._farthest = _farthest(density, tuning.slow)
         if kept is not None:
@@ -81,8 +85,12 @@ class Drawing:
         if self._alive.any():
             self._chains.step()
             self._alive &= self._chains.squared_distance() < self._farthest  # also False for NaN
+            if self._coupled is not None:
+                self._coupled.chains.step()
+                self._alive &= self._coupled.chains.squared_distance() < self._farthest
         if since >= 0 and (since + 1) % tuning.thinning == 0:
-            self._alive &= self._watch.draw(self._chains.places(self._alive))
+            coupled = None if self._coupled is None else self._coupled.chains.places(self._alive)
+            self._alive &= self._watch.draw(self._chains.places(self._alive), coupled)
             if tuning.curvature is not None:
                 self._along.append(self._chains.along(tuning.curvature.softest))
         self.done += 1
@@ -111,6 +119,7 @@ class Drawing:
             "alive": self._alive,
             "noise": self._noise.get_state(),
             "chains": self._chains.state(),
+            "coupled": None if self._coupled is None else self._coupled.state(),
             "draws": self._watch.state(),
             "along": self._along,
         }
@@ -120,6 +129,8 @@ class Drawing:
         self._alive = kept["alive"].to(device)
         self._noise.set_state(kept["noise"])
         self._chains.go_on(kept["chains"])
+        if self._coupled is not None:
+            self._coupled.go_on(kept["coupled"])
         self._watch.go_on(kept["draws"])
         self._along = [part.to(device) for part in kept["along"]]
 

@@ -160,12 +160,12 @@ def exact_gradient(density: LocalDensity, batching: Batching, rows: Tensor | Non
     anchor_gradient = slopes(density.origin[None], pieces) if density.posterior.centred else None
 
     def exact(u: Tensor) -> Gradient:
-        return _of_potential(density, u, slopes(u, pieces), anchor_gradient)
+        return of_potential(density, u, slopes(u, pieces), anchor_gradient)
 
     return exact
 
 
-def _of_potential(density: LocalDensity, u: Tensor, slope: Tensor, still: Tensor | None) -> Gradient:
+def of_potential(density: LocalDensity, u: Tensor, slope: Tensor, still: Tensor | None) -> Gradient:
     """n_beta (slope - still) + gamma u, in few vectors; ``still`` is what does not count of the slope."""
     drift = slope * density.n_beta if still is None else (slope - still).mul_(density.n_beta)
     for part, there in zip(torch.split(drift, _PIECE, 1), torch.split(u, _PIECE, 1), strict=True):
@@ -173,13 +173,14 @@ def _of_potential(density: LocalDensity, u: Tensor, slope: Tensor, still: Tensor
     return Gradient(drift, slope)
 
 
-class _Turns:
+class Turns:
     """Which chains a call is for: all of them, or the next few in their order, step after step."""
 
     def __init__(self, chains: int) -> None:
         self._chains, self._next = chains, 0
 
     def __call__(self, count: int) -> slice:
+        """Those of a call for so many."""
         start, self._next = self._next, (self._next + count) % self._chains
         return slice(start, start + count)
 
@@ -217,7 +218,7 @@ def potential_gradient(
     if batch_size is None or batch_size >= len(train):
         return exact_gradient(density, batching)
     loss, centred = BatchLoss(density), density.posterior.centred
-    turn = _Turns(chains)
+    turn = Turns(chains)
 
     if control_variate:
         indices, slopes = reshuffled(len(train), batch_size, generator), piecewise_gradients(loss, batching)
@@ -234,7 +235,7 @@ def potential_gradient(
                 still = loss.mean_gradient(density.origin, pieces)
                 current.append((pieces, still if anchor_gradient is None else still.sub_(anchor_gradient)))
             pieces, still = current[0]
-            return _of_potential(density, u, slopes(u, pieces), still)
+            return of_potential(density, u, slopes(u, pieces), still)
 
         return anchored
 
@@ -247,6 +248,6 @@ def potential_gradient(
 
     def plain(u: Tensor) -> Gradient:
         slope = of_chains(u, [next(indices) for indices in own[turn(len(u))]])
-        return _of_potential(density, u, slope, anchor_gradient)
+        return of_potential(density, u, slope, anchor_gradient)
 
     return plain

@@ -14,10 +14,14 @@ from torch.nn.functional import pad
 
 from stagewise.content import content_digest
 from stagewise.data import Batch, Samples
+from stagewise.derivatives import directional_derivatives
 from stagewise.evaluate import Batching, chunks, sample_weights
 from stagewise.labels import TokenClasses
 from stagewise.sampling.posterior import LocalDensity
 from stagewise.task import Losses, Params
+
+DRAWN = ("loss", "loss_reflected", "loss_linear")
+"""Fields of :class:`Seen` that are of every draw."""
 
 
 class Seen(NamedTuple):
@@ -29,6 +33,7 @@ class Seen(NamedTuple):
     Attributes:
         loss: ``(chain, draw, sample[, token])``, float64, as ``loss_anchor`` plus its change in float32.
         loss_reflected: the same at the reflected points, or None.
+        loss_linear: the same to first order in the displacement, along the draws or coupled chains; or None.
         loss_anchor: at the checkpoint ``(sample[, token])``, float64.
         share: of every loss in the mean over the data set ``(sample[, token])``, float64: in the training objective for
             candidates. 0 where the loss has no weight, and where a shorter sample is padded.
@@ -37,6 +42,7 @@ class Seen(NamedTuple):
 
     loss: Tensor
     loss_reflected: Tensor | None
+    loss_linear: Tensor | None
     loss_anchor: Tensor
     share: Tensor
     tokens: Tensor | None
@@ -50,9 +56,17 @@ class Watch:
         batching: stack the chains, or loop over them.
         reflect: also evaluate at the reflected points.
         single_tokens: keep the losses of single tokens, also of those that have labels.
+        linear: also keep the losses to first order.
     """
 
-    def __init__(self, density: LocalDensity, batching: Batching, reflect: bool, single_tokens: bool = False) -> None:
+    def __init__(
+        self,
+        density: LocalDensity,
+        batching: Batching,
+        reflect: bool,
+        single_tokens: bool = False,
+        linear: bool = False,
+    ) -> None:
         self._density, self._batching = density, batching
         task = density.task
         sets = {"train": (task.candidate_samples, None)} | {
@@ -68,11 +82,14 @@ class Watch:
             for name, (data, query) in sets.items()
         }
         self._sets = {self._key[name]: _Set(density, data, query, labels[name]) for name, (data, query) in sets.items()}
-        self._signs = (1.0, -1.0) if reflect else (1.0,)
+        self._signs, self._linear = (1.0, -1.0) if reflect else (1.0,), linear
         self._draws: dict[str, list[Tensor]] = {key: [] for key in self._sets}
 
-    def draw(self, u: Tensor | Sequence[Tensor]) -> Tensor:
-        """Record the losses at ``u (chain, parameters)``; returns whether they are finite ``(chain,)``."""
+    def draw(self, u: Tensor | Sequence[Tensor], coupled: Tensor | Sequence[Tensor] | None = None) -> Tensor:
+        """Record the losses at ``u (chain, parameters)``; returns whether they are finite ``(chain,)``.
+
+        ``coupled``: where they are recorded to first order, default ``u``.
+        """
         finite = torch.ones(len(u), dtype=torch.bool, device=u[0].device)
         places: Tensor | Sequence[Tensor] = _Mirrored(u, self._signs)
         if self._batching == "stacked" and isinstance(u, Tensor):
@@ -81,7 +98,11 @@ class Watch:
             losses = data.kept(values.double())
             change = (losses - data.anchor.to(losses.device)).float()
             finite &= torch.isfinite(change).flatten(1).all(1).reshape(len(self._signs), -1).all(0)
-            self._draws[key].append(change.cpu().reshape(len(self._signs), len(u), *change.shape[1:]))
+            seen = change.cpu().reshape(len(self._signs), len(u), *change.shape[1:])
+            if self._linear:
+                along = data.kept(data.linear(u if coupled is None else coupled)).float()
+                seen = torch.cat([seen, along[None]])
+            self._draws[key].append(seen)
         return finite
 
     @torch.no_grad()
@@ -108,9 +129,9 @@ class Watch:
         """All that was recorded, by data set."""
         seen = {}
         for key, data in self._sets.items():
-            draws = torch.stack(self._draws[key], 2) + data.anchor.cpu()  # (sign, chain, draw, ...)
-            reflected = draws[1] if len(draws) > 1 else None
-            seen[key] = Seen(draws[0], reflected, data.anchor.cpu(), data.share.cpu(), data.tokens)
+            draws = torch.stack(self._draws[key], 2) + data.anchor.cpu()  # (sign or linear, chain, draw, ...)
+            reflected, linear = draws[1] if len(self._signs) > 1 else None, draws[-1] if self._linear else None
+            seen[key] = Seen(draws[0], reflected, linear, data.anchor.cpu(), data.share.cpu(), data.tokens)
         total = float(sample_weights(self._density).sum())
         return {
             name: seen[key]._replace(share=seen[key].share / (total if name == "train" else seen[key].share.sum()))
@@ -140,7 +161,7 @@ class _Set:
     def __init__(
         self, density: LocalDensity, data: Samples, query: str | None, labels: NDArray[np.str_] | None
     ) -> None:
-        self._density, self._query = density, query
+        self._density, self._data, self._query = density, data, query
         self._batches: list[Batch] = list(chunks(density.task, data))
         with torch.no_grad():
             params = density.params(density.origin)
@@ -158,6 +179,14 @@ class _Set:
     def losses(self, params: Params) -> Tensor:
         """At one place: ``(sample[, token])``."""
         return torch.cat([self._padded(self._evaluated(params, batch).values) for batch in self._batches])
+
+    def linear(self, places: Tensor | Sequence[Tensor]) -> Tensor:
+        """Change to first order at every place ``(place, sample[, token])``, float64."""
+        groups = [places] if isinstance(places, Tensor) else [place[None] for place in places]
+        of_set = (self._density, self._density.origin)
+        along = [directional_derivatives(*of_set, u, self._data, self._query, self._width)[0] for u in groups]
+        changes = torch.cat(along).to(self.anchor.device)
+        return changes.reshape(len(places), -1, self._width) if self._width else changes
 
     def kept(self, losses: Tensor) -> Tensor:
         """What is recorded of losses ``(..., sample[, token])``: where tokens have labels, their means."""

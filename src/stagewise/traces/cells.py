@@ -4,7 +4,8 @@ A cell is a tree of numbers with the groups
 
 * ``train`` (the candidates) and ``queries/<name>``: ``loss (chain, draw, sample[, token])`` in nats, float64;
   ``loss_anchor (sample[, token])`` at the checkpoint itself; ``share``, of every loss in the mean over the data set
-  (in the training objective); optionally ``loss_reflected``, the losses at ``2 w* - w``;
+  (in the training objective); optionally ``loss_reflected``, the losses at ``2 w* - w``, and
+  ``loss_linear``, those to first order in the displacement;
 * ``chains``: ``status (chain)``, ``"ok"`` or the reason why a chain must be left out.
 
 The root attributes are the facts of the cell. The loss groups are absent where nothing could be drawn
@@ -25,7 +26,7 @@ import xarray as xr
 
 # What defines the posterior must agree among the blocks of a step, or their chains could not be pooled.
 _POSTERIOR = ("n_beta", "gamma", "kappa", "window", "metric", "localised", "unusable")
-_DRAWN = ("loss", "loss_reflected")
+_DRAWN = ("loss", "loss_reflected", "loss_linear")
 _RELATIVE = "relative_to"  # attribute of packed losses
 
 Facts = dict[str, Any]
@@ -121,8 +122,7 @@ def _check_losses(path: str, group: xr.Dataset, chains: xr.Dataset) -> None:
     if "chain" not in group.coords or not group["chain"].equals(chains["chain"]):
         raise ValueError(f"'{path}' needs the same coordinate 'chain' as 'chains/status'")
     expected = {"loss": dims, "loss_anchor": dims[2:], "share": dims[2:]}
-    if "loss_reflected" in group:
-        expected["loss_reflected"] = dims
+    expected |= {name: dims for name in _DRAWN if name in group}
     ok = (chains["status"] == "ok").values
     for name, wanted in expected.items():
         dtype = np.dtype(np.float32 if name in group and _RELATIVE in group[name].attrs else np.float64)
