@@ -54,8 +54,9 @@ def _kept_after_every_step(monkeypatch):
         {"sampler": "sgld", "batch_size": 5, "step_size": 1e-4},
         {"sampler": "sgld", "batch_size": 5, "step_size": 1e-4, "control_variate": False, "batching": "stacked"},
         {"sampler": "rmsprop_sgld", "batch_size": 5, "step_size": 1e-5, "single_tokens": True, "reflect": False},
+        {"sampler": "sgld", "batch_size": 5, "step_size": 1e-4, "linear": True},
     ],
-    ids=["underdamped", "sgld", "own batches", "rmsprop"],
+    ids=["underdamped", "sgld", "own batches", "rmsprop", "coupled"],
 )
 @pytest.mark.parametrize("after", [1, 4, 9, STEPS - 1])
 def test_a_cell_goes_on_in_the_midst_with_the_bits_of_an_undisturbed_one(tmp_path, settings, after):
@@ -70,7 +71,9 @@ def test_a_cell_goes_on_in_the_midst_with_the_bits_of_an_undisturbed_one(tmp_pat
 def test_independent_draws_and_chains_that_move_one_by_one_go_on_too(tmp_path, monkeypatch):
     monkeypatch.setattr(block, "_MOST_NUMBERS", 1)
     window = {"sampler": "window", "step_size": None, "burn_in": None, "thinning": None}
-    for number, settings in enumerate([window, {"sampler": "rmsprop_sgld", "batch_size": 5, "step_size": 1e-5}]):
+    coupled = {"batch_size": 5, "step_size": 1e-4, "linear": True}
+    adaptive = {"sampler": "rmsprop_sgld", "batch_size": 5, "step_size": 1e-5}
+    for number, settings in enumerate([window, adaptive, coupled]):
         for after in (2, 4):  # killed twice
             with pytest.raises(KeyboardInterrupt):
                 sampled(tmp_path / f"killed {number}", after, **settings)
