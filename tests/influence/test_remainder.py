@@ -13,6 +13,7 @@ from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.influence.bif import bif
 from stagewise.influence.damped import damped_influence
 from stagewise.influence.response import response_influence
+from stagewise.run.engine import sample
 from stagewise.sampling import block
 from stagewise.sampling.chains import Chains, sample_block
 from stagewise.sampling.posterior import LocalPosterior
@@ -217,6 +218,22 @@ def test_first_order_of_a_path_and_traces_without_linear_losses_are_refused():
         traces = Traces({5: sample_block(task, checkpoint, posterior, sampling)}, LABELS)
         with pytest.raises(ValueError, match=words):
             bif(traces, first_order=response_influence(task, run, posterior), trusted_only=False)
+
+
+def test_blocks_of_a_run_folder_are_completed_as_those_in_memory(tmp_path):
+    task, checkpoint, _ = problem()
+    posterior, run = LocalPosterior(window=10), Trajectory.from_checkpoints([checkpoint])
+    sampling, known = replace(CHAINS, draws=8), first_order(task, checkpoint, posterior, "underdamped")
+    sample(task, run, posterior, out=tmp_path, sampling=sampling, blocks=2, workers=1)
+    found = bif(tmp_path, first_order=known, trusted_only=False)
+    blocks = [
+        bif(Traces({5: sample_block(task, checkpoint, posterior, sampling, block=k)}, LABELS), trusted_only=False)
+        for k in range(2)
+    ]
+    assert found.sizes["replicate"] == 32
+    assert (found["stderr"] < 0.5 * blocks[0]["stderr"]).all()
+    mean = sum(block["value"] for block in blocks) / 2
+    assert (abs(found["value"] - mean) < 5 * blocks[0]["stderr"]).all()
 
 
 def test_chains_without_a_law_that_is_known_are_refused():

@@ -197,7 +197,7 @@ def test_meanings_are_found_in_docstrings_as_python_3_13_keeps_them():
     first, _, rest = indented.partition("\n")
     dedented = "\n".join([first, *(line.removeprefix("    ") for line in rest.splitlines())])
     assert documented(dedented) == documented(indented)
-    assert len(documented(indented)) == 14
+    assert len(documented(indented)) == 15
     assert documented(indented)["draws"] == "draws kept of each chain"
     assert documented(indented)["seed"].endswith("less noisy")
 
