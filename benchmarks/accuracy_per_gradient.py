@@ -5,7 +5,7 @@
 Handwritten digits (full batch, Adam), W = 30, three checkpoints at which this window is localised, n_beta = 10 n. The
 reference has no step size and no burn-in: independent draws from the Gaussian of the posterior's quadratic form, in
 pairs u and -u, weighted by the ratio of the two laws, and to first order exact. Hamiltonian Monte Carlo with a
-Metropolis test, which shares nothing with it, is held against it: the root mean square of their difference in standard
+Metropolis test, which shares the loss alone with it, is held against it: the root mean square of their difference in standard
 errors is 1 where both are right.
 
 A number is the root mean square error over all pairs of classes, in units of the root mean square of the reference, and
@@ -15,7 +15,8 @@ counted.
 
 devinterp      RMSprop-SGLD as devinterp 2.0.1 has it, by this package's own sampler: V starts at 0 and adapts
                throughout, in the coordinates of the weights, no burn-in, minibatches of 512 for each chain and no
-               control variate; 100 draws a chain. Other than there, the posterior is the one that all rows sample.
+               control variate; 100 draws a chain; nan where they diverge, and the rate that does best is run to the
+               end. The posterior, unlike there, is the one that all rows sample
 SGLD           step size from the curvature, full batch; a fifth of the chain is burn-in, as the five relaxation times
                that it asks for are longer than the chain
 underdamped    the defaults
@@ -279,7 +280,7 @@ def solved(own: Problem, step: int) -> Solved:
 
 
 SGLD = sw.Chains("sgld", burn_in=SLOW_CHAIN // 5, thinning=SLOW_CHAIN // 100)
-ROWS = {f"devinterp, {rate:g}": partial(devinterp, rate, 4) for rate in RATES} | {
+ROWS = {f"devinterp, {rate:g}": partial(devinterp, rate, 1) for rate in RATES} | {
     "SGLD": partial(chains_of, SGLD, SLOW_CHAIN, 1),
     "underdamped": partial(chains_of, sw.Chains(), CHAIN, 1),
     "underdamped, first order": partial(chains_of, sw.Chains(linear=True), CHAIN, 3),
@@ -304,7 +305,7 @@ def compared(own: Problem, step: int) -> Table:
     table.title = f"step {step}, W = {WINDOW}; error of the reference {np.sqrt((exact.stderr**2).mean()) / size:.1%}\n"
     table.title += judged(own, density, exact)
     found = {name: errors(row, own, density, exact) for name, row in ROWS.items()}
-    best = min(RATES, key=lambda rate: np.nan_to_num(found[f"devinterp, {rate:g}"][BUDGETS[1]], nan=np.inf))
+    best = min(RATES, key=lambda rate: np.nan_to_num(found[f"devinterp, {rate:g}"][BUDGETS[0]], nan=np.inf))
     long = partial(devinterp, best, BUDGETS[-1] // CHAIN)
     found[f"devinterp, {best:g}"] = errors(long, own, density, exact)
     known = solved(own, step)
@@ -319,7 +320,7 @@ def compared(own: Problem, step: int) -> Table:
 def judged(own: Problem, density: LocalDensity, exact: Reference) -> str:
     """How far the reference is from Hamiltonian Monte Carlo."""
     slow, fast = extreme_curvature(density).precision_range(density)
-    judge = hmc(density, slow, fast, 16, 32, torch.Generator().manual_seed(0))
+    judge = hmc(density, slow, fast, 16, 20, torch.Generator().manual_seed(0))
     seen = [own.classes(density, draw) for draw in judge.positions.unbind(1)]
     traces = (torch.stack(losses, 1).numpy() for losses in zip(*seen, strict=True))
     other, error = mean_and_stderr(-density.kappa * covariance_replicates(*traces))
