@@ -5,8 +5,8 @@
 Handwritten digits (full batch, Adam), W = 30, three checkpoints at which this window is localised, n_beta = 10 n. The
 reference has no step size and no burn-in: independent draws from the Gaussian of the posterior's quadratic form, in
 pairs u and -u, weighted by the ratio of the two laws, and to first order exact. Hamiltonian Monte Carlo with a
-Metropolis test, which shares the loss alone with it, is held against it: the root mean square of their difference in standard
-errors is 1 where both are right.
+Metropolis test, which shares the loss alone with it, is held against it: the root mean square of their difference in
+standard errors is 1 where both are right.
 
 A number is the root mean square error over all pairs of classes, in units of the root mean square of the reference, and
 over groups of as many chains as the budget pays for. A gradient is that of the mean loss of all 1,200 samples; those of
