@@ -100,7 +100,7 @@ class Watch:
             finite &= torch.isfinite(change).flatten(1).all(1).reshape(len(self._signs), -1).all(0)
             seen = change.cpu().reshape(len(self._signs), len(u), *change.shape[1:])
             if self._linear:
-                along = data.kept(data.linear(u if coupled is None else coupled)).float()
+                along = data.kept(data.linear(u if coupled is None else coupled)).float().cpu()
                 seen = torch.cat([seen, along[None]])
             self._draws[key].append(seen)
         return finite
