@@ -129,7 +129,7 @@ class Estimator(NamedTuple):
 
     def _covariance(self, train: Columns, query: Columns, a: Array, b: Array) -> Array:
         a, b = group_sums(a, train.rows), group_sums(b, query.rows)
-        return self.scale * covariance_replicates(a, b, self.centring, self.pieces)
+        return covariance_replicates(self.scale * a, b, self.centring, self.pieces)
 
 
 def influence_matrix(train: Columns, query: Columns, estimator: Estimator, shared: bool) -> xr.Dataset:
