@@ -49,7 +49,7 @@ from torch.func import vmap
 import stagewise as sw
 from stagewise.derivatives import Product, dense, hessian_product
 from stagewise.influence import damped
-from stagewise.influence.covariance import Array, covariance_replicates, mean_and_stderr
+from stagewise.influence.covariance import covariance_replicates, mean_and_stderr
 from stagewise.sampling import sample_block
 from stagewise.sampling.base import Gradient
 from stagewise.sampling.curvature import extreme_curvature
@@ -57,6 +57,7 @@ from stagewise.sampling.gradient import potential_gradient
 from stagewise.sampling.posterior import LocalDensity
 from stagewise.sampling.rmsprop_sgld import RMSpropSGLD
 from stagewise.studies.digits import training as digit_run
+from stagewise.traces.columns import Array
 
 console = Console(width=120)
 STEPS, WINDOW = (200, 400, 700), 30

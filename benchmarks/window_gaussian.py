@@ -34,9 +34,9 @@ from torch import Tensor
 import stagewise as sw
 from stagewise.derivatives import Product, hessian_product
 from stagewise.groups import same_label
-from stagewise.influence.pairs import Part
 from stagewise.sampling import sample_block, window_gaussian
 from stagewise.studies.digits import training as digit_run
+from stagewise.traces.columns import Part
 from stagewise.traces.diagnostics import diagnose
 
 console = Console(width=150)

@@ -3,13 +3,12 @@ import pytest
 from scipy import stats
 
 from stagewise.influence.covariance import (
-    MIN_REPLICATES,
     correlation_replicates,
     covariance_replicates,
     group_sums,
     mean_and_stderr,
-    stretches,
 )
+from stagewise.traces.stretches import MIN_REPLICATES, stretches
 
 
 def traces(chains=16, draws=10, columns=(3, 4), seed=0):

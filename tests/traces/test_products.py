@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from test_diagnostics import ar1, cell, group
 
-from stagewise.influence.covariance import covariance_replicates, mean_and_stderr, stretches
+from stagewise.influence.covariance import covariance_replicates, mean_and_stderr
 from stagewise.traces.diagnostics import diagnose
 from stagewise.traces.products import MOST_PAIRS, _pairs
+from stagewise.traces.stretches import stretches
 
 LABELS = {"train": list("aabb"), "queries": {"val": list("xxyy")}}
 SIGNS = np.array([1.0, 1.0, -1.0, -1.0])

@@ -16,8 +16,8 @@ import xarray as xr
 
 from stagewise.groups import Labels
 from stagewise.influence.common_mode import controlled
-from stagewise.influence.covariance import Centring, stretches
-from stagewise.influence.pairs import Estimator, Kind, Part, influence_matrix
+from stagewise.influence.covariance import Centring
+from stagewise.influence.pairs import Estimator, Kind, influence_matrix
 from stagewise.influence.remainder import check_question, completed, remainder
 from stagewise.influence.trusted import (
     DataSets,
@@ -30,6 +30,8 @@ from stagewise.influence.trusted import (
     numbered,
     over_checkpoints,
 )
+from stagewise.traces.columns import Part
+from stagewise.traces.stretches import stretches
 
 __all__ = ["NoTrustedCheckpointError", "bif"]
 

@@ -18,9 +18,8 @@ from dataclasses import replace
 import numpy as np
 import xarray as xr
 
-from stagewise.influence.covariance import Array
-from stagewise.influence.pairs import Columns, Indices, Part, losses_of
 from stagewise.influence.trusted import DataSets, ok_chains
+from stagewise.traces.columns import Array, Columns, Indices, Part, losses_of
 
 
 def controlled(sides: DataSets, tree: xr.DataTree, part: Part) -> DataSets:

@@ -12,22 +12,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
+from stagewise.traces.columns import Array
+from stagewise.traces.stretches import MIN_STRETCH, stretches
+
 Centring = Literal["pooled", "within", "between"]
 Groups = Sequence[np.ndarray[Any, np.dtype[np.intp]]] | None
 """The columns of each group; None where every column is a group of its own."""
 
-# Fewer replicates than this make the standard error itself too noisy, so long chains are cut into stretches.
-MIN_REPLICATES = 16
-_MIN_STRETCH = 4
 # Deviations from a mean that are this small beside it are rounding: the column did not change.
 _ROUNDING = 1e-13
-
-
-def stretches(chains: int, draws: int) -> int:
-    """Into how many stretches each chain is cut, so that there are enough replicates of a useful length."""
-    wanted = -(-MIN_REPLICATES // chains)
-    return max(1, min(wanted, draws // _MIN_STRETCH))
 
 
 def covariance_replicates(a: Array, b: Array, centring: Centring = "pooled", pieces: int | None = None) -> Array:
@@ -120,7 +113,7 @@ def mean_and_stderr(replicates: Array) -> tuple[Array, Array]:
     """
     if len(replicates) < 2:
         raise ValueError(
-            f"one chain with fewer than {2 * _MIN_STRETCH} draws leaves no spread to take a standard error from; run "
+            f"one chain with fewer than {2 * MIN_STRETCH} draws leaves no spread to take a standard error from; run "
             "more chains or draws"
         )
     mean = replicates.mean(0)

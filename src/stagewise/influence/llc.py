@@ -11,9 +11,10 @@ from typing import Literal
 import numpy as np
 import xarray as xr
 
-from stagewise.influence.covariance import Array, mean_and_stderr, stretches
-from stagewise.influence.pairs import Indices, losses_of
+from stagewise.influence.covariance import mean_and_stderr
 from stagewise.influence.trusted import Traces, as_traces, numbered, ok_chains, over_checkpoints
+from stagewise.traces.columns import Array, Indices, losses_of
+from stagewise.traces.stretches import stretches
 
 
 def llc(

@@ -16,10 +16,12 @@ import numpy as np
 import xarray as xr
 
 from stagewise.groups import Labels
-from stagewise.influence.covariance import Centring, group_sums, stretches
-from stagewise.influence.pairs import Columns, Estimator, Part, columns, influence_matrix
+from stagewise.influence.covariance import Centring, group_sums
+from stagewise.influence.pairs import Estimator, influence_matrix
 from stagewise.influence.trusted import Traces, as_traces, carried_labels, numbered, ok_chains, over_checkpoints
 from stagewise.labels import as_labels
+from stagewise.traces.columns import Columns, Part, columns
+from stagewise.traces.stretches import stretches
 
 
 def loss_kernel(

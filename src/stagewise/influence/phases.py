@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from stagewise.groups import Groups, Labels
 from stagewise.influence.covariance import group_sums, mean_and_stderr
-from stagewise.influence.pairs import Columns, Estimator, influence_matrix
+from stagewise.influence.pairs import Estimator, influence_matrix
 from stagewise.influence.trusted import (
     Traces,
     as_traces,
@@ -32,6 +32,7 @@ from stagewise.influence.trusted import (
     ok_chains,
     over_checkpoints,
 )
+from stagewise.traces.columns import Columns
 
 Member = NDArray[np.bool_]
 """Whether a draw lies in a phase, ``(chain, draw)``."""

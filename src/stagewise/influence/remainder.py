@@ -17,8 +17,9 @@ import xarray as xr
 
 from stagewise.groups import Labels
 from stagewise.influence.covariance import Centring, mean_and_stderr
-from stagewise.influence.pairs import Kind, Part, Recorded
+from stagewise.influence.pairs import Kind
 from stagewise.influence.trusted import DataSets, data_sets
+from stagewise.traces.columns import Part, Recorded
 
 # Standard errors by which the draws' own estimate of the first term may be larger or smaller than it.
 _FAR = 8

@@ -16,9 +16,10 @@ import xarray as xr
 from torch import Tensor
 
 from stagewise.groups import Labels
-from stagewise.influence.covariance import Array, group_sums, mean_and_stderr, stretches
-from stagewise.influence.pairs import Columns, Indices, Part
+from stagewise.influence.covariance import group_sums, mean_and_stderr
 from stagewise.influence.trusted import Traces, as_traces, data_sets, joined, over_checkpoints
+from stagewise.traces.columns import Array, Columns, Indices, Part
+from stagewise.traces.stretches import stretches
 
 _BLOCK = 2**22
 """Pairs at a time."""

@@ -19,9 +19,8 @@ import numpy as np
 import xarray as xr
 
 from stagewise.groups import Labels
-from stagewise.influence.covariance import Array, covariance_replicates, group_sums, mean_and_stderr, stretches
+from stagewise.influence.covariance import covariance_replicates, group_sums, mean_and_stderr
 from stagewise.influence.llc import mean_rise
-from stagewise.influence.pairs import columns
 from stagewise.influence.trusted import (
     NoTrustedCheckpointError,
     Traces,
@@ -32,6 +31,8 @@ from stagewise.influence.trusted import (
     ok_chains,
     over_checkpoints,
 )
+from stagewise.traces.columns import Array, columns
+from stagewise.traces.stretches import stretches
 
 
 def susceptibilities(

@@ -14,7 +14,7 @@ import numpy as np
 import xarray as xr
 
 from stagewise.groups import Labels
-from stagewise.influence.pairs import Columns, Indices, Recorded, columns
+from stagewise.traces.columns import Columns, Indices, Recorded, columns
 from stagewise.traces.diagnostics import diagnose, diagnose_run
 from stagewise.traces.store import TraceStore
 

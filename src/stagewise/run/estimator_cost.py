@@ -10,8 +10,7 @@ import numpy as np
 
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.groups import query_groups
-from stagewise.influence.covariance import stretches
-from stagewise.influence.pairs import Columns, Estimator, influence_matrix
+from stagewise.influence.pairs import Estimator, influence_matrix
 from stagewise.results import BIF
 from stagewise.retraining.orders import window_orders
 from stagewise.retraining.start import start_at
@@ -21,6 +20,8 @@ from stagewise.run.estimators import NAMES, SAMPLED, estimate, unproved
 from stagewise.run.per import asked, members, size_of
 from stagewise.sampling.chains import Chains
 from stagewise.task import Task
+from stagewise.traces.columns import Columns
+from stagewise.traces.stretches import stretches
 from stagewise.varied import by_itself
 
 _MANY = 512  # rows of a covariance that are timed

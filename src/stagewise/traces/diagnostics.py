@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import xarray as xr
 
-from stagewise.influence.covariance import stretches
 from stagewise.traces.cells import loss_groups
 from stagewise.traces.products import arviz, product_numbers
 from stagewise.traces.store import TraceStore
+from stagewise.traces.stretches import stretches
 from stagewise.traces.verdicts import MIN_CHAINS, MIN_DRAWS, judge
 
 _DIMS = ["chain", "draw"]

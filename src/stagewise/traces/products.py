@@ -13,8 +13,7 @@ import numpy as np
 import xarray as xr
 from scipy.special import fdtrc
 
-from stagewise.influence.covariance import Array
-from stagewise.influence.pairs import Columns, columns
+from stagewise.traces.columns import Array, Columns, columns
 
 MOST_PAIRS = 64
 

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 
 from stagewise.dynamics.events import events
 from stagewise.influence.bif import NoTrustedCheckpointError, bif
-from stagewise.influence.pairs import Part
 from stagewise.influence.trusted import ReadOnce, TracesInMemory
 from stagewise.reporting import style, words
 from stagewise.reporting.page import Plate, Section
@@ -25,6 +24,7 @@ from stagewise.studies.hierarchy.settings import RATE
 from stagewise.studies.hierarchy.theory.kernels import curvature_floor, gradient_kernel
 from stagewise.studies.hierarchy.theory.tree import KINDS, Floats
 from stagewise.studies.hierarchy.turns import kind_curves
+from stagewise.traces.columns import Part
 from stagewise.traces.store import TraceStore
 
 PARTS: tuple[Part, Part] = ("full", "odd")
