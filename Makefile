@@ -64,6 +64,7 @@ bench: $(VENV)/.installed-baselines
 	$(BIN)/python benchmarks/held_out.py
 	$(BIN)/python benchmarks/window_gaussian.py
 	$(BIN)/python benchmarks/learning_coefficient.py
+	$(BIN)/python benchmarks/chain_verdicts.py
 	$(BIN)/python benchmarks/accuracy_per_gradient.py
 	$(BIN)/python benchmarks/exact_accuracy.py
 	$(BIN)/python benchmarks/estimators.py
