@@ -145,7 +145,7 @@ def chains_of_devinterp(draws: int) -> Numbers:
 def update_of_ours(repeats: int) -> Numbers:
     """With everything that is done to vectors: the model's weights from the chain's, the drift, the step."""
     from stagewise.sampling.base import Gradient
-    from stagewise.sampling.gradient import _of_potential
+    from stagewise.sampling.gradient import of_potential
     from stagewise.sampling.tuning import LANGEVIN
 
     slope, anchor, noise = torch.randn(1, HUGE), torch.zeros(HUGE), torch.Generator().manual_seed(0)
@@ -153,7 +153,7 @@ def update_of_ours(repeats: int) -> Numbers:
 
     def gradient(u: Tensor) -> Gradient:
         torch.add(anchor, u[0])
-        return _of_potential(density, u, slope, None)
+        return of_potential(density, u, slope, None)
 
     found = {}
     for name in ("sgld", "rmsprop_sgld"):
@@ -215,7 +215,12 @@ def pairs_of_ours(out: str) -> Numbers:
     tree = xr.DataTree.from_dict({"train": data(train), "queries/val": data(query), "chains": chains})
     tree.attrs = {"n_beta": float(SEQUENCES * TOKENS), "step": 0}
     traces, before, found = sw.TracesInMemory({0: tree}), forget_peak(), []
-    spent = cpu(lambda: found.append(sw.bif(traces, tokens=True, grouped=False, trusted_only=False)["value"].values[0]))
+
+    def call() -> None:
+        found.clear()
+        found[:] = [sw.bif(traces, tokens=True, grouped=False, trusted_only=False)["value"].values[0]]
+
+    spent = cpu(call, 3)
     np.save(out, -found[0].reshape(SEQUENCES, TOKENS, SEQUENCES, TOKENS).transpose(0, 2, 1, 3))
     return {"cpu": spent, "MiB": peak() - before}
 
@@ -232,9 +237,10 @@ def pairs_of_devinterp(out: str) -> Numbers:
     ranges = {"batch_index_range_1": range(SEQUENCES), "batch_index_range_2": range(SEQUENCES, 2 * SEQUENCES)}
 
     def call() -> None:
-        found.append(compute_bif(traces, **ranges, compute_covariance=True, device="cpu")["influences"].values)
+        found.clear()
+        found[:] = [compute_bif(traces, **ranges, compute_covariance=True, device="cpu")["influences"].values]
 
-    spent = cpu(call)
+    spent = cpu(call, 3)
     np.save(out, found[0])
     return {"cpu": spent, "MiB": peak() - before}
 
