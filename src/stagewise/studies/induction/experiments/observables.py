@@ -100,23 +100,18 @@ class _Run:
         inside = self.transition is not None and self.transition.lower <= self.top(name) <= self.transition.upper
         return inside and (_PEAKS[name] == "maximum" or float(self.curves[name]["value"].min()) < 0)
 
-    def ends(self, curve: xr.Dataset) -> list[xr.Dataset]:
-        """At the checkpoints nearest to both ends of the transition, which there must be."""
-        assert self.transition is not None
-        return [curve.sel(step=step, method="nearest") for step in (self.transition.lower, self.transition.upper)]
-
     def rise(self) -> tuple[float, float, float]:
         """By how much the local learning coefficient rises over the transition, with its interval; NaN without one."""
         if self.transition is None:
             return _NONE, _NONE, _NONE
-        before, after = self.ends(self.curves[LLC])
+        before, after = _at_ends(self.transition, self.curves[LLC])
         return t_interval(after["replicates"].values - before["replicates"].values)
 
     def reach(self) -> float:
         """Largest spread of the excess over the draws of a checkpoint / what it falls by over the transition."""
         if self.transition is None:
             return _NONE
-        before, after = self.ends(self.excess)
+        before, after = _at_ends(self.transition, self.excess)
         return float(self.excess["spread"].max() / (before["anchor"] - after["anchor"]))
 
     def aligned(self) -> Mapping[str, float]:
@@ -128,6 +123,11 @@ class _Run:
         half = replace(self.transition, step=self.transition.detail["half"])
         steps = self.diagnostics["step"].values
         return alignment(happened, [half], span=(float(steps[0]), float(steps[-1])), axis=np.asarray).attrs
+
+
+def _at_ends(transition: Transition, curve: xr.Dataset) -> list[xr.Dataset]:
+    """At the checkpoints nearest to both ends of the transition."""
+    return [curve.sel(step=step, method="nearest") for step in (transition.lower, transition.upper)]
 
 
 def observables(lab: Lab) -> Experiment:
