@@ -104,39 +104,12 @@ def chains_of_ours(draws: int) -> Numbers:
 
 
 def chains_of_devinterp(draws: int) -> Numbers:
-    from datasets import Dataset
-    from devinterp.slt.lm_loss import compute_per_token_loss
-    from devinterp.slt.sampling import sample
+    from peers import cpu_of_a_draw
 
     model, tokens = model_and_tokens()
-    calls: list[float] = []
-
-    def stamped(model: Any, input_ids: Tensor) -> Tensor:
-        calls.append(time.process_time())
-        return compute_per_token_loss(model, input_ids)
-
-    def dataset(rows: Tensor) -> Any:
-        return Dataset.from_dict({"input_ids": rows.tolist()}).with_format("torch")
-
-    train, before = tokens[: 5 * BATCH], forget_peak()
-    with tempfile.TemporaryDirectory() as folder:
-        sample(
-            model,
-            dataset(train),
-            {"candidates": (dataset(train[:BATCH]), 1), "val": (dataset(tokens[5 * BATCH :]), 1)},
-            num_chains=CHAINS,
-            num_draws=draws,
-            batch_size=BATCH,
-            num_init_loss_batches=1,
-            sampling_method="rmsprop_sgld",
-            device="cpu",
-            loss_fn=stamped,
-            output_path=Path(folder) / "traces.zarr",
-            **SETTINGS,
-        )
-    # Losses at the checkpoint for each chain, then of every draw a batch and both sets that are followed.
-    starts = np.array(calls[CHAINS:]).reshape(CHAINS, draws, 3)[:, :, 0]
-    return {"cpu of a draw": float(np.median(np.diff(starts))), "MiB": peak() - before}
+    before, sets = forget_peak(), (tokens[: 5 * BATCH], tokens[5 * BATCH :])
+    spent = cpu_of_a_draw(model, *sets, CHAINS, draws, BATCH, 1, sampling_method="rmsprop_sgld", **SETTINGS)
+    return {"cpu of a draw": spent, "MiB": peak() - before}
 
 
 # One update

@@ -225,12 +225,22 @@ def shuffled(tokens: np.ndarray[Any, Any], stored: np.ndarray[Any, Any]) -> list
 
 def draws_of_devinterp(draws: int, pieces: int) -> dict[str, float]:
     """One draw on the model of language_memory.py, a batch in so many pieces: CPU seconds, and memory."""
-    from datasets import Dataset
-    from devinterp.slt.lm_loss import compute_per_token_loss
-    from devinterp.slt.sampling import sample
     from language_memory import BATCH, CHAINS, model_and_tokens
 
     model, tokens = model_and_tokens()
+    with_model, sets = peak(), (tokens[: 4 * BATCH], tokens[4 * BATCH :])
+    spent = cpu_of_a_draw(model, *sets, CHAINS, draws, BATCH, pieces, **HELD)
+    return {"model": with_model, "peak": peak(), "cpu of a draw": spent}
+
+
+def cpu_of_a_draw(
+    model: Any, train: Tensor, val: Tensor, chains: int, draws: int, batch: int, pieces: int, **settings: Any
+) -> float:
+    """CPU seconds of a draw of `devinterp`, with the losses of as many candidates as a batch has, and of ``val``."""
+    from datasets import Dataset
+    from devinterp.slt.lm_loss import compute_per_token_loss
+    from devinterp.slt.sampling import sample
+
     calls: list[float] = []
 
     def stamped(model: Any, input_ids: Tensor) -> Tensor:
@@ -240,25 +250,24 @@ def draws_of_devinterp(draws: int, pieces: int) -> dict[str, float]:
     def dataset(rows: Tensor) -> Any:
         return Dataset.from_dict({"input_ids": rows.tolist()}).with_format("torch")
 
-    train, with_model = tokens[: 4 * BATCH], peak()
     with tempfile.TemporaryDirectory() as folder:
         sample(
             model,
             dataset(train),
-            {"candidates": (dataset(train[:BATCH]), pieces), "val": (dataset(tokens[4 * BATCH :]), pieces)},
-            num_chains=CHAINS,
+            {"candidates": (dataset(train[:batch]), pieces), "val": (dataset(val), pieces)},
+            num_chains=chains,
             num_draws=draws,
-            batch_size=BATCH // pieces,
+            batch_size=batch // pieces,
             gradient_accumulation_steps=pieces,
             num_init_loss_batches=1,
             device="cpu",
             loss_fn=stamped,
             output_path=Path(folder) / "traces.zarr",
-            **HELD,
+            **settings,
         )
     # Losses at the checkpoint for each chain, then of every draw a batch and both sets that are followed.
-    starts = np.array(calls[CHAINS * pieces :]).reshape(CHAINS, draws, 3 * pieces)[:, :, 0]
-    return {"model": with_model, "peak": peak(), "cpu of a draw": float(np.median(np.diff(starts)))}
+    starts = np.array(calls[chains * pieces :]).reshape(chains, draws, 3 * pieces)[:, :, 0]
+    return float(np.median(np.diff(starts)))
 
 
 PARTS: dict[str, tuple[Callable[[Arrays, dict[str, float]], np.ndarray[Any, Any]], dict[str, float], bool]] = {
