@@ -218,3 +218,17 @@ def test_where_nothing_was_retrained_it_is_said_how_large_a_change_exact_influen
     assert f"At step {last} (1 of {count} checkpoints) weights changed by 1% or 10%" in told(wrong)
     assert "in a random direction" not in told(wrong, measured=exact.measured)
     assert "in a random direction" not in text(replace(exact, measured=None))
+
+
+def test_checkpoints_whose_chains_ended_before_they_were_precise_are_named(results):
+    errors = np.full(results.diagnostics.sizes["step"], 0.05)
+    errors[[6, 9]] = 0.31, np.nan
+    exact = replace(
+        results,
+        diagnostics=results.diagnostics.assign(relative_error=("step", errors), precision=("step", errors * 0 + 0.1)),
+    )
+    assert (
+        "At 1 checkpoint (step 65) chains ended at most_draws with standard errors of 0.31 times the influence's size, "
+        "where 0.10 was asked for." in text(exact)
+    )
+    assert "most_draws" not in text(results)

@@ -19,7 +19,7 @@ from stagewise.traces.diagnostics import diagnose, diagnose_run
 from stagewise.traces.store import TraceStore
 
 # Verdicts under which a covariance of the draws says nothing about the posterior.
-_UNTRUSTED = ("unusable", "not localised", "chains failed", "not converged", "heated", "cannot say", "unconstrained")
+UNTRUSTED = ("unusable", "not localised", "chains failed", "not converged", "heated", "cannot say", "unconstrained")
 
 
 class NoTrustedCheckpointError(ValueError):
@@ -127,7 +127,7 @@ class ReadOnce(TraceStore):
 
 def untrusted(verdicts: Mapping[int, tuple[str, str]]) -> dict[int, str]:
     """The steps whose chains cannot be trusted, with the reason, of verdicts and advice by step."""
-    return {step: f"{verdict}: {advice}" for step, (verdict, advice) in verdicts.items() if verdict in _UNTRUSTED}
+    return {step: f"{verdict}: {advice}" for step, (verdict, advice) in verdicts.items() if verdict in UNTRUSTED}
 
 
 def over_checkpoints(
@@ -182,7 +182,7 @@ def _reason_to_omit(
     if drawn and not trusted_only:
         return ""
     verdict, advice = known or _judged(tree, labels)
-    return "" if drawn and verdict not in _UNTRUSTED else f"{verdict}: {advice}"
+    return "" if drawn and verdict not in UNTRUSTED else f"{verdict}: {advice}"
 
 
 def _judged(tree: xr.DataTree, labels: Mapping[str, Any] | None) -> tuple[str, str]:

@@ -210,6 +210,22 @@ def _responses(results: Results) -> Iterator[str]:
         )
 
 
+def _imprecise(results: Results) -> Iterator[str]:
+    """Where chains that were to be as long as it takes ended before."""
+    diagnostics = results.diagnostics
+    if "relative_error" not in diagnostics:
+        return
+    known = diagnostics.isel(step=np.flatnonzero(diagnostics["relative_error"] > diagnostics["precision"]))
+    if known.sizes["step"]:
+        low, high = (score(end.item()) for end in (known["relative_error"].min(), known["relative_error"].max()))
+        where = f"{count(known.sizes['step'], 'checkpoint')} ({steps(known['step'].values.tolist())})"
+        yield (
+            f"At {where} chains ended at most_draws with standard errors of "
+            f"{low if low == high else f'{low} to {high}'} times the influence's size, where "
+            f"{score(known['precision'].max().item())} was asked for."
+        )
+
+
 def _stand_in(results: Results) -> Iterator[str]:
     """What answers where the chains cannot, and how well."""
     if results.stand_in is None:
@@ -319,6 +335,7 @@ def _trust(results: Results) -> Iterator[str]:
         yield f"{where}: {verdict}; {_remedy(remedies)}."
     yield from _stand_in(results)
     yield from _responses(results)
+    yield from _imprecise(results)
     verdicts = results.diagnostics["verdict"].values
     doubtful = results.diagnostics.isel(step=np.flatnonzero(verdicts == _CAUTION))
     caution = dict(zip(doubtful["step"].values.tolist(), doubtful["advice"].values.tolist(), strict=True))

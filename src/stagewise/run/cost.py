@@ -115,7 +115,8 @@ def sampling_cost(
     per_cell = sum(seconds for seconds, _ in probes) / len(probes)
     per_cell_steps = sum(count for _, count in probes) / len(probes)
     samples = len(task.candidates) + sum(len(data) for data in task.queries.values())
-    traces = 4.0 * sampling.chains * sampling.draws * samples * _tokens(task) * (1 + sampling.reflect + sampling.linear)
+    losses = samples * _tokens(task) * (1 + sampling.reflect + sampling.linear)
+    traces = 4.0 * sampling.chains * sampling.looks[-1] * losses
     parameters = sum(p.numel() for p in task.model.parameters())
     # Traces are kept as float32 changes, and put together as float64 at the end.
     memory = 4 * traces + 4.0 * copies(sampling, parameters) * parameters
@@ -164,9 +165,9 @@ def _probe(density: LocalDensity, sampling: Chains) -> tuple[float, int]:
     tuned = time.perf_counter() - start
     if tuning.refused or (tuning.localised is False and density.posterior.require_localised):
         return tuned, 0
-    count = tuning.burn_in + sampling.draws * tuning.thinning
+    count = tuning.burn_in + sampling.looks[-1] * tuning.thinning
     step, draw = _times(tuning, sampling)
-    return tuned + count * step + sampling.draws * draw, count
+    return tuned + count * step + sampling.looks[-1] * draw, count
 
 
 def _times(tuning: Tuning, sampling: Chains) -> tuple[float, float]:

@@ -23,6 +23,7 @@ import torch
 from stagewise.checkpoints.trajectory import Trajectory, as_trajectory
 from stagewise.evaluate import in_any_mode
 from stagewise.identity import Probe, identity, probe
+from stagewise.influence.precision import relative_error
 from stagewise.labels import Labels, token_classes
 from stagewise.run.before import check_reusable, check_same_task, look
 from stagewise.run.progress import Progress, silent
@@ -30,7 +31,7 @@ from stagewise.sampling.chains import Chains, sample_block, unusable_block
 from stagewise.sampling.posterior import LocalPosterior
 from stagewise.sampling.tuning import SamplerName, check_sampler
 from stagewise.task import Task
-from stagewise.traces.store import Cell, TraceStore
+from stagewise.traces.store import Cell, TraceStore, written
 from stagewise.usable import chosen_steps
 
 # Raised whenever a change alters the numbers a cell would hold: old cells must not be taken for new ones.
@@ -43,7 +44,9 @@ class ChainSettings(TypedDict, total=False):
     sampler: SamplerName
     chains: int
     blocks: int
-    draws: int
+    draws: int | Literal["auto"]
+    precision: float
+    most_draws: int
     step_size: float | None
     options: dict[str, float]
     burn_in: int | None
@@ -285,7 +288,9 @@ def _compute(work: Work, cell: Cell, task: Task, on_step: Callable[[int, int], o
         return
     checkpoint = work.trajectory.load(cell.step)
     underway = work.store.underway(cell)
-    tree = sample_block(task, checkpoint, work.posterior, work.sampling, cell.block, on_step, underway)
+    labels = written(*_traced_labels(task, work.sampling))
+    error = partial(relative_error, labels=labels)
+    tree = sample_block(task, checkpoint, work.posterior, work.sampling, cell.block, on_step, underway, error)
     work.store.write(cell, tree, probe(task, task.fitted(checkpoint)))
 
 

@@ -94,7 +94,7 @@ def _passes(task: Task, config: RunConfig, noisy: bool) -> int:
 def _covariances(sampling: Chains, count: int, queries: int) -> float:
     """Seconds of the covariances of all draws at one checkpoint, from those of a few columns."""
     rows, random = min(count, _MANY), np.random.default_rng(0)
-    shape = (sampling.chains * sampling.blocks, sampling.draws)
+    shape = (sampling.chains * sampling.blocks, sampling.looks[-1])
     train, query = (
         Columns(random.standard_normal((*shape, number)), np.arange(number), [str(k) for k in range(number)])
         for number in (rows, queries)

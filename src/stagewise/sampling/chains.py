@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, cast, get_args
+from math import isfinite
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import numpy as np
 import xarray as xr
@@ -16,6 +17,9 @@ from stagewise.sampling.tuning import LANGEVIN, SamplerName, Tuning, tune
 from stagewise.sampling.watch import DRAWN, Seen
 from stagewise.stacking import BatchingChoice
 from stagewise.task import Task
+
+FIRST_DRAWS = 64
+"""Draws of each chain after which ``draws="auto"`` looks for the first time whether they are enough."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,11 @@ class Chains:
             checkpoint need be localised; a draw costs ten curvature products or a few dozen.
         chains: chains in a block; they run together.
         blocks: blocks per checkpoint.
-        draws: draws kept of each chain.
+        draws: draws kept of each chain. ``"auto"``: 64, and twice as many until the chains agree and the standard error
+            of the influence between groups, root mean square over the pairs, is at most ``precision`` of its size; as
+            many at every checkpoint as it needs.
+        precision: what ``draws="auto"`` stops at.
+        most_draws: what it stops at in any case; the report says where that was.
         step_size: of the sampler; default from the curvature at the checkpoint.
         options: other fields of the sampler, e.g. ``{"start": 1}`` for RMSprop's V, or ``{"friction": 5.0}``.
         burn_in: steps before the first draw; default five relaxation times.
@@ -68,7 +76,9 @@ class Chains:
     sampler: SamplerName = "underdamped"
     chains: int = 16
     blocks: int = 1
-    draws: int = 64
+    draws: int | Literal["auto"] = 64
+    precision: float = 0.1
+    most_draws: int = 1024
     step_size: float | None = None
     options: dict[str, float] = field(default_factory=dict)
     burn_in: int | None = None
@@ -86,10 +96,16 @@ class Chains:
             raise ValueError(f"sampler must be one of {sorted(names)}, got {self.sampler!r}")
         if self.batching not in (names := get_args(BatchingChoice)):
             raise ValueError(f"batching must be one of {sorted(names)}, got {self.batching!r}")
-        for name in ("chains", "blocks", "draws", "step_size", "thinning", "batch_size"):
+        if isinstance(self.draws, str) and self.draws != "auto":
+            raise ValueError(f"draws must be a number or 'auto', got {self.draws!r}")
+        for name in ("chains", "blocks", "draws", "precision", "most_draws", "step_size", "thinning", "batch_size"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value not in (None, "auto") and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if self.draws == "auto" and self.blocks > 1:
+            raise ValueError(
+                f"draws='auto' makes chains longer instead of adding blocks; leave out blocks={self.blocks}"
+            )
         own = fields(cast(Any, LANGEVIN[self.sampler])) if self.sampler in LANGEVIN else ()
         valid = [f.name for f in own if f.name != "step_size"]
         if unknown := sorted(set(self.options) - set(valid)):
@@ -106,6 +122,14 @@ class Chains:
         if self.sampler == "window" and given:
             raise ValueError(f"sampler='window' draws independently, and has no {', '.join(given)}; leave that out")
 
+    @property
+    def looks(self) -> list[int]:
+        """Draws of each chain after which it is asked whether they are enough; the last are so in any case."""
+        if self.draws != "auto":
+            return [self.draws]
+        doublings = (FIRST_DRAWS << k for k in range(self.most_draws.bit_length()))
+        return [*(draws for draws in doublings if draws < self.most_draws), self.most_draws]
+
 
 def sample_block(
     task: Task,
@@ -115,6 +139,7 @@ def sample_block(
     block: int = 0,
     on_step: Callable[[int, int], object] | None = None,
     underway: Underway | None = None,
+    error: Callable[[xr.DataTree], float] | None = None,
 ) -> xr.DataTree:
     """One cell of work: a block of chains at one checkpoint.
 
@@ -124,8 +149,10 @@ def sample_block(
         posterior: what is sampled.
         sampling: how.
         block: which block; it seeds the noise together with ``sampling.seed``.
-        on_step: called after every sampler step with (steps done, steps in all).
+        on_step: called after every sampler step with (steps done, steps in all, as far as is known).
         underway: where the chains are kept meanwhile, to go on from when the process was killed.
+        error: relative error of the draws so far, for ``draws="auto"``, which goes on while it is above
+            ``sampling.precision``: see :func:`stagewise.influence.precision.relative_error`.
 
     Returns:
         Groups ``train`` (the candidates, by their number in the training set) and ``queries/<name>`` with
@@ -144,8 +171,10 @@ def sample_block(
 
     Raises:
         ValueError: the losses are unusable (see ``Task.check``), the checkpoint lacks what the posterior
-            needs, or the sampler needs another posterior.
+            needs, the sampler needs another posterior, or ``draws="auto"`` has no ``error`` to go by.
     """
+    if sampling.draws == "auto" and error is None:
+        raise ValueError("draws='auto' needs to know the error of the draws so far: pass error=")
     density = posterior.at(task, checkpoint)
     del checkpoint  # the density has its own; this copy is free unless the caller keeps it
     tuning = tune(density, sampling)
@@ -157,19 +186,23 @@ def sample_block(
     if tuning.refused:
         return _tree({}, np.full(sampling.chains, "unusable"), numbers, facts | {"unusable": tuning.refused})
     drawing = Drawing(tuning, sampling, block, underway.load() if underway else None)
-    while drawing.done < drawing.steps:
-        drawing.step()
-        if on_step is not None:
-            on_step(drawing.done, drawing.steps)
-        if underway is not None:
-            underway.keep(drawing.state)
-    traces = drawing.traces()
-    tree = _tree(traces, drawing.status(), numbers, facts, drawing.soft_spread(), task.candidates.numpy())
-    # An effect of a sample on itself is known by its position: the same samples in the same order.
-    for name, data in task.queries.items():
-        if f"queries/{name}" in traces:
-            same = data.digest == task.candidate_samples.digest
-            tree[f"queries/{name}"].attrs |= {"is_training_set": same, "own_loss": name in task.query_losses}
+    for draws in sampling.looks:
+        steps = tuning.burn_in + draws * tuning.thinning
+        if drawing.done > steps:  # a killed process has looked there
+            continue
+        while drawing.done < steps:
+            drawing.step()
+            if on_step is not None:
+                on_step(drawing.done, steps)
+            if underway is not None:
+                underway.keep(drawing.state)
+        tree = _seen(drawing, task, numbers, facts)
+        if error is None or sampling.draws != "auto":
+            break
+        reached = error(tree)
+        tree.attrs |= {"precision": sampling.precision, "relative_error": reached if isfinite(reached) else None}
+        if not reached > sampling.precision:
+            break
     return tree
 
 
@@ -177,6 +210,18 @@ def unusable_block(step: int, reason: str, sampling: Chains, block: int = 0) -> 
     """The cell of a checkpoint at which the posterior cannot be defined: no draws, and the reason why."""
     numbers = np.arange(block * sampling.chains, (block + 1) * sampling.chains)
     return _tree({}, np.full(sampling.chains, "unusable"), numbers, {"step": step, "unusable": reason})
+
+
+def _seen(drawing: Drawing, task: Task, numbers: np.ndarray[Any, Any], facts: dict[str, Any]) -> xr.DataTree:
+    """All that the chains saw so far."""
+    traces = drawing.traces()
+    tree = _tree(traces, drawing.status(), numbers, dict(facts), drawing.soft_spread(), task.candidates.numpy())
+    # An effect of a sample on itself is known by its position: the same samples in the same order.
+    for name, data in task.queries.items():
+        if f"queries/{name}" in traces:
+            same = data.digest == task.candidate_samples.digest
+            tree[f"queries/{name}"].attrs |= {"is_training_set": same, "own_loss": name in task.query_losses}
+    return tree
 
 
 def _tree(

@@ -54,7 +54,6 @@ class Drawing:
     def __init__(self, tuning: Tuning, sampling: Chains, block: int, kept: State | None = None) -> None:
         density = tuning.density
         self.done = 0 if kept is None else kept["done"]
-        self.steps = tuning.burn_in + sampling.draws * tuning.thinning
         self._tuning = tuning
         noise, minibatches = (generator(sampling.seed, block, use, density.anchor.device) for use in ("noise", "batch"))
         gradient = potential_gradient(

@@ -21,6 +21,7 @@ from stagewise.traces.stretches import stretches
 from stagewise.traces.verdicts import MIN_CHAINS, MIN_DRAWS, judge
 
 _DIMS = ["chain", "draw"]
+_FACTS = ("size_low", "size_high", "relative_error", "precision")
 
 
 def diagnose(tree: xr.DataTree, labels: Mapping[str, Any] | None = None) -> xr.Dataset:
@@ -43,6 +44,12 @@ def diagnose(tree: xr.DataTree, labels: Mapping[str, Any] | None = None) -> xr.D
 
         * ``size_low``, ``size_high``: least and largest response of the window in units of the posterior's, over
           directions of curvature, by which predicted effects are off in size.
+
+        There where ``draws="auto"`` was asked for:
+
+        * ``relative_error``: of the influence between groups, see
+          :func:`stagewise.influence.precision.relative_error`;
+        * ``precision``: what was asked for.
 
         There unless nothing was drawn:
 
@@ -85,7 +92,7 @@ def diagnose(tree: xr.DataTree, labels: Mapping[str, Any] | None = None) -> xr.D
         numbers |= product_numbers(groups, labels or {}, stretches(len(status), facts["draws"]))
     if drawn and "soft_spread" in chains and chains["soft_spread"].notnull().any():
         numbers["soft_spread"] = float(chains["soft_spread"].values[ok].mean())
-    numbers |= {name: float(tree.attrs[name]) for name in ("size_low", "size_high") if tree.attrs.get(name) is not None}
+    numbers |= {name: float(tree.attrs[name]) for name in _FACTS if tree.attrs.get(name) is not None}
     loosest = _loosest(groups) if drawn else None
     if loosest is not None:
         numbers |= {"query_spread": loosest.spread, "query_reach": loosest.reach}

@@ -231,9 +231,8 @@ class TraceStore:
         Raises:
             RunFolderError: the folder cannot be written.
         """
-        labels = {"train": _words(train), "queries": {name: _words(words) for name, words in queries.items()}}
         with self._writing():
-            write_text(self.root / "labels.json", json.dumps(labels))
+            write_text(self.root / "labels.json", json.dumps(written(train, queries)))
 
     @property
     def labels(self) -> dict[str, Any]:
@@ -300,6 +299,11 @@ class TraceStore:
             raise RunFolderError(f"{self.root} was opened to be read only; use TraceStore.open to write")
         with explain_write(self.root):
             yield
+
+
+def written(train: Labels | None, queries: Mapping[str, Labels | None]) -> dict[str, Any]:
+    """Labels as :attr:`TraceStore.labels` gives them back."""
+    return {"train": _words(train), "queries": {name: _words(words) for name, words in queries.items()}}
 
 
 def _words(labels: Labels | None) -> list[str] | None:
