@@ -68,7 +68,7 @@ def test_dry_run_predicts_cost_and_samples_nothing(tmp_path):
 def test_a_run_without_chains_is_a_report_of_exact_influence_and_writes_no_traces(tmp_path):
     config = write_run(tmp_path, estimators=["exact", "gradient"])
     priced = cli.invoke(app, ["run", str(config), "--dry-run"])
-    assert "exact influence: about" in priced.output
+    assert "exact influence at 3 checkpoints" in priced.output
     assert "0 cells" in priced.output
     result = cli.invoke(app, ["run", str(config)])
     assert result.exit_code == 0, result.output

@@ -2,52 +2,47 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
+from time import perf_counter
 
 import torch
 
-from stagewise.checkpoint import Checkpoint
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.run.analysis import spread
 from stagewise.run.before import look
+from stagewise.run.closing_cost import NOT_PRICED, closing_costs
 from stagewise.run.config import RunConfig
 from stagewise.run.engine import default_workers
-from stagewise.run.estimator_cost import duration, estimator_costs
+from stagewise.run.estimator_cost import duration, estimator_costs, results_note
 from stagewise.run.estimators import SAMPLED
 from stagewise.run.preflight import preflight
+from stagewise.run.probe_cost import Probe, filled, probe, written
 from stagewise.run.source import trajectory_of
 from stagewise.run.task_file import load_task
 from stagewise.sampling.block import move_apart
 from stagewise.sampling.chains import Chains
-from stagewise.sampling.coupled import quadratic_gradient
-from stagewise.sampling.curvature import extreme_curvature
-from stagewise.sampling.gradient import potential_gradient
 from stagewise.sampling.krylov import STORED
-from stagewise.sampling.posterior import LocalDensity, LocalPosterior, largest_window
-from stagewise.sampling.tuning import Tuning, tune
-from stagewise.sampling.watch import Watch
+from stagewise.sampling.posterior import LocalPosterior
 from stagewise.task import Task
 from stagewise.usable import chosen_steps
 
-# Cells are stored as zstd-compressed float32, which keeps about this share of the bytes of loss traces.
-_COMPRESSED = 0.9
-_PROBES = 3
+_PROBES = 12  # checkpoints at which the sampler is tuned
 # Vectors of the parameters' length: of the model and the posterior, of one chain while it moves and while it waits.
 _FIXED, _MOVING, _KEPT = 6, 8, 2
 # Of independent draws also those of the window's updates, and of the steps of Lanczos where these are kept.
 _UPDATES, _KRYLOV = 4, 40
-_CURVATURES = 12
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Predicted cost of sampling.
+    """Predicted cost of a run.
 
     Attributes:
         cells: units of work.
-        seconds: wall-clock time on ``workers`` processes.
+        parts: wall-clock seconds by what they are spent on; sampling on ``workers`` processes, all else on one.
         memory: bytes of one worker's chains and traces.
         disk: bytes of all traces.
         workers: processes.
@@ -56,77 +51,102 @@ class Cost:
     """
 
     cells: int
-    seconds: float
+    parts: Mapping[str, float]
     memory: float
     disk: float
     workers: int
     steps: int
     notes: tuple[str, ...] = ()
 
+    @property
+    def seconds(self) -> float:
+        """All parts together."""
+        return sum(self.parts.values())
+
     def text(self) -> str:
         """For a person."""
-        return (
-            f"{self.cells} cells (checkpoint x chain block), {self.steps:,} sampler steps in all\n"
-            f"time    about {duration(self.seconds)} of sampling on {self.workers} worker(s), "
-            "plus analysis and retraining\n"
-            f"memory  about {self.memory / 2**20:,.0f} MiB for each worker, beside the libraries\n"
-            f"disk    about {self.disk / 2**20:,.0f} MiB of traces" + "".join(f"\n{note}" for note in self.notes)
-        )
+        lines = [
+            f"{self.cells} cells (checkpoint x chain block), {self.steps:,} sampler steps in all",
+            f"time    about {duration(self.seconds)}, with {self.workers} worker(s) for the chains",
+            *(f"        {duration(seconds):>12}  {what}" for what, seconds in self.parts.items()),
+            f"memory  about {self.memory / 2**20:,.0f} MiB for each worker, beside the libraries",
+            f"disk    about {self.disk / 2**20:,.0f} MiB of traces",
+        ]
+        return "\n".join([*lines, *self.notes])
 
 
 def estimate(config: RunConfig) -> Cost:
-    """Cost of a configuration's sampling, after trying on a few samples all that the run will need.
+    """Cost of a configuration, after trying on a few samples all that the run will need.
 
     Raises:
         ValueError: the configuration, task or checkpoints cannot be used.
     """
+    start = perf_counter()
     task = load_task(config.task, config.task_args)
     trajectory = trajectory_of(config.checkpoints, config.steps, config.clip_norm, config.batch_size)
     steps = chosen_steps(trajectory, config.steps)
     usable, unusable = look(task, trajectory, config.posterior, steps, SAMPLED in config.estimators)
     missing = preflight(task, trajectory, config, list(usable))
-    workers = config.workers or default_workers(task)
-    cost, notes = Cost(0, 0.0, 0.0, 0.0, workers, 0), [repr(task)]
+    parts = {"checks before the work": perf_counter() - start}  # the run makes the same
+    workers, probes = config.workers or default_workers(task), list[Probe]()
+    cost, notes = Cost(0, {}, 0.0, 0.0, workers, 0), [repr(task)]
     if SAMPLED in config.estimators:
-        cost = sampling_cost(task, trajectory, config.posterior, config.sampling, list(usable), workers)
-        if config.sampling.sampler != "window":
-            notes += answered(task, trajectory, config.posterior, list(usable))
-    notes += estimator_costs(task, trajectory, config, list(usable), missing)
+        probes = _probes(task, trajectory, config.posterior, config.sampling, list(usable), workers)
+        cost = _sampling_cost(task, config.sampling, len(usable), workers, probes)
+        notes += answered(config.posterior, probes)
+    parts |= cost.parts
+    parts |= estimator_costs(task, trajectory, config, list(usable), missing)
+    parts |= closing_costs(task, trajectory, config, list(usable), missing, probes)
+    notes += [NOT_PRICED, results_note(task, config, len(usable))]
     notes += [f"step {step} cannot be used: {reason}" for step, reason in unusable.items()]
     notes += [f"without {name}: {reason}" for name, reason in missing.items()]
-    return replace(cost, notes=tuple(notes))
+    return replace(cost, parts=parts, notes=tuple(notes))
 
 
 def sampling_cost(
     task: Task, trajectory: Trajectory, posterior: LocalPosterior, sampling: Chains, steps: Sequence[int], workers: int
 ) -> Cost:
-    """Tune the sampler at three checkpoints and time one step and one draw there.
+    """Of the chains alone: the sampler is tuned at twelve checkpoints, and a few of its steps and draws are timed.
 
     Raises:
         ValueError: the task, a checkpoint or the posterior cannot be used.
     """
-    threads = torch.get_num_threads()
+    probes = _probes(task, trajectory, posterior, sampling, steps, workers)
+    return _sampling_cost(task, sampling, len(steps), workers, probes)
+
+
+def _probes(
+    task: Task, trajectory: Trajectory, posterior: LocalPosterior, sampling: Chains, steps: Sequence[int], workers: int
+) -> list[Probe]:
+    """With the threads of one worker; the first of them twice, as its first time makes some things that are kept."""
+    threads, chosen = torch.get_num_threads(), spread(steps, _PROBES)
     torch.set_num_threads(max(1, threads // workers))
     try:
-        probes = [_probe(posterior.at(task, trajectory.load(step)), sampling) for step in spread(steps, _PROBES)]
+        return [probe(task, trajectory, posterior, sampling, step) for step in [chosen[0], *chosen]][1:]
     finally:
         torch.set_num_threads(threads)
-    cells = len(steps) * sampling.blocks
-    per_cell = sum(seconds for seconds, _ in probes) / len(probes)
-    per_cell_steps = sum(count for _, count in probes) / len(probes)
+
+
+def _sampling_cost(task: Task, sampling: Chains, checkpoints: int, workers: int, probes: Sequence[Probe]) -> Cost:
+    cells = checkpoints * sampling.blocks
+    # Cells go to whoever is free: the last ones keep some workers busy while others have no more.
+    rounds = math.ceil(cells / workers)
     samples = len(task.candidates) + sum(len(data) for data in task.queries.values())
-    losses = samples * _tokens(task) * (1 + sampling.reflect + sampling.linear)
-    traces = 4.0 * sampling.chains * sampling.looks[-1] * losses
+    kept = _tokens(task) * (1 + sampling.reflect + sampling.linear)
+    traces = 4.0 * sampling.chains * sampling.draws * samples * kept
     parameters = sum(p.numel() for p in task.model.parameters())
     # Traces are kept as float32 changes, and put together as float64 at the end.
     memory = 4 * traces + 4.0 * copies(sampling, parameters) * parameters
+    drawn = [probe.seen for probe in probes if probe.seen is not None]
+    writing, size = written(filled(drawn[-1], sampling, task)) if drawn else (0.0, 0.0)
+    answered = len(drawn) / len(probes)
     return Cost(
         cells,
-        per_cell * cells / min(workers, cells),
+        {"sampling": rounds * (fmean(probe.seconds for probe in probes) + answered * writing)},
         memory,
-        traces * cells * _COMPRESSED,
+        cells * answered * size,
         workers,
-        round(per_cell_steps * cells),
+        round(cells * fmean(probe.steps for probe in probes)),
     )
 
 
@@ -139,60 +159,17 @@ def copies(sampling: Chains, parameters: int) -> int:
     return _FIXED + _UPDATES * window + moving * together + _KEPT * waiting
 
 
-def answered(task: Task, trajectory: Trajectory, posterior: LocalPosterior, steps: Sequence[int]) -> list[str]:
+def answered(posterior: LocalPosterior, probes: Sequence[Probe]) -> list[str]:
     """How many checkpoints have a posterior for the window asked for, and for shorter and longer ones, as a note.
 
     It rests on the curvature at a few checkpoints; the chains may find more that is wrong.
     """
-    if posterior.window is None:
+    longest = [probe.longest for probe in probes if probe.longest is not None]
+    if posterior.window is None or not longest:
         return []
-    longest = [_longest(posterior, task, trajectory.load(step)) for step in spread(steps, _CURVATURES)]
     windows = sorted({max(1, posterior.window * times // 4) for times in (1, 2, 4, 8)})
     counts = ", ".join(f"{window} steps: {sum(most >= window for most in longest)}" for window in windows)
     return [f"checkpoints that can be answered, of {len(longest)} looked at, by the length of the window: {counts}"]
-
-
-def _longest(posterior: LocalPosterior, task: Task, checkpoint: Checkpoint) -> int:
-    density = posterior.at(task, checkpoint)
-    smallest, optimizer = extreme_curvature(density).smallest, density.optimizer
-    return largest_window(smallest, optimizer, checkpoint.coming_rates) if optimizer else 0
-
-
-def _probe(density: LocalDensity, sampling: Chains) -> tuple[float, int]:
-    """Seconds and sampler steps of one cell at this checkpoint."""
-    start = time.perf_counter()
-    tuning = tune(density, sampling)
-    tuned = time.perf_counter() - start
-    if tuning.refused or (tuning.localised is False and density.posterior.require_localised):
-        return tuned, 0
-    count = tuning.burn_in + sampling.looks[-1] * tuning.thinning
-    step, draw = _times(tuning, sampling)
-    return tuned + count * step + sampling.looks[-1] * draw, count
-
-
-def _times(tuning: Tuning, sampling: Chains) -> tuple[float, float]:
-    """Seconds of one step and of looking at one draw of a block of chains.
-
-    Chains of a large model move one by one: one of them is timed, and the others are not held.
-    """
-    density, batching = tuning.density, tuning.batching
-    one_by_one = batching != "stacked" and move_apart(sampling.chains, density.vector.size)
-    chains = 1 if one_by_one else sampling.chains
-    u = torch.zeros(chains, density.vector.size).to(density.anchor)
-    size, random = tuning.batch_size, torch.Generator
-    gradients = [potential_gradient(density, chains, size, sampling.control_variate, batching, random())]
-    if sampling.linear and sampling.sampler != "window":
-        gradients.append(quadratic_gradient(density, chains, size, random()))
-    sampler, noise = tuning.sampler, torch.Generator(u.device)
-    states = [sampler.step(sampler.init(u, noise), gradient, noise) for gradient in gradients]
-    start = time.perf_counter()
-    for _ in range(3):
-        states = [sampler.step(state, slope, noise) for state, slope in zip(states, gradients, strict=True)]
-        sum(state.position.sum().item() for state in states)
-    middle = time.perf_counter()
-    Watch(density, batching, sampling.reflect, sampling.single_tokens, sampling.linear).draw(u)
-    times = sampling.chains // chains
-    return times * (middle - start) / 3, times * (time.perf_counter() - middle)
 
 
 def _tokens(task: Task) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -31,24 +32,58 @@ _ON_DISK = 2 * 4 / 3
 
 def estimator_costs(
     task: Task, trajectory: Trajectory, config: RunConfig, steps: Sequence[int], missing: Mapping[str, str]
-) -> list[str]:
-    """A line for every estimator that will be computed."""
-    per, lines = asked(task, config), []
-    count, queries, size = members(task, per), len(query_groups(task)), size_of(task, per, len(steps))
-    what = f"{count:,} {per}{'' if count == 1 else 's'} x {queries:,} queries"
-    kept = f"{_bytes(size)} in memory, at most {_bytes(_ON_DISK * size)} on disk"
+) -> dict[str, float]:
+    """Seconds of every estimator that will be computed, on one process."""
+    per, found = asked(task, config), dict[str, float]()
     for name in config.estimators:
         called = NAMES.get(name, f"{BIF} of {per}s")
         if called in missing or (name == SAMPLED and per == by_itself(task)):
-            continue  # what the chains say of groups takes no time beside the sampling
+            continue  # what the chains say of groups is priced with the reading of their traces
         if name == SAMPLED:
-            seconds = len(steps) * _covariances(config.sampling, count, queries)
+            seconds = len(steps) * _covariances(config.sampling, members(task, per), len(query_groups(task)))
         else:
             timed = _exact if name == "exact" else partial(_at_one, name)
             seconds = timed(task, trajectory, config, steps)
-        time_taken = f"about {duration(seconds)} for {len(steps)} checkpoints, on one process"
-        lines.append(f"{called}: {time_taken}; {what}, {kept}")
-    return lines
+        found[f"{called} at {len(steps)} checkpoints"] = seconds
+    return found
+
+
+def results_note(task: Task, config: RunConfig, checkpoints: int) -> str:
+    """How large the results of an estimator are, in words."""
+    per = asked(task, config)
+    count, queries, size = members(task, per), len(query_groups(task)), size_of(task, per, checkpoints)
+    what = f"{count:,} {per}{'' if count == 1 else 's'} x {queries:,} queries"
+    return f"results of each estimator: {what}, {_bytes(size)} in memory, at most {_bytes(_ON_DISK * size)} on disk"
+
+
+class Window(NamedTuple):
+    """Seconds of work on a window of updates.
+
+    Attributes:
+        fixed: whatever its length.
+        update: of each update.
+    """
+
+    fixed: float
+    update: float
+
+    @classmethod
+    def of(cls, work: Callable[[int], object]) -> Self:
+        """From windows of one and of three updates."""
+
+        def seconds(length: int) -> float:
+            start = time.perf_counter()
+            work(length)
+            return time.perf_counter() - start
+
+        seconds(1)  # the first time some things are made that are kept
+        one, three = (min(seconds(length) for _ in range(2)) for length in (1, 3))
+        update = max(three - one, 0.0) / 2
+        return cls(max(one - update, 0.0), update)
+
+    def of_length(self, updates: float) -> float:
+        """Seconds of so many updates."""
+        return self.fixed + updates * self.update
 
 
 def duration(seconds: float) -> str:
@@ -62,21 +97,19 @@ def _bytes(size: float) -> str:
 
 
 def _exact(task: Task, trajectory: Trajectory, config: RunConfig, steps: Sequence[int]) -> float:
-    """Seconds of the exact influence at all checkpoints, from a window of one and one of three updates."""
+    """Seconds of the exact influence at all checkpoints."""
     compute, step = estimate("exact", task, trajectory, config), steps[-1]
+    window = config.posterior.window or 1
+    orders = orders_of(task, trajectory, config, step, window)
+    each = Window.of(lambda length: compute(window=length, steps=[step], repeats=1, check=unproved(config)))
+    return len(steps) * each.of_length(orders * window) * _passes(task, config, noisy=orders > 1)
 
-    def seconds(window: int) -> float:
-        start = time.perf_counter()
-        compute(window=window, steps=[step], repeats=1, check=unproved(config))
-        return time.perf_counter() - start
 
-    seconds(1)  # the first time some things are made that are kept
-    one, three = seconds(1), seconds(3)
-    window, order = config.posterior.window or 1, recorded_order(task, trajectory, config)
+def orders_of(task: Task, trajectory: Trajectory, config: RunConfig, step: int, window: int) -> int:
+    """With how many batch orders a window is replayed."""
     asked_for = config.retraining.repeats if config.retraining else None
-    orders = window_orders(start_at(task, trajectory.load(step)), order, window, asked_for, 0)
-    each = one + len(orders.orders) * (window - 1) * max(three - one, 0.0) / 2
-    return len(steps) * each * _passes(task, config, noisy=len(orders.orders) > 1)
+    start = start_at(task, trajectory.load(step))
+    return len(window_orders(start, recorded_order(task, trajectory, config), window, asked_for, 0).orders)
 
 
 def _at_one(name: str, task: Task, trajectory: Trajectory, config: RunConfig, steps: Sequence[int]) -> float:

@@ -24,7 +24,7 @@ def cost(folder: Path, settings: Settings = FULL) -> str:
     total = replace(
         parts[0],
         cells=sum(part.cells for part in parts),
-        seconds=sum(part.seconds for part in parts),
+        parts={"sampling": sum(part.seconds for part in parts)},
         memory=max(part.memory for part in parts),
         disk=sum(part.disk for part in parts),
         steps=sum(part.steps for part in parts),
