@@ -73,6 +73,7 @@ bench: $(VENV)/.installed-baselines
 	$(BIN)/python benchmarks/hierarchy_speed.py
 	$(BIN)/python benchmarks/strangers.py
 	$(BIN)/python benchmarks/kills.py
+	$(BIN)/python benchmarks/cost_model.py
 
 # Libraries that come with many others, which ours are not to be mixed with.
 $(PEERS)/.installed: benchmarks/peers-requirements.txt $(VENV)/constraints.txt

@@ -1,6 +1,7 @@
 """What a dry run promises, with a clock that only moves when work is done."""
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import springs
 import torch
 
 from stagewise.checkpoints.directory import write_checkpoint
-from stagewise.run import closing_cost, estimator_cost, probe_cost
+from stagewise.run import closing_cost, cost, estimator_cost, probe_cost
 from stagewise.run.config import make_config
 from stagewise.run.cost import Cost, answered, copies, estimate, sampling_cost
 from stagewise.sampling import tuning
@@ -39,6 +40,7 @@ def clock(monkeypatch):
     monkeypatch.setattr(probe_cost, "tune", takes(2, probe_cost.tune))
     monkeypatch.setattr(Block, "step", takes(3, Block.step))
     monkeypatch.setattr(Watch, "draw", takes(5, Watch.draw))
+    monkeypatch.setattr(cost, "_peak", lambda: 0.0)
     return clock
 
 
@@ -51,6 +53,11 @@ def test_time_is_that_of_tuning_gradients_and_draws_of_all_cells(clock):
     per_cell = 2 + (11 + 7 * 3) * 3 + 7 * 5
     assert predicted().seconds == per_cell * 6
     assert predicted(steps=[10]).seconds == per_cell * 2
+
+
+def test_draws_that_end_when_they_are_precise_are_priced_as_if_they_never_were(clock):
+    auto = replace(SAMPLING, draws="auto", most_draws=100, blocks=1)
+    assert predicted(sampling=auto) == predicted(sampling=replace(auto, draws=100))
 
 
 @pytest.mark.parametrize(("workers", "rounds"), [(2, 3), (4, 2), (5, 2), (50, 1)])
@@ -76,6 +83,12 @@ def test_memory_and_disk_follow_the_number_of_losses_that_are_kept(clock, loss, 
     assert found.disk > 6 * 0.8 * traces  # noise cannot be compressed
     # vectors of two parameters: six of the model and the posterior, eight of every chain
     assert found.memory == pytest.approx(4 * traces + 4 * 2 * (6 + 5 * 8))
+
+
+def test_memory_is_what_steps_and_draws_took_where_that_is_more_than_is_counted(clock, monkeypatch):
+    counted, peaks = predicted().memory, iter([3e6, 8e6])
+    monkeypatch.setattr(cost, "_peak", lambda: next(peaks))
+    assert predicted().memory == counted - 4 * 2 * (6 + 5 * 8) + 5e6
 
 
 def test_chains_of_a_large_model_need_few_copies_of_it():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -29,6 +30,11 @@ from stagewise.sampling.posterior import LocalPosterior
 from stagewise.task import Task
 from stagewise.usable import chosen_steps
 
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
 _PROBES = 12  # checkpoints at which the sampler is tuned
 # Vectors of the parameters' length: of the model and the posterior, of one chain while it moves and while it waits.
 _FIXED, _MOVING, _KEPT = 6, 8, 2
@@ -43,7 +49,7 @@ class Cost:
     Attributes:
         cells: units of work.
         parts: wall-clock seconds by what they are spent on; sampling on ``workers`` processes, all else on one.
-        memory: bytes of one worker's chains and traces.
+        memory: bytes of one worker's chains and traces, and what a few steps and draws took on the CPU.
         disk: bytes of all traces.
         workers: processes.
         steps: sampler steps over all cells.
@@ -91,9 +97,12 @@ def estimate(config: RunConfig) -> Cost:
     workers, probes = config.workers or default_workers(task), list[Probe]()
     cost, notes = Cost(0, {}, 0.0, 0.0, workers, 0), [repr(task)]
     if SAMPLED in config.estimators:
+        before = _peak()
         probes = _probes(task, trajectory, config.posterior, config.sampling, list(usable), workers)
-        cost = _sampling_cost(task, config.sampling, len(usable), workers, probes)
+        cost = _sampling_cost(task, config.sampling, len(usable), workers, probes, _peak() - before)
         notes += answered(config.posterior, probes)
+        if len(looks := config.sampling.looks) > 1:
+            notes.append(f"draws: auto, priced as if each checkpoint took {looks[-1]:,}; many will end at {looks[0]:,}")
     parts |= cost.parts
     parts |= estimator_costs(task, trajectory, config, list(usable), missing)
     parts |= closing_costs(task, trajectory, config, list(usable), missing, probes)
@@ -111,8 +120,9 @@ def sampling_cost(
     Raises:
         ValueError: the task, a checkpoint or the posterior cannot be used.
     """
+    before = _peak()
     probes = _probes(task, trajectory, posterior, sampling, steps, workers)
-    return _sampling_cost(task, sampling, len(steps), workers, probes)
+    return _sampling_cost(task, sampling, len(steps), workers, probes, _peak() - before)
 
 
 def _probes(
@@ -127,16 +137,26 @@ def _probes(
         torch.set_num_threads(threads)
 
 
-def _sampling_cost(task: Task, sampling: Chains, checkpoints: int, workers: int, probes: Sequence[Probe]) -> Cost:
+def _peak() -> float:
+    """Most bytes that this process has held; 0 where the system does not tell."""
+    if resource is None:
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
+
+
+def _sampling_cost(
+    task: Task, sampling: Chains, checkpoints: int, workers: int, probes: Sequence[Probe], rise: float
+) -> Cost:
     cells = checkpoints * sampling.blocks
     # Cells go to whoever is free: the last ones keep some workers busy while others have no more.
     rounds = math.ceil(cells / workers)
     samples = len(task.candidates) + sum(len(data) for data in task.queries.values())
     kept = _tokens(task) * (1 + sampling.reflect + sampling.linear)
-    traces = 4.0 * sampling.chains * sampling.draws * samples * kept
+    traces = 4.0 * sampling.chains * sampling.looks[-1] * samples * kept
     parameters = sum(p.numel() for p in task.model.parameters())
     # Traces are kept as float32 changes, and put together as float64 at the end.
-    memory = 4 * traces + 4.0 * copies(sampling, parameters) * parameters
+    counted = 4.0 * copies(sampling, parameters) * parameters
+    memory = 4 * traces + max(counted, rise)
     drawn = [probe.seen for probe in probes if probe.seen is not None]
     writing, size = written(filled(drawn[-1], sampling, task)) if drawn else (0.0, 0.0)
     answered = len(drawn) / len(probes)

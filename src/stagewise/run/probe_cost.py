@@ -55,9 +55,9 @@ def probe(task: Task, trajectory: Trajectory, posterior: LocalPosterior, samplin
     seconds, longest = perf_counter() - start, _longest(tuning, density, sampling)
     if tuning.refused or (tuning.localised is False and posterior.require_localised):
         return Probe(step, seconds, 0, longest, None)
-    count = tuning.burn_in + sampling.draws * tuning.thinning
+    count = tuning.burn_in + sampling.looks[-1] * tuning.thinning
     fixed, each, draw, seen = _times(tuning, sampling)
-    return Probe(step, seconds + fixed + count * each + sampling.draws * draw, count, longest, seen)
+    return Probe(step, seconds + fixed + count * each + sampling.looks[-1] * draw, count, longest, seen)
 
 
 def _longest(tuning: Tuning, density: LocalDensity, sampling: Chains) -> int | None:
@@ -78,7 +78,7 @@ def _times(tuning: Tuning, sampling: Chains) -> tuple[float, float, float, dict[
     start = perf_counter()
     drawing = Drawing(brief, replace(sampling, chains=chains, draws=_STEPS), 0)
     fixed, times = perf_counter() - start, []
-    for _ in range(drawing.steps):
+    for _ in range(_WARM + 2 * _STEPS):
         start = perf_counter()
         drawing.step()
         times.append(perf_counter() - start)
@@ -99,7 +99,7 @@ def filled(seen: dict[str, Seen], sampling: Chains, task: Task) -> xr.DataTree:
         for key, value in ((key, value.numpy()) for key, value in of_set._asdict().items() if value is not None):
             if key in DRAWN:
                 anchor = of_set.loss_anchor.numpy()
-                change = np.resize(value - anchor, (sampling.chains, sampling.draws, *anchor.shape))
+                change = np.resize(value - anchor, (sampling.chains, sampling.looks[-1], *anchor.shape))
                 value = anchor + change * random.uniform(0.5, 1.5, change.shape)
             variables[key] = ((*(("chain", "draw") if key in DRAWN else ()), *dims), value)
         coords = {"chain": numbers} | ({"sample": task.candidates.numpy()} if name == "train" else {})

@@ -1,0 +1,129 @@
+"""What a dry run predicts against what the same work really takes.
+
+    python benchmarks/cost_model.py
+
+Sampling with its files, the largest part of most runs, on one thread and one worker. Each number is of a process of its
+own: what a process does only once is in it.
+
+seconds     of the processor, which other work on the machine changes little: predicted / measured, and their ratio
+peak MiB    of the resident set beyond what the process held before the chains (Linux), against the predicted memory
+MiB         of the run folder's cells, against the predicted disk
+
+The rows under `held out` are larger than, and other than, those that were looked at while the prediction was written:
+they were chosen beforehand, and nothing was changed in the prediction of seconds after they had been seen.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peak import forget_peak, peak
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import stagewise as sw
+
+console = Console(width=130)
+CLOSE = 0.25
+LOOKED_AT: dict[str, dict[str, Any]] = {
+    "digits, 16 chains, 32 draws": {"chains": 16, "draws": 32},
+    "looped": {"chains": 4, "draws": 16, "batching": "loop"},
+    "minibatches, sgld": {"chains": 16, "draws": 16, "sampler": "sgld", "batch_size": 256},
+    "the window's own draws": {"chains": 16, "draws": 16, "sampler": "window"},
+}
+HELD_OUT: dict[str, dict[str, Any]] = {
+    "a wider network, 24 chains, 100 draws": {"width": 96, "chains": 24, "draws": 100, "checkpoints": 3},
+    "12 checkpoints, linear": {"chains": 8, "draws": 24, "checkpoints": 12, "linear": True},
+    "looped, no reflection, two blocks": {"chains": 6, "draws": 24, "batching": "loop", "reflect": False, "blocks": 2},
+    "tokens, without a posterior": {"words": 200, "chains": 4, "draws": 12, "checkpoints": 3},
+    "tokens, the window's own draws": {"words": 200, "chains": 4, "draws": 40, "checkpoints": 3, "sampler": "window"},
+}
+
+
+def digits(width: int) -> Any:
+    from stagewise.studies.digits.training import cross_entropy, task
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.Tanh(), nn.Linear(width, 10)).eval()
+    of_study = task()
+    train, held_out = (data.batch(slice(None)) for data in (of_study.train, of_study.queries["held-out"]))
+    return sw.Task(model, cross_entropy, train=train, queries={"held-out": held_out})
+
+
+def language(words: int) -> Any:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=words, max_position_embeddings=32, **shape)).eval()
+    tokens = torch.randint(words, (64, 32))
+    return sw.Task(model, sw.losses.causal_lm, train=tokens[:48], queries={"val": tokens[48:]}, objective="tokens")
+
+
+def part(predict: bool, width: int = 32, words: int = 0, checkpoints: int = 4, **chains: Any) -> dict[str, float]:
+    """Predicted or measured, of one row."""
+    from stagewise.retraining.training import train_and_record
+    from stagewise.run import cost, probe_cost
+    from stagewise.run.engine import sample
+
+    torch.set_num_threads(1)
+    probe_cost.perf_counter = cost.perf_counter = time.process_time  # type: ignore[attr-defined]
+    task = language(words) if words else digits(width)
+    optimizer, order = sw.Optimizer("sgd", 0.05, momentum=0.9), sw.BatchOrder(len(task.train), 16 if words else 64)
+    steps = [20 * 2**k if checkpoints < 8 else 40 * (k + 1) for k in range(checkpoints)]
+    run = sw.Trajectory.from_checkpoints(train_and_record(task, optimizer, order, steps))
+    posterior, sampling = sw.LocalPosterior(window=4), sw.Chains(**chains)
+    if predict:
+        predicted = cost.sampling_cost(task, run, posterior, sampling, steps, 1)
+        return {"seconds": predicted.seconds, "memory": predicted.memory / 2**20, "disk": predicted.disk / 2**20}
+    before, start = forget_peak(), time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        sample(task, run, posterior, out=folder, sampling=sampling)
+        spent, held = time.process_time() - start, peak() - before
+        disk = sum(file.stat().st_size for file in (Path(folder) / "cells").glob("*.zip"))
+    return {"seconds": spent, "memory": held, "disk": disk / 2**20}
+
+
+def in_a_process(predict: bool, settings: dict[str, Any]) -> dict[str, float]:
+    command = [sys.executable, __file__, "--part", json.dumps(settings | {"predict": predict})]
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found: dict[str, float] = json.loads(out.strip().splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    columns = ("seconds", "ratio", "peak MiB", "ratio", "MiB", "ratio")
+    table = Table("configuration", *columns, title="predicted / measured, on one thread")
+    ratios = []
+    for title, rows in (("looked at", LOOKED_AT), ("held out", HELD_OUT)):
+        table.add_section()
+        table.add_row(f"[bold]{title}")
+        for name, settings in rows.items():
+            said, was = (in_a_process(predict, settings) for predict in (True, False))
+            cells = []
+            for what in ("seconds", "memory", "disk"):
+                ratio = said[what] / was[what]
+                cells += [f"{said[what]:.3g} / {was[what]:.3g}", f"{ratio:.2f}"]
+                if what == "seconds" and rows is HELD_OUT:
+                    ratios.append(ratio)
+            table.add_row(name, *cells)
+    console.print(table)
+    worst = max(ratios, key=lambda ratio: max(ratio, 1 / ratio))
+    close = sum(abs(ratio - 1) <= CLOSE for ratio in ratios)
+    console.print(f"seconds, held out: worst ratio {worst:.2f}; within {CLOSE:.0%}: {close} of {len(ratios)}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--part"]:
+        print(json.dumps(part(**json.loads(sys.argv[2]))))
+    else:
+        main()
