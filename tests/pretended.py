@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("meta")
 CPU = torch.device("cpu")
@@ -113,12 +112,11 @@ def _refuse(message):
 def _carried_out(function, args, kwargs):
     """An operation by the numbers inside, on the device where it is, or is asked for."""
     device = torch.device(kwargs["device"]) if kwargs.get("device") else _common(function, args, kwargs)
-    inside = kwargs | {"device": CPU} if kwargs.get("device") else kwargs
-    out = function(*tree_map(_inner, args), **tree_map(_inner, inside))
+    inside = _mapped(_inner, kwargs | {"device": CPU} if kwargs.get("device") else kwargs)
+    out = function(*_mapped(_inner, args), **inside)
     if device == CPU:
         return out
-    out = tree_map(lambda leaf: OnDevice(leaf) if isinstance(leaf, Tensor) else leaf, out)
-    return return_and_correct_aliasing(function, args, kwargs, out)
+    return return_and_correct_aliasing(function, args, kwargs, _mapped(_outer, out))
 
 
 def _common(function, args, kwargs):
@@ -126,7 +124,7 @@ def _common(function, args, kwargs):
     if function is _aten.copy_.default:
         return args[0].device
     indices = args[1] if function in _INDEXED and args[0].device != CPU else ()
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    tensors = [leaf for leaf in _leaves((*args, *kwargs.values())) if isinstance(leaf, Tensor)]
     bound = [leaf for leaf in tensors if not any(leaf is index for index in indices)]
     found = {leaf.device for leaf in bound if leaf.ndim or leaf.device != CPU}
     if len(found) > 1:
@@ -137,3 +135,21 @@ def _common(function, args, kwargs):
 
 def _inner(leaf):
     return leaf.inner if isinstance(leaf, OnDevice) else leaf
+
+
+def _outer(leaf):
+    return OnDevice(leaf) if isinstance(leaf, Tensor) else leaf
+
+
+def _mapped(function, value):
+    """What an operation is given or gives, in its lists; torch's own ``tree_map`` takes most of the time here."""
+    if isinstance(value, dict):
+        return {key: _mapped(function, each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)([_mapped(function, each) for each in value])
+    return function(value)
+
+
+def _leaves(values):
+    for value in values:
+        yield from value if isinstance(value, list | tuple) else (value,)

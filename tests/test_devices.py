@@ -3,7 +3,9 @@
 The device is pretended (``pretended.py``), so that this needs no GPU.
 """
 
+import copy
 from collections.abc import Mapping
+from functools import cache
 
 import numpy as np
 import pytest
@@ -73,8 +75,8 @@ ORDER = sw.BatchOrder(N, 5, 0)
 class Case:
     """A task on a device, and a run of it that was recorded there."""
 
-    def __init__(self, kind, device, folder, optimizer="adam"):
-        self.task, self.folder = KINDS[kind](device), folder
+    def __init__(self, kind, device, optimizer="adam"):
+        self.task = KINDS[kind](device)
         rule = sw.Optimizer(optimizer, 0.02, batch_size=5, momentum=0.5 if optimizer == "sgd" else 0.0)
         self.checkpoints = list(train_and_record(self.task, rule, ORDER, [4, 8, 12]))
         self.run = sw.Trajectory.from_checkpoints(self.checkpoints[:2])
@@ -91,13 +93,19 @@ class Case:
         return self.chains(posterior=sw.LocalPosterior(gamma=50.0, n_beta=50.0), **by_hand, **settings)
 
 
-def recorded(case):
+@cache
+def shared(kind, device):
+    """What no room changes: that a checkpoint can be used is checked once for all of them."""
+    return Case(kind, device)
+
+
+def recorded(case, folder):
     """By the recorder, from an optimiser on the device, and read again."""
-    model, found = case.task.model, []
+    model, found = copy.deepcopy(case.task.model), []
     for rule in (torch.optim.AdamW, torch.optim.SGD):
         optimizer = rule(model.parameters(), lr=0.01, **({"momentum": 0.9} if rule is torch.optim.SGD else {}))
-        folder = case.folder / rule.__name__
-        recorder = sw.Recorder(folder, model, optimizer, [2, 3], batch_size=5)
+        place = folder / rule.__name__
+        recorder = sw.Recorder(place, model, optimizer, [2, 3], batch_size=5)
         for step in (1, 2, 3):
             rows = torch.arange(5 * step) % N
             optimizer.zero_grad()
@@ -106,16 +114,16 @@ def recorded(case):
             optimizer.step()
             recorder(step, rows.to(case.task.device))
         now = sw.snapshot(3, model, optimizer, batch_size=5)
-        run = sw.Trajectory.from_directory(folder)
+        run = sw.Trajectory.from_directory(place)
         found += [now.params, run.load(3).params, run.load(3).second_moment, run.load(3).first_moment]
         found += [sw.window_influence(case.task, run, window=2), sw.replay(case.task, run)]
         found += [sw.curriculum(case.task, now, "0", window=2, repeats=1)]
     return found
 
 
-def sampled(case):
+def sampled(case, folder):
     """A run folder with all that is read from it."""
-    store = sw.sample(case.task, case.run, POSTERIOR, out=case.folder / "run", chains=4, draws=8, seed=1)
+    store = sw.sample(case.task, case.run, POSTERIOR, out=folder / "run", chains=4, draws=8, seed=1)
     traces = {"trusted_only": False}
     return [
         sw.bif(store, **traces),
@@ -128,18 +136,18 @@ def sampled(case):
     ]
 
 
-def windows(case):
+def windows(case, folder):
     exact = sw.window_influence(case.task, case.run, window=3, per="sample", order=ORDER)
     proof = {"window": 3, "order": ORDER}
     return [
         exact,
-        sw.window_influence(case.task, case.run, window=3, check=True, scratch=case.folder, memory=1e3),
+        sw.window_influence(case.task, case.run, window=3, check=True, scratch=folder.parent, memory=1e3),
         sw.extremes_ablation(case.task, case.run, exact, count=2, draws=2, **proof),
         sw.window_lds(exact, sw.window_halves(case.task, case.run, halves=4, **proof), resamples=10),
     ]
 
 
-def retrained(case):
+def retrained(case, folder):
     start, steps = case.checkpoints[0], [6, 8]
     kept = [sw.Schedule(), sw.Schedule.window(torch.tensor([1, 2]), 4, 3, 0.5)]
     return [
@@ -152,8 +160,8 @@ def retrained(case):
     ]
 
 
-def baselines(case):
-    plain = Case("samples", case.task.device, case.folder, "sgd")
+def baselines(case, folder):
+    plain = Case("samples", case.task.device, "sgd")
     return [sw.tracin(plain.task, plain.run), sw.source(plain.task, plain.run, segments=2)]
 
 
@@ -164,51 +172,53 @@ def one_by_one(case, sampler, **settings):
 
 
 SAMPLES = {
-    "underdamped": lambda c: c.chains(),
-    "n_beta by a pilot": lambda c: c.chains(posterior=sw.LocalPosterior(window=3)),
-    "sgld in a loop": lambda c: c.hand_set(sampler="sgld", batching="loop", reflect=False),
-    "rmsprop_sgld": lambda c: c.hand_set(sampler="rmsprop_sgld"),
-    "minibatches": lambda c: c.chains(batch_size=5, posterior=sw.LocalPosterior(window=3)),
-    "minibatches of their own": lambda c: c.hand_set(batch_size=5, control_variate=False),
-    "not centred": lambda c: c.chains(posterior=sw.LocalPosterior(window=3, n_beta=100.0, centred=False)),
-    "first order beside chains": lambda c: c.chains(linear=True, batch_size=5),
-    "window": lambda c: c.chains(sampler="window", linear=True, posterior=sw.LocalPosterior(window=3)),
-    "one by one": lambda c: [
+    "underdamped": lambda c, _: c.chains(),
+    "n_beta by a pilot": lambda c, _: c.chains(posterior=sw.LocalPosterior(window=3)),
+    "sgld in a loop": lambda c, _: c.hand_set(sampler="sgld", batching="loop", reflect=False),
+    "rmsprop_sgld": lambda c, _: c.hand_set(sampler="rmsprop_sgld"),
+    "minibatches": lambda c, _: c.chains(batch_size=5, posterior=sw.LocalPosterior(window=3)),
+    "minibatches of their own": lambda c, _: c.hand_set(batch_size=5, control_variate=False),
+    "not centred": lambda c, _: c.chains(posterior=sw.LocalPosterior(window=3, n_beta=100.0, centred=False)),
+    "first order beside chains": lambda c, _: c.chains(linear=True, batch_size=5),
+    "window": lambda c, _: c.chains(sampler="window", linear=True, posterior=sw.LocalPosterior(window=3)),
+    "one by one": lambda c, _: [
         one_by_one(c, "underdamped", batch_size=5),
         one_by_one(c, "rmsprop_sgld", batch_size=5, control_variate=False),
         one_by_one(c, "sgld", linear=True),
     ],
-    "some parameters": lambda c: c.chains(posterior=sw.LocalPosterior(window=3, n_beta=100.0, parameters=("0.*[:2]",))),
-    "moments estimated": lambda c: sw.estimated_second_moment(c.task, c.checkpoints[0], batches=4).second_moment,
+    "some parameters": lambda c, _: c.chains(
+        posterior=sw.LocalPosterior(window=3, n_beta=100.0, parameters=("0.*[:2]",))
+    ),
+    "moments estimated": lambda c, _: sw.estimated_second_moment(c.task, c.checkpoints[0], batches=4).second_moment,
 }
 ROOMS = {
     "a run folder": sampled,
     "recorder and what it wrote": recorded,
     "windows": windows,
     "retraining": retrained,
-    "window of groups": lambda c: [
+    "window of groups": lambda c, _: [
         sw.window_influence(c.task, c.run, window=3, mode=mode, repeats=2) for mode in ("forward", "reverse")
     ],
-    "window, expected": lambda c: sw.window_influence(c.task, c.run, window=3, expected=True),
-    "ablation": lambda c: [sw.window_ablation(c.task, c.run, window=3, batching=how) for how in ("stacked", "loop")],
-    "damped": lambda c: [
+    "window, expected": lambda c, _: sw.window_influence(c.task, c.run, window=3, expected=True),
+    "ablation": lambda c, _: [sw.window_ablation(c.task, c.run, window=3, batching=how) for how in ("stacked", "loop")],
+    "damped": lambda c, _: [
         sw.damped_influence(c.task, c.run, POSTERIOR, curvature=how, per=per)
         for how, per in (("gauss_newton", "group"), ("hessian", "sample"), ("exact", "group"))
     ],
-    "response": lambda c: [sw.response_influence(c.task, c.run, POSTERIOR, at=at) for at in ("path", "checkpoint")],
-    "gradients": lambda c: [sw.gradient_product(c.task, c.run, POSTERIOR, per=per) for per in ("group", "sample")],
+    "response": lambda c, _: [sw.response_influence(c.task, c.run, POSTERIOR, at=at) for at in ("path", "checkpoint")],
+    "gradients": lambda c, _: [sw.gradient_product(c.task, c.run, POSTERIOR, per=per) for per in ("group", "sample")],
     "baselines": baselines,
 }
 TOKENS = {
-    "chains": lambda c: c.chains(),
-    "single tokens": lambda c: c.chains(single_tokens=True, reflect=False),
-    "minibatches of their own": lambda c: c.hand_set(batch_size=5, control_variate=False),
-    "window": lambda c: sw.window_influence(c.task, c.run, window=3, per="token"),
-    "windows of groups": lambda c: sw.window_influence(c.task, c.run, window=3, mode="forward", check=True),
-    "ablation": lambda c: sw.window_ablation(c.task, c.run, window=3, repeats=1),
-    "leaving out": lambda c: sw.leave_out(c.task, c.checkpoints[0], ORDER, [7]),
-    "damped": lambda c: sw.damped_influence(c.task, c.run, POSTERIOR, per="token"),
-    "gradients": lambda c: sw.gradient_product(c.task, c.run, POSTERIOR),
+    "chains": lambda c, _: c.chains(),
+    "single tokens": lambda c, _: c.chains(single_tokens=True, reflect=False),
+    "minibatches of their own": lambda c, _: c.hand_set(batch_size=5, control_variate=False),
+    "window": lambda c, _: sw.window_influence(c.task, c.run, window=3, per="token"),
+    "windows of groups": lambda c, _: sw.window_influence(c.task, c.run, window=3, mode="forward", check=True),
+    "ablation": lambda c, _: sw.window_ablation(c.task, c.run, window=3, repeats=1),
+    "leaving out": lambda c, _: sw.leave_out(c.task, c.checkpoints[0], ORDER, [7]),
+    "damped": lambda c, _: sw.damped_influence(c.task, c.run, POSTERIOR, per="token"),
+    "gradients": lambda c, _: sw.gradient_product(c.task, c.run, POSTERIOR),
 }
 ALL = [("samples", name, room) for name, room in (SAMPLES | ROOMS).items()]
 ALL += [("tokens", name, room) for name, room in TOKENS.items()]
@@ -227,9 +237,9 @@ def numbers(found):
 
 @pytest.mark.parametrize(("kind", "room"), [pytest.param(k, room, id=f"{k}: {name}") for k, name, room in ALL])
 def test_a_room_stays_on_the_device_and_gives_the_numbers_of_the_cpu(kind, room, tmp_path):
-    expected = numbers(room(Case(kind, CPU, tmp_path / "cpu")))
+    expected = numbers(room(shared(kind, CPU), tmp_path / "cpu"))
     with pretended() as device:
-        got = numbers(room(Case(kind, device, tmp_path / "device")))
+        got = numbers(room(shared(kind, device), tmp_path / "device"))
     assert len(got) == len(expected) > 0
     for there, here in zip(got, expected, strict=True):
         np.testing.assert_allclose(there, here, rtol=1e-9, atol=1e-12)
@@ -299,9 +309,9 @@ PLANTED = {
 def test_a_planted_bug_is_caught(where, name, bug, room, monkeypatch, tmp_path):
     def walk():
         with pretended() as device:
-            case = Case("samples", device, tmp_path)
+            case = Case("samples", device)
             monkeypatch.setattr(where, name, bug)
-            room(case)
+            room(case, tmp_path)
 
     with pytest.raises(OtherDeviceError):
         walk()
