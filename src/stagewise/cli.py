@@ -209,9 +209,13 @@ def _show(found: Sequence[str], report: Path) -> None:
 
 @contextmanager
 def _readable_errors(code: int = 1) -> Iterator[None]:
-    """Faults of input end with their message and this code; anything else is a bug and keeps its traceback."""
+    """Faults of input end with their message and this code, Ctrl-C with how to go on; a bug keeps its traceback."""
     try:
         yield
+    except KeyboardInterrupt:
+        line = "interrupted; what is complete is kept, and the same command goes on from there"
+        Console(stderr=True).print(line, highlight=False, markup=False, soft_wrap=True)
+        sys.exit(130)
     except Exception as error:
         message = _explained(error)
         if message is None:

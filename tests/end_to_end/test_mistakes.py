@@ -58,6 +58,13 @@ def test_a_mistake_ends_in_one_line_with_what_to_do(monkeypatch, config, error, 
     assert re.search(message, line), line
 
 
+def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(monkeypatch, config):
+    monkeypatch.setattr(pipeline, "run", Mock(side_effect=KeyboardInterrupt))
+    result = cli.invoke(app, ["run", str(config)])
+    assert result.exit_code == 130
+    assert re.fullmatch(r"interrupted; what is complete is kept, and the same command goes on .*\n", result.stderr)
+
+
 @pytest.mark.parametrize(
     "error", [KeyError("step"), RuntimeError("size mismatch"), AttributeError("x"), TypeError("y")]
 )

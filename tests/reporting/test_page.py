@@ -1,4 +1,6 @@
 import re
+import shutil
+import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -10,6 +12,7 @@ from stagewise.reporting import write_report
 from stagewise.reporting.contents import _influence, _two_times
 from stagewise.reporting.findings import clearest_flips
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = '<script>alert(1)</script>"onload="x'
 
 
@@ -77,6 +80,28 @@ def test_text_of_the_data_is_never_markup(full):
     assert "$b$" in text
     assert "c & d" in text
     assert "<script" not in html
+
+
+def shown(page):
+    """The title of a page once a browser has opened it and run whatever it would run."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--dump-dom"]
+    dom = subprocess.run([CHROMIUM, *options, page.as_uri()], capture_output=True, text=True, timeout=60, check=True)
+    return re.search(r"<title>(.*?)</title>", dom.stdout, re.DOTALL)[1]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+def test_a_browser_runs_nothing_that_the_data_say(make, tmp_path, no_pictures):
+    bad = "document.title='it ran'"
+    evil = [f"<script>{bad}</script>", f'"><img src=x onerror="{bad}">', f"</title><svg onload={bad}>"]
+    results = replace(make(labels=evil, steps=[0, 20, 30, 90]), title=evil[2], config={"model": evil[0]})
+    html, _ = written(replace(results, provenance={"commit": f"</pre>{evil[1]}"}), tmp_path)
+    bare = re.sub(r"<meta http-equiv=.Content-Security-Policy.*?>", "", html)  # which would keep anything from running
+    assert len(bare) < len(html)
+    page = tmp_path / "bare.html"
+    page.write_text(bare, encoding="utf-8")
+    assert shown(page).startswith("&lt;/title&gt;&lt;svg")
+    page.write_text(f"{bare}<script>{bad}</script>", encoding="utf-8")
+    assert shown(page) == "it ran"
 
 
 def test_ids_of_all_figures_are_unique_and_references_meet_them(full):

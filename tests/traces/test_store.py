@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 import os
@@ -394,6 +395,27 @@ def test_a_system_that_refuses_is_explained(store, monkeypatch, act):
     monkeypatch.undo()
     assert store.steps == ()
     assert not list((store.root / "cells").iterdir())
+
+
+@pytest.mark.parametrize(
+    "moment", ["zipfile.ZipFile.writestr", "zipfile.ZipFile.close", "os.fsync", "pathlib.Path.replace"]
+)
+def test_a_disk_that_is_full_at_any_moment_of_a_cell_is_named_and_the_cell_is_written_whole_later(
+    store, monkeypatch, tmp_path, moment
+):
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    other = TraceStore.open(tmp_path / "other", IDENTITY)
+    other.write(Cell(10, 0, "k"), make_cell())
+    with monkeypatch.context() as patch:
+        patch.setattr(moment, full)
+        with pytest.raises(RunFolderError, match=r"run folder .*No space left.*free some space and run again"):
+            store.write(Cell(10, 0, "k"), make_cell())
+    assert store.steps == ()
+    assert not list((store.root / "cells").iterdir())
+    store.write(Cell(10, 0, "k"), make_cell())
+    assert (store.root / CELL).read_bytes() == (other.root / CELL).read_bytes()
 
 
 def test_a_store_opened_to_be_read_is_not_written(store):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,7 +46,11 @@ def explain_write(root: Path) -> Iterator[None]:
     except Timeout:  # an OSError too, but about the lock
         raise
     except OSError as error:
-        raise RunFolderError(f"cannot write the run folder {root}: {error}; choose another folder (out=...)") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = (
+            "free some space and run again: what is complete is kept" if full else "choose another folder (out=...)"
+        )
+        raise RunFolderError(f"cannot write the run folder {root}: {error}; {remedy}") from error
 
 
 @contextmanager
