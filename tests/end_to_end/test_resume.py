@@ -3,8 +3,10 @@
 import hashlib
 import multiprocessing
 import os
+import shutil
 import signal
 import time
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from driver import drive
 from tiny import write_run
 
 from stagewise.run.config import load_config
-from stagewise.run.pipeline import run
+from stagewise.run.pipeline import checkup, run
+from stagewise.traces.store import RunFolderError
 
 # A new process for every run, but all from one that has imported everything: that takes most of the time.
 processes = multiprocessing.get_context("forkserver")
@@ -45,10 +48,10 @@ def nobody_left(group: int, seconds: float = 20) -> bool:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """What a run holds that nobody killed."""
+    """The folder of a run that nobody killed."""
     config = load_config(write_run(tmp_path_factory.mktemp("whole"), workers=1))
     run(config)
-    return contents(config.out)
+    return config.out
 
 
 KILLS = [
@@ -72,8 +75,27 @@ def test_a_killed_run_goes_on_from_its_own_configuration_to_the_same_bits(tmp_pa
         assert {path: when for path, when in complete(folder).items() if path in done} == done
         done = complete(folder)
         config = folder / "config.yaml"  # is there from the first moment on
-    assert contents(folder) == whole
+    assert contents(folder) == contents(whole)
     # Cells; exact influence of groups and samples, two baselines and retraining of each; whether the run is repeated.
     assert len(done) == 3 + 5 * 3 + 1
     assert not list((folder / "cells").glob(".*"))
     assert (folder / "report.html").exists()
+
+
+def test_a_flipped_byte_of_a_chunk_is_named_and_the_cell_computed_again_once_it_is_deleted(tmp_path, whole):
+    folder = tmp_path / "damaged" / "run"
+    shutil.copytree(whole.parent, folder.parent)
+    cell = sorted((folder / "cells").glob("*.zip"))[1]
+    with zipfile.ZipFile(cell) as file:
+        chunk = max(file.infolist(), key=lambda entry: entry.file_size)
+    content = bytearray(cell.read_bytes())
+    content[chunk.header_offset + len(chunk.filename) + chunk.compress_size // 2] ^= 1
+    cell.write_bytes(content)
+    config = load_config(folder / "config.yaml")
+    for look in (lambda: run(config), lambda: checkup(folder)):
+        with pytest.raises(RunFolderError, match=f"{cell.name}.*delete it and run again"):
+            look()
+    cell.unlink()
+    (folder / "results").rename(tmp_path / "results before")  # nothing of these is taken over
+    run(config)
+    assert contents(folder) == contents(whole)

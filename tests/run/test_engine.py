@@ -81,6 +81,16 @@ def test_workers_give_the_bits_that_one_process_gives(tmp_path):
         assert alone.load(step).identical(together.load(step))
 
 
+def test_cells_are_the_same_in_whatever_order_they_are_computed(tmp_path, monkeypatch):
+    ascending = sampled(tmp_path / "a", steps=[0, 5], blocks=2)
+    cells = engine.Work.cells.fget
+    monkeypatch.setattr(engine.Work, "cells", property(lambda work: cells(work)[::-1]))
+    descending = sampled(tmp_path / "b", steps=[0, 5], blocks=2)
+    for name in ("00000000-0000.zip", "00000000-0001.zip", "00000005-0000.zip", "00000005-0001.zip"):
+        first, second = (store.root / "cells" / name for store in (ascending, descending))
+        assert first.read_bytes() == second.read_bytes()
+
+
 # How it is called.
 
 

@@ -100,6 +100,17 @@ def test_chains_that_cannot_be_read_or_are_of_another_cell_begin_again(tmp_path,
     assert begun == 0
 
 
+def test_a_pickle_planted_for_chains_under_way_is_not_opened(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return Path.mkdir, (tmp_path / "trapped",)
+
+    kept = tmp_path / "kept"
+    torch.save({"key": "key", "state": Trap()}, kept)
+    assert underway.UnderwayFile(kept, "key").load() is None
+    assert not (tmp_path / "trapped").exists()
+
+
 def test_chains_are_kept_only_now_and_then_and_a_full_disk_is_named(tmp_path, monkeypatch):
     clock = count()
     monkeypatch.setattr(underway.time, "monotonic", lambda: float(next(clock)))

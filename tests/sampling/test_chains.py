@@ -9,6 +9,9 @@ from torch import nn
 
 from live import Live
 from stagewise.checkpoint import Checkpoint
+from stagewise.influence.bif import bif
+from stagewise.influence.trusted import TracesInMemory
+from stagewise.reporting.tables import diagnostics_table
 from stagewise.sampling import SGLD, Chains, LocalPosterior, RMSpropSGLD, block, sample_block, tuning
 from stagewise.sampling.tuning import tune
 from stagewise.sampling.watch import Watch
@@ -209,6 +212,27 @@ def test_chain_that_is_lost_is_named_and_the_others_are_kept():
     # after the draw that lost it, a chain waits at the checkpoint
     assert np.isnan(lost).any((1, 2)).any()
     assert np.isnan(lost).any(2).sum(1).max() == 1
+
+
+@pytest.mark.parametrize("batching", ["stacked", "loop"])
+def test_one_chain_of_four_that_leaves_is_counted_and_no_bit_of_the_others_knows_of_it(batching, monkeypatch):
+    sampling = Chains(chains=4, draws=8, burn_in=3, thinning=2, batching=batching, linear=True)
+    alone, distance = sample(sampling), block.Block.squared_distance
+
+    def leaves(chains):
+        return distance(chains).index_fill(0, torch.tensor([2]), torch.inf)
+
+    monkeypatch.setattr(block.Block, "squared_distance", leaves)
+    tree, kept = sample(sampling), [0, 1, 3]
+    assert tree["chains"]["status"].values.tolist() == ["ok", "ok", "diverged", "ok"]
+    for path in ("train", "queries/val", "queries/weights"):
+        assert tree[path].to_dataset().isel(chain=kept).identical(alone[path].to_dataset().isel(chain=kept))
+    found = diagnose(tree)
+    assert (found["chains_ok"].item(), found["chains_failed"].item()) == (3, 1)
+    table = diagnostics_table(found.expand_dims(step=[0]))
+    assert dict(zip(table.columns, table.rows[0], strict=True))["Chains ok"] == "3 of 4"
+    three = bif(TracesInMemory({0: tree}), trusted_only=False)
+    assert set(three["replicate"].values // (three.sizes["replicate"] // 3)) == set(kept)
 
 
 @pytest.mark.parametrize("sampler", ["underdamped", "sgld"])
