@@ -7,6 +7,7 @@ standard error are computed as :func:`stagewise.bif` does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -125,24 +126,33 @@ def _largest(a: Array, b: Array, count: int, own: Indices, others: Indices | Non
 
     Influence is minus the covariance: the largest help most. -1 where too few are left.
     """
-    right = torch.from_numpy(_flat(b - b.mean((0, 1))).astype(np.float32))
+    right, size = torch.from_numpy(_flat(b - b.mean((0, 1))).astype(np.float32)), math.isqrt(_BLOCK)
     best = torch.full((2, count, right.shape[1]), -torch.inf)
     which = torch.full(best.shape, -1, dtype=torch.long)
-    for start, left in _blocks(a, max(count, _BLOCK // right.shape[1])):
-        products = left.T @ right
-        if others is not None:
-            same = torch.from_numpy(own[start : start + len(products), None] == others)
-        for way, sign in enumerate((1.0, -1.0)):
-            signed = sign * products
+    for start, left in _blocks(a, size):
+        for first in range(0, right.shape[1], size):
+            queries = slice(first, first + size)
+            products = left.T @ right[:, queries]
+            same = None
             if others is not None:
-                signed.masked_fill_(same, -torch.inf)
-            values, rows = torch.cat([best[way], signed]).topk(count, 0)
-            old = rows < count
-            kept = which[way].gather(0, rows.clamp(max=count - 1))
-            best[way], which[way] = values, torch.where(old, kept, rows - count + start)
+                same = torch.from_numpy(own[start : start + len(products), None] == others[queries])
+            for way, sign in enumerate((1.0, -1.0)):
+                products *= sign
+                if same is not None:
+                    products.masked_fill_(same, -torch.inf)
+                _enter(products, start, best[way][:, queries], which[way][:, queries])
     which[best == -torch.inf] = -1
     found: Indices = which.permute(2, 0, 1).numpy()
     return found
+
+
+def _enter(products: Tensor, start: int, best: Tensor, which: Tensor) -> None:
+    """Put what is larger into the ``best (rank, query)`` so far, in place, and its row, counted from ``start``."""
+    # Soon few queries find anything larger in a block, and only theirs is sorted.
+    found = (products.amax(0) > best[-1]).nonzero()[:, 0]
+    values, rows = torch.cat([best[:, found], products[:, found]]).topk(len(best), 0)
+    kept = which[:, found].gather(0, rows.clamp(max=len(best) - 1))
+    best[:, found], which[:, found] = values, torch.where(rows < len(best), kept, rows - len(best) + start)
 
 
 def _blocks(a: Array, size: int) -> Iterator[tuple[int, Tensor]]:
