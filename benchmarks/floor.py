@@ -1,6 +1,6 @@
 """Chains against their floor, and beside another library: what a draw, an update and a matrix of influence cost.
 
-    make peers      or      python benchmarks/floor.py [--peers PYTHON]
+    make peers      or      python benchmarks/floor.py [--peers PYTHON] [--full]
 
 PYTHON is that of an environment with peers-requirements.txt, for `devinterp`; this file runs in both. Each part is a
 process of its own; seconds are of the processor, and memory is the peak beyond what the process held before (Linux).
@@ -10,6 +10,9 @@ chains      a GPT-NeoX of two layers of width 128, 2,048 words, contexts of 128,
             passes without anything else, in turn with ours
 update      one step of one chain of 70 million parameters, in the shapes of Pythia-70M, the gradient being there
 pairs       influence of every token of 32 sequences on every token of 32 others, 63 tokens each, from 4 x 48 draws
+strongest   with --full: the ten tokens of 512 sequences that help and harm every token of 64 others most, 511 tokens each,
+            from 4 x 50 draws in float32; `bare` is the products of deviations alone, in the same blocks. The matrix of
+            all pairs, in float32, would take 34 GB
 digits      32 chains at some checkpoints of the digits network, beside one chain at a time in plain PyTorch
 """
 
@@ -35,6 +38,7 @@ WORDS, CONTEXT, BATCH, CHAINS = 2_048, 128, 16, 4
 SETTINGS = {"lr": 1e-6, "n_beta": 1e3, "localization": 1e4}
 HUGE = 70_385_664  # numbers in the matrices of Pythia-70M
 SEQUENCES, TOKENS = 32, 63
+MANY, LONG, FEW_QUERIES, BLOCK = 512, 511, 64, 2_048  # sequences, their tokens, sequences of queries, tokens of a block
 AT, STEPS, KEPT = 5, 100, 5  # checkpoints, sampler steps and draws of the chains on digits
 Numbers = dict[str, float]
 
@@ -172,7 +176,8 @@ def losses() -> tuple[np.ndarray[Any, Any], ...]:
     return first, second
 
 
-def pairs_of_ours(out: str) -> Numbers:
+def in_memory(train: np.ndarray[Any, Any], query: np.ndarray[Any, Any]) -> Any:
+    """Traces of losses ``(chain, draw, sequence, token)``, all of equal weight."""
     import xarray as xr
 
     import stagewise as sw
@@ -181,13 +186,19 @@ def pairs_of_ours(out: str) -> Numbers:
         dims = ("chain", "draw", "sample", "token")
         share = np.full(loss.shape[2:], 1 / loss[0, 0].size)
         parts = {"loss": (dims, loss), "loss_anchor": (dims[2:], loss[0, 0]), "share": (dims[2:], share)}
-        return xr.Dataset(parts, {"sample": np.arange(SEQUENCES)})
+        return xr.Dataset(parts, {"sample": np.arange(loss.shape[2])})
 
-    train, query = losses()
     chains = xr.Dataset({"status": ("chain", np.full(CHAINS, "ok"))}, {"chain": np.arange(CHAINS)})
     tree = xr.DataTree.from_dict({"train": data(train), "queries/val": data(query), "chains": chains})
-    tree.attrs = {"n_beta": float(SEQUENCES * TOKENS), "step": 0}
-    traces, before, found = sw.TracesInMemory({0: tree}), forget_peak(), []
+    tree.attrs = {"n_beta": float(train[0, 0].size), "step": 0}
+    return sw.TracesInMemory({0: tree})
+
+
+def pairs_of_ours(out: str) -> Numbers:
+    import stagewise as sw
+
+    traces, found = in_memory(*losses()), []
+    before = forget_peak()
 
     def call() -> None:
         found.clear()
@@ -216,6 +227,28 @@ def pairs_of_devinterp(out: str) -> Numbers:
     spent = cpu(call, 3)
     np.save(out, found[0])
     return {"cpu": spent, "MiB": peak() - before}
+
+
+def strongest_of_ours(_: str) -> Numbers:
+    import stagewise as sw
+
+    random = np.random.default_rng(0)
+    sides = []
+    for sequences in (MANY, FEW_QUERIES):
+        side = random.standard_normal((CHAINS, 50, sequences, LONG), dtype=np.float32)
+        side += 3 + random.standard_normal((CHAINS, 50, 1, 1), dtype=np.float32)
+        sides.append(side)
+    left, right = (torch.from_numpy(side).flatten(0, 1).flatten(1) for side in sides)
+
+    def products() -> None:
+        for some in left.split(BLOCK, 1):
+            for others in right.split(BLOCK, 1):
+                some.T @ others
+
+    bare, traces = cpu(products), in_memory(*sides)
+    before = forget_peak()
+    spent = cpu(lambda: sw.strongest(traces, tokens=True, trusted_only=False))
+    return {"cpu": spent, "of its bare products": bare, "MiB beyond traces": peak() - before, "MiB in all": peak()}
 
 
 # Many chains of a small network
@@ -266,6 +299,7 @@ OURS: dict[str, Callable[[Any], Numbers]] = {
     "update": update_of_ours,
     "pairs": pairs_of_ours,
     "digits": digits,
+    "strongest": strongest_of_ours,
 }
 THEIRS: dict[str, Callable[[Any], Numbers]] = {
     "chains": chains_of_devinterp,
@@ -283,14 +317,14 @@ def measured(python: str, whose: str, part: str, argument: str) -> Numbers:
     return numbers
 
 
-def compare(peers: str | None, draws: int) -> None:
+def compare(peers: str | None, draws: int, full: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
     threads = f"{torch.get_num_threads()} threads"
     table = Table("part", "measured", "ours", "devinterp", "devinterp / ours", title=threads)
     with tempfile.TemporaryDirectory() as folder:
-        for part in OURS:
+        for part in OURS if full else [part for part in OURS if part != "strongest"]:
             paths = {whose: str(Path(folder) / f"{whose}.npy") for whose in ("ours", "theirs")}
             argument = {"chains": str(draws), "update": "3"}
             ours = measured(sys.executable, "ours", part, argument.get(part, paths["ours"]))
@@ -313,6 +347,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Chains against their floor.")
     parser.add_argument("--peers", metavar="PYTHON", help="of the environment with peers-requirements.txt")
     parser.add_argument("--draws", type=int, default=50, help="of each chain on the language model")
+    parser.add_argument("--full", action="store_true", help="the part that takes minutes, too")
     parser.add_argument("--part", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
@@ -320,7 +355,7 @@ def main() -> None:
         numeric = int(argument) if argument.isdigit() else argument
         print(json.dumps((OURS if whose == "ours" else THEIRS)[part](numeric)))
     else:
-        compare(options.peers, options.draws)
+        compare(options.peers, options.draws, options.full)
 
 
 if __name__ == "__main__":
