@@ -14,7 +14,7 @@ from stagewise.results import EXACT
 from stagewise.retraining.ablation import window_ablation
 from stagewise.run.analysis import recorded_order, retraining_window
 from stagewise.run.config import RunConfig
-from stagewise.run.engine import _traced_labels
+from stagewise.run.engine import traced_labels
 from stagewise.run.estimator_cost import Window, orders_of
 from stagewise.run.probe_cost import Probe, filled
 from stagewise.task import Task
@@ -49,7 +49,7 @@ def closing_costs(
 
 def _read(task: Task, config: RunConfig, tree: xr.DataTree, answered: float, closer: float) -> float:
     """Seconds of what is made of all traces, from one checkpoint of as many draws."""
-    train, queries = _traced_labels(task, config.sampling)
+    train, queries = traced_labels(task, config.sampling)
     labels = {"train": train, "queries": queries}
     traces = TracesInMemory({0: tree}, labels)
     seconds = answered * (

@@ -75,7 +75,7 @@ class Cost:
             f"{self.cells} cells (checkpoint x chain block), {self.steps:,} sampler steps in all",
             f"time    about {duration(self.seconds)}, with {self.workers} worker(s) for the chains",
             *(f"        {duration(seconds):>12}  {what}" for what, seconds in self.parts.items()),
-            f"memory  about {self.memory / 2**20:,.0f} MiB for each worker, beside the libraries",
+            f"memory  about {self.memory / 2**20:,.0f} MiB for each worker, beside the libraries; more with many draws",
             f"disk    about {self.disk / 2**20:,.0f} MiB of traces",
         ]
         return "\n".join([*lines, *self.notes])

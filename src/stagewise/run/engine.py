@@ -205,7 +205,7 @@ def compute(work: Work, task: Task, workers: int = 1, progress: Progress = silen
     store.sweep()
     cells = work.cells
     todo = [cell for cell in cells if not store.is_complete(cell)]
-    store.write_labels(*_traced_labels(task, work.sampling))
+    store.write_labels(*traced_labels(task, work.sampling))
     progress("sampling", len(cells) - len(todo), len(cells))
     for done, _ in enumerate(_computed(work, task, todo, workers, progress), start=len(cells) - len(todo) + 1):
         progress("sampling", done, len(cells))
@@ -228,7 +228,7 @@ def _settings(posterior: LocalPosterior, sampling: Chains) -> dict[str, str]:
     }
 
 
-def _traced_labels(task: Task, sampling: Chains) -> tuple[Labels | None, dict[str, Labels | None]]:
+def traced_labels(task: Task, sampling: Chains) -> tuple[Labels | None, dict[str, Labels | None]]:
     """Labels of the traced losses of the candidates and of every query set.
 
     Where losses were kept by sample and label, one row of labels for all samples.
@@ -288,7 +288,7 @@ def _compute(work: Work, cell: Cell, task: Task, on_step: Callable[[int, int], o
         return
     checkpoint = work.trajectory.load(cell.step)
     underway = work.store.underway(cell)
-    labels = written(*_traced_labels(task, work.sampling))
+    labels = written(*traced_labels(task, work.sampling))
     error = partial(relative_error, labels=labels)
     tree = sample_block(task, checkpoint, work.posterior, work.sampling, cell.block, on_step, underway, error)
     work.store.write(cell, tree, probe(task, task.fitted(checkpoint)))
