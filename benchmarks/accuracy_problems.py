@@ -101,7 +101,7 @@ class Place:
 def digits(folder: Path) -> Problem:
     """Handwritten digits, the full batch, Adam; classes are the digits."""
     digit_run.record(folder / "digits", 0, steps := (200, 400, 700))
-    return _problem("digits", digit_run.task(), folder / "digits", steps, 512, lambda batch: batch)
+    return _problem("digits", digit_run.task(), folder / "digits", steps, 400, lambda batch: batch)
 
 
 def markov(folder: Path) -> Problem:

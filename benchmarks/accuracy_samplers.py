@@ -1,4 +1,4 @@
-"""The samplers of accuracy_per_gradient.py: influence by groups of as many chains as each budget of gradients pays for."""
+"""The samplers of accuracy_per_gradient.py: influence by groups of as many chains as a budget of gradients pays for."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def chains_of(sampling: sw.Chains, cost: int, price: int, place: Place) -> ByBud
     few = replace(sampling, chains=1, draws=1)
     facts = sample_block(task, place.checkpoint, place.posterior, few).attrs
     draws = (cost // price - facts["burn_in"]) // facts["thinning"]
-    whole = replace(sampling, chains=chains, draws=draws, reflect=False)
+    whole = replace(sampling, chains=chains, draws=draws, reflect=False, single_tokens=True)
     tree = sample_block(task, place.checkpoint, place.posterior, whole)
     known = {"first_order": solved(place).influence} if sampling.linear else {}
 

@@ -10,9 +10,9 @@ chains      a GPT-NeoX of two layers of width 128, 2,048 words, contexts of 128,
             passes without anything else, in turn with ours
 update      one step of one chain of 70 million parameters, in the shapes of Pythia-70M, the gradient being there
 pairs       influence of every token of 32 sequences on every token of 32 others, 63 tokens each, from 4 x 48 draws
-strongest   with --full: the ten tokens of 512 sequences that help and harm every token of 64 others most, 511 tokens each,
-            from 4 x 50 draws in float32; `bare` is the products of deviations alone, in the same blocks. The matrix of
-            all pairs, in float32, would take 34 GB
+strongest   with --full: the ten tokens of 512 sequences that help and harm every token of 64 others most, 511 tokens
+            each, from 4 x 50 draws in float32; `bare` is the products of deviations alone, in the same blocks. The
+            matrix of all pairs, in float32, would take 34 GB
 digits      32 chains at some checkpoints of the digits network, beside one chain at a time in plain PyTorch
 """
 

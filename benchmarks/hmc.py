@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from stagewise.differentiate import differentiable, gradient
 from stagewise.evaluate import sample_weights
 from stagewise.sampling.posterior import LocalDensity
 
-_STEP = 0.4  # times the highest frequency
+_STEP = 0.8  # times the highest frequency
 _BURN_IN = 5  # trajectories, each about a quarter of the slowest period
 
 
@@ -43,21 +42,6 @@ class Potential:
         return value, density.n_beta * slope + density.gamma * u
 
 
-class Quadratic:
-    """U of a Gaussian with a precision matrix, and its gradient."""
-
-    def __init__(self, precision: Tensor) -> None:
-        self._precision = precision
-
-    def __call__(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """At ``u (chain, parameters)``: as :class:`Potential`."""
-        slope = u @ self._precision
-        return (u * slope).double().sum(1) / 2, slope
-
-
-Law = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
 class Drawn(NamedTuple):
     """Positions ``(chain, draw, parameters)``, share of trajectories that were accepted, gradients made."""
 
@@ -66,51 +50,38 @@ class Drawn(NamedTuple):
     gradients: int
 
 
-def hmc(laws: Sequence[Law], start: Tensor, slow: float, fast: float, draws: int, generator: Generator) -> list[Drawn]:
-    """Draws of every law, one per trajectory, all by the same random numbers: of like laws they are alike.
+def hmc(density: LocalDensity, slow: float, fast: float, chains: int, draws: int, generator: Generator) -> Drawn:
+    """Draws of the posterior, one per trajectory.
 
     Args:
-        laws: potential and gradient at ``(chain, parameters)``.
-        start: of the chains ``(chain, parameters)``.
-        slow: the lowest precision.
-        fast: the highest.
-        draws: of each chain.
+        density: the posterior.
+        slow: its lowest precision.
+        fast: its highest.
+        chains: how many.
+        draws: of each.
         generator: of all that is random.
     """
-    step = _STEP / math.sqrt(fast)
+    potential, step = Potential(density), _STEP / math.sqrt(fast)
     quarter = math.pi / 2 / math.sqrt(slow) / step
-    states: list[State] = [(start, *law(start)) for law in laws]
-    kept: list[list[Tensor]] = [[] for _ in laws]
-    accepted, gradients = [0.0] * len(laws), 0
+    u = torch.zeros(chains, density.vector.size).to(density.anchor)
+    energy, slope = potential(u)
+    kept, accepted, gradients = [], 0.0, 0
     for trajectory in range(-_BURN_IN, draws):
         count = round(quarter * (0.75 + 0.5 * float(torch.rand((), generator=generator))))
-        momentum = torch.randn(start.shape, generator=generator, dtype=start.dtype)
-        level = torch.rand(len(start), generator=generator, dtype=torch.float64)
-        gradients += count * len(start)
-        for k, law in enumerate(laws):
-            end, gained = moved(law, states[k], momentum, step, count)
-            # From the checkpoint, where there is less energy than anywhere, none would pass.
-            yes = (level < gained.exp()) | (trajectory < 0)
-            states[k] = tuple(
-                new.where(yes.view(-1, *[1] * (new.ndim - 1)), old) for new, old in zip(end, states[k], strict=True)
-            )
-            if trajectory >= 0:
-                kept[k].append(states[k][0])
-                accepted[k] += float(yes.double().mean()) / draws
-    return [Drawn(torch.stack(one, 1), share, gradients) for one, share in zip(kept, accepted, strict=True)]
-
-
-State = tuple[Tensor, ...]
-"""Position, potential and its gradient."""
-
-
-def moved(law: Law, state: State, p: Tensor, step: float, count: int) -> tuple[State, Tensor]:
-    """The end of a trajectory, and the energy that it lost ``(chain,)``."""
-    u, before, force = state
-    before, after = before + p.double().square().sum(1) / 2, before
-    for _ in range(count):
-        p = p - step / 2 * force
-        u = u + step * p
-        after, force = law(u)
-        p = p - step / 2 * force
-    return (u, after, force), before - after - p.double().square().sum(1) / 2
+        p = torch.randn(u.shape, generator=generator, dtype=u.dtype)
+        before = energy + p.double().square().sum(1) / 2
+        there, at_end, force = u, energy, slope
+        for _ in range(count):
+            p = p - step / 2 * force
+            there = there + step * p
+            at_end, force = potential(there)
+            p = p - step / 2 * force
+        after = at_end + p.double().square().sum(1) / 2
+        yes = torch.rand(chains, generator=generator, dtype=torch.float64) < (before - after).exp()
+        yes |= trajectory < 0  # from the checkpoint, where there is less energy than anywhere, none would pass
+        u, slope, energy = there.where(yes[:, None], u), force.where(yes[:, None], slope), at_end.where(yes, energy)
+        gradients += count * chains
+        if trajectory >= 0:
+            kept.append(u)
+            accepted += float(yes.double().mean()) / draws
+    return Drawn(torch.stack(kept, 1), accepted, gradients)

@@ -63,7 +63,9 @@ def test_draws_that_fill_no_stretch_are_left_out_as_they_are_of_the_whole_matrix
     same(strongest(traces, 2).isel(step=0), bif(traces, grouped=False).isel(step=0), 2)
 
 
-def test_a_sample_is_not_its_own_best_helper_where_that_is_not_wanted():
+@pytest.mark.parametrize("block", [1, 4, 2**22])
+def test_a_sample_is_not_its_own_best_helper_where_that_is_not_wanted_whatever_the_size_of_blocks(monkeypatch, block):
+    monkeypatch.setattr(module, "_BLOCK", block)
     loss = losses(4)
     one = tree(loss, {"train": loss})
     one["queries/train"].attrs["is_training_set"] = True
@@ -75,6 +77,14 @@ def test_a_sample_is_not_its_own_best_helper_where_that_is_not_wanted():
         assert np.isnan(apart["value"].sel(query=query, way="helpful", rank=3))
     with pytest.raises(ValueError, match="single queries"):
         strongest(Traces({7: one}), query_groups={"train": list("aabb")}, self_pairs=False)
+
+
+def test_a_late_block_that_holds_nothing_new_leaves_the_places_of_earlier_ones(monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK", 16)
+    rising, query = losses(32), losses(5, seed=1)
+    rising[..., 12:] *= 1e-3  # no covariance there is among the strongest
+    traces = Traces({7: tree(rising, {"val": query})})
+    same(strongest(traces, 3).isel(step=0), bif(traces, grouped=False).isel(step=0), 3)
 
 
 def test_no_count_is_refused():
