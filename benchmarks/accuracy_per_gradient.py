@@ -3,7 +3,7 @@
     make peers      or      python benchmarks/accuracy_per_gradient.py [--peers PYTHON]
 
 PYTHON is that of an environment with peers-requirements.txt, for `devinterp`. W = 30, n_beta as the package's pilot
-finds it (10 n on digits, 160 n on Markov chains), at three checkpoints of two runs with Adam:
+finds it (in the titles), at three checkpoints of two runs with Adam:
 
 digits          the full batch; pairs of classes
 Markov chains   the study's attention network in 3,363 parameters, which learns induction; the posterior of 16 of its
@@ -19,9 +19,9 @@ of minibatches count as the share of samples they are of, a product with the Hes
 not counted.
 
 devinterp      its RMSprop-SGLD, see accuracy_devinterp.py, or without --peers this package's sampler with its settings:
-               V starts at 0 and adapts throughout, no burn-in, minibatches of 400 digits or 8 sequences and no control
-               variate; 100 draws a chain. Of five learning rates the one with the least error of a chain is taken, as
-               nothing is for other rows
+               V starts at 0 and adapts throughout, no burn-in, minibatches of 400 digits, or all 16 sequences, and no
+               control variate; 100 draws a chain. Batches and learning rates are those with the least error, as nothing
+               is for other rows: of the rates below by the error of one chain
 SGLD           step size from the curvature, full batch; a fifth of the chain is burn-in, as the five relaxation times
                that it asks for are longer than the chain
 underdamped    the defaults

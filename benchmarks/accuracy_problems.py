@@ -122,8 +122,12 @@ def markov(folder: Path) -> Problem:
     record(folder / "markov", task(slice(None)), MARKOV, 0)
     # On the plateau, late in the transition and after it: windows that begin in between are not localised.
     steps = (500, 1000, 1500)
-    few, half = task(slice(OBSERVED_SEQUENCES)), OBSERVED_SEQUENCES // 2
-    return _problem("Markov chains", few, folder / "markov", steps, half, lambda batch: (batch[:, :-1], batch[:, 1:]))
+    few = task(slice(OBSERVED_SEQUENCES))
+    return _problem("Markov chains", few, folder / "markov", steps, len(few.train), _next_tokens)
+
+
+def _next_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    return tokens[:, :-1], tokens[:, 1:]
 
 
 def _problem(name: str, task: sw.Task, folder: Path, steps: Sequence[int], batch: int, pairs: Any) -> Problem:
