@@ -19,6 +19,7 @@ from stagewise.run.estimator_cost import Window, orders_of
 from stagewise.run.probe_cost import Probe, filled
 from stagewise.task import Task
 from stagewise.traces.diagnostics import diagnose
+from stagewise.traces.store import label_words
 
 NOT_PRICED = "not priced: maps, single samples and influence in two times of the report, its figures, repeating the run"
 
@@ -49,8 +50,7 @@ def closing_costs(
 
 def _read(task: Task, config: RunConfig, tree: xr.DataTree, answered: float, closer: float) -> float:
     """Seconds of what is made of all traces, from one checkpoint of as many draws."""
-    train, queries = traced_labels(task, config.sampling)
-    labels = {"train": train, "queries": queries}
+    labels = label_words(*traced_labels(task, config.sampling))
     traces = TracesInMemory({0: tree}, labels)
     seconds = answered * (
         _seconds(lambda: diagnose(tree, labels))

@@ -19,6 +19,7 @@ from typing import Literal, TypedDict, Unpack
 
 import numpy as np
 import torch
+import xarray as xr
 
 from stagewise.checkpoints.trajectory import Trajectory, as_trajectory
 from stagewise.evaluate import in_any_mode
@@ -31,7 +32,7 @@ from stagewise.sampling.chains import Chains, sample_block, unusable_block
 from stagewise.sampling.posterior import LocalPosterior
 from stagewise.sampling.tuning import SamplerName, check_sampler
 from stagewise.task import Task
-from stagewise.traces.store import Cell, TraceStore, written
+from stagewise.traces.store import Cell, TraceStore, label_words
 from stagewise.usable import chosen_steps
 
 # Raised whenever a change alters the numbers a cell would hold: old cells must not be taken for new ones.
@@ -288,8 +289,10 @@ def _compute(work: Work, cell: Cell, task: Task, on_step: Callable[[int, int], o
         return
     checkpoint = work.trajectory.load(cell.step)
     underway = work.store.underway(cell)
-    labels = written(*traced_labels(task, work.sampling))
-    error = partial(relative_error, labels=labels)
+
+    def error(seen: xr.DataTree) -> float:
+        return relative_error(seen, label_words(*traced_labels(task, work.sampling)))
+
     tree = sample_block(task, checkpoint, work.posterior, work.sampling, cell.block, on_step, underway, error)
     work.store.write(cell, tree, probe(task, task.fitted(checkpoint)))
 

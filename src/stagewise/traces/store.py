@@ -232,7 +232,7 @@ class TraceStore:
             RunFolderError: the folder cannot be written.
         """
         with self._writing():
-            write_text(self.root / "labels.json", json.dumps(written(train, queries)))
+            write_text(self.root / "labels.json", json.dumps(label_words(train, queries)))
 
     @property
     def labels(self) -> dict[str, Any]:
@@ -301,7 +301,7 @@ class TraceStore:
             yield
 
 
-def written(train: Labels | None, queries: Mapping[str, Labels | None]) -> dict[str, Any]:
+def label_words(train: Labels | None, queries: Mapping[str, Labels | None]) -> dict[str, Any]:
     """Labels as :attr:`TraceStore.labels` gives them back."""
     return {"train": _words(train), "queries": {name: _words(words) for name, words in queries.items()}}
 
