@@ -67,7 +67,7 @@ from stagewise.sampling import sample_block
 console = Console(width=120)
 RATES = {
     "weights": ("3e-5", "1e-5", "3e-6", "1e-6", "3e-7"),
-    "whitened": ("1e-7", "3e-8", "1e-8", "3e-9", "1e-9"),
+    "whitened": ("3e-7", "1e-7", "3e-8", "1e-8", "3e-9", "1e-9"),
 }
 SGLD = sw.Chains("sgld", burn_in=SLOW_CHAIN // 5, thinning=SLOW_CHAIN // 100)
 ROWS = {

@@ -81,6 +81,9 @@ class Results:
             group at the weight ``attrs["weight"]`` during ``attrs["window"]`` steps.
         replay: how well unchanged retraining repeats the run, see :func:`stagewise.retraining.replay.replay`.
         in_two_times: ``value`` (trained, asked, train, query), see :func:`stagewise.influence_in_time`.
+        draws: (step, chain, draw) mean training loss along the draws of every chain, in nats.
+        samples: what the training samples are: ``label`` and one of ``image`` (sample, height, width[, channel]) in 0
+            to 255, ``row`` (sample, column) and ``text`` (sample), the JSON of a list of tokens.
         notes: sentences on what had to be left out.
         exemplars: single training samples that matter most.
         withheld: steps at which chains picked some that are not among them, as these chains cannot be trusted, and why.
@@ -103,6 +106,8 @@ class Results:
     measured: xr.Dataset | None = None
     replay: xr.Dataset | None = None
     in_two_times: xr.Dataset | None = None
+    draws: xr.DataArray | None = None
+    samples: xr.Dataset | None = None
     notes: Sequence[str] = ()
     exemplars: Sequence[Exemplar] = ()
     withheld: Mapping[int, str] = field(default_factory=dict)

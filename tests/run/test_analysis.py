@@ -337,7 +337,7 @@ def test_samples_without_labels_get_none_and_no_exemplars_are_made_if_none_are_a
 )
 def test_samples_that_look_like_pictures_are_shown_as_such_from_black_to_white(shape, expected):
     x = torch.arange(float(np.prod(shape))).reshape(shape)
-    shown = exemplars._images(springs.task(train=(x,), train_groups=None).train, [5, 1])
+    shown = exemplars.images(springs.task(train=(x,), train_groups=None).train, [5, 1])
     if expected is None:
         assert shown is None
         return
@@ -348,7 +348,7 @@ def test_samples_that_look_like_pictures_are_shown_as_such_from_black_to_white(s
 
 def test_pictures_of_whole_numbers_are_not_taken_for_pictures():
     tokens = torch.zeros(6, 8, 8, dtype=torch.long)
-    assert exemplars._images(springs.task(train=(tokens,), train_groups=None).train, [0]) is None
+    assert exemplars.images(springs.task(train=(tokens,), train_groups=None).train, [0]) is None
 
 
 @pytest.mark.parametrize(

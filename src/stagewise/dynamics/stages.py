@@ -83,6 +83,18 @@ def rise(
     return Transition(name, "rise", onset, crossings[low], crossings[high], detail)
 
 
+def half_learnt(losses: xr.Dataset, query: object) -> list[Transition]:
+    """When half of what a query's loss loses is gone; none where it does not fall.
+
+    Args:
+        losses: ``queries`` ``(step, query)``, in nats.
+        query: its label.
+    """
+    loss = losses["queries"].sel(query=query)
+    fall = (loss[0] - loss).drop_vars("query")
+    return [rise(fall, "half learnt", fraction=0.5, band=(0.4, 0.6))] if fall[-1] > 0 and len(fall) > 2 else []
+
+
 def extrema(curve: xr.Dataset, level: float = 0.95) -> list[Transition]:
     """Stage boundaries of a curve with errors, such as :func:`stagewise.llc`: the turns that noise cannot have made.
 

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from stagewise.dynamics.events import Event
-from stagewise.dynamics.stages import Transition, rise
+from stagewise.dynamics.stages import half_learnt
 from stagewise.reporting import check_figures, figures, tables, triangle_figure
 from stagewise.reporting.exemplar_figure import PER_SIDE, exemplar_grid
 from stagewise.reporting.findings import clearest_flips, findings
@@ -165,15 +165,8 @@ def _two_times(results: Results) -> Iterator[Plate]:
             "across which lessons a loss is made of. Lines: when half of that loss had gone. Hatched: training again "
             "with changed weights did not bear the number out."
         )
-        stages = _half_learnt(results.losses, query)
+        stages = half_learnt(results.losses, query)
         yield Plate(f"two-times-{k}", caption, triangle_figure.time_triangle(influence, train, query, stages))
-
-
-def _half_learnt(losses: xr.Dataset, query: object) -> list[Transition]:
-    """When half of what a query's loss loses is gone; none where it does not fall."""
-    loss = losses["queries"].sel(query=query)
-    fall = (loss[0] - loss).drop_vars("query")
-    return [rise(fall, "half learnt", fraction=0.5, band=(0.4, 0.6))] if fall[-1] > 0 and len(fall) > 2 else []
 
 
 def _comparison(results: Results) -> Iterator[Plate | Table]:

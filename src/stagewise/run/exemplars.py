@@ -91,10 +91,10 @@ def exemplars(
                     str(query),
                     step,
                     picked,
-                    [_label(task, i) for i in picked],
+                    [label_of(task, i) for i in picked],
                     value[rows].tolist(),
                     stderr[rows].tolist(),
-                    _images(task.train, picked),
+                    images(task.train, picked),
                 )
             )
     if of_tokens is None or task.train_texts is None:
@@ -170,7 +170,7 @@ def _passage(texts: Sequence[str], values: Mapping[int, float]) -> tuple[list[st
     return words, [*[np.nan] * len(before), *rounded, *[np.nan] * len(after)]
 
 
-def _label(task: Task, sample: int) -> str:
+def label_of(task: Task, sample: int) -> str:
     """What to call a training sample: its own label, or the beginning of its text."""
     groups = task.train_groups
     if groups is not None and groups.ndim == 1:
@@ -178,7 +178,7 @@ def _label(task: Task, sample: int) -> str:
     return "" if task.train_texts is None else "".join(task.train_texts[sample])[:_LABEL]
 
 
-def _images(samples: Samples, index: Sequence[int]) -> np.ndarray[Any, Any] | None:
+def images(samples: Samples, index: Sequence[int]) -> np.ndarray[Any, Any] | None:
     """The samples as pictures, if their first tensor looks like some: (h, w), (1, h, w) or (3, h, w)."""
     leaf = tree_flatten(samples.batch(torch.tensor(list(index))))[0][0]
     if not isinstance(leaf, Tensor) or not leaf.is_floating_point():

@@ -12,6 +12,7 @@ import xarray as xr
 
 from stagewise.dynamics.events import events
 from stagewise.dynamics.kernel_map import influence_map
+from stagewise.explorer.page import write_explorer
 from stagewise.influence.bif import NoTrustedCheckpointError, bif
 from stagewise.influence.loss_kernel import loss_kernel
 from stagewise.influence.trusted import ReadOnce, untrusted
@@ -29,6 +30,7 @@ from stagewise.run.kept import Kept
 from stagewise.run.per import asked
 from stagewise.run.preflight import preflight
 from stagewise.run.progress import Progress, silent
+from stagewise.run.samples import described
 from stagewise.run.source import trajectory_of
 from stagewise.run.task_file import load_task
 from stagewise.task import Task
@@ -37,6 +39,7 @@ from stagewise.usable import chosen_steps
 from stagewise.varied import by_itself
 
 _MAPS, _MOST_MAPPED = 8, 2048  # checkpoints; and samples, whose pairs are all computed
+_ALONG = ("chain", "draw")
 _NOT_SAMPLED = xr.Dataset({name: ("step", np.array([], dtype=str)) for name in ("verdict", "advice")}, {"step": []})
 
 
@@ -100,6 +103,7 @@ def _analyse(
             datasets["in two times"] = in_two_times(analysis)
         except ValueError as error:
             failed["influence in two times"] = str(error)
+    datasets["samples"] = described(task)
     notes = [f"Without {name}: {reason}" for name, reason in (left_out | failed).items()]
     datasets["losses"].attrs |= {"task": repr(task), "notes": json.dumps(notes)}
     save_results(config.out, datasets, _exemplars(analysis, found, influence, traces))
@@ -165,6 +169,8 @@ def _report(traces: ReadOnce, influence: xr.Dataset | None) -> Results:
         measured=datasets.get("measured"),
         replay=datasets.get("replay"),
         in_two_times=datasets.get("in two times"),
+        draws=_draws(traces),
+        samples=datasets.get("samples"),
         notes=json.loads(datasets["losses"].attrs.get("notes", "[]")),
         exemplars=[exemplar for exemplar in picked if not from_untrusted(exemplar, reasons)],
         withheld={exemplar.step: reasons[exemplar.step] for exemplar in picked if from_untrusted(exemplar, reasons)},
@@ -174,7 +180,19 @@ def _report(traces: ReadOnce, influence: xr.Dataset | None) -> Results:
     if results.answered is not None:
         results = replace(results, events=events(results.answered))
     write_report(results, folder)
+    write_explorer(results, folder)
     return results
+
+
+def _draws(traces: ReadOnce) -> xr.DataArray | None:
+    """Mean training loss along the draws of every chain (step, chain, draw); NaN where a step has fewer draws."""
+    found = {}
+    for step in traces.steps:
+        train = traces.load(step).children.get("train")
+        if train is not None and "loss" in train and "share" in train:
+            mean = (train["loss"] * train["share"]).sum([dim for dim in train["loss"].dims if dim not in _ALONG])
+            found[step] = mean.assign_coords(draw=range(mean.sizes["draw"]))
+    return xr.concat(list(found.values()), xr.Variable("step", list(found)), join="outer") if found else None
 
 
 def _positions(traces: ReadOnce, steps: list[int]) -> xr.Dataset | None:

@@ -1,0 +1,44 @@
+// The axis of training steps, log(1 + step), and choosing a step on it by pointer.
+import type * as Plot from "@observablehq/plot";
+
+export function stepAxis(steps: number[], label = "training step (log scale)"): Plot.ScaleOptions {
+  const [first, last] = [Math.min(...steps), Math.max(...steps)];
+  const round = [0, ...[0, 1, 2, 3, 4, 5, 6, 7, 8].flatMap((k) => [10 ** k, 3 * 10 ** k])];
+  const ticks = round.filter((tick) => tick >= first && tick <= last);
+  const enough = ticks.length > 1 ? ticks : [...new Set([first, last])];
+  return {
+    type: "symlog",
+    constant: 1,
+    domain: first === last ? [first - 1, last + 1] : [first, last],
+    ticks: enough,
+    tickFormat: (tick: number) => (tick >= 1000 && tick % 1000 === 0 ? `${tick / 1000}k` : String(tick)),
+    label,
+    labelAnchor: "center",
+    labelArrow: "none",
+  } as Plot.ScaleOptions;
+}
+
+// Press or drag over the picture: the step under the pointer.
+export function chooseStep(picture: Element, choose: (step: number) => void): void {
+  const svg = (picture instanceof SVGSVGElement ? picture : picture.querySelector("svg")) as SVGSVGElement;
+  const x = (picture as unknown as Plot.Plot).scale("x") as { invert?: (at: number) => number } | undefined;
+  if (!x?.invert) return;
+  const at = (event: PointerEvent) => {
+    const box = svg.getBoundingClientRect();
+    const wide = svg.viewBox.baseVal.width || box.width;
+    choose(x.invert!(((event.clientX - box.left) * wide) / box.width));
+  };
+  svg.style.cursor = "col-resize";
+  svg.addEventListener("pointerdown", (event) => {
+    at(event);
+    const stop = new AbortController();
+    window.addEventListener("pointermove", at, { signal: stop.signal });
+    window.addEventListener("pointerup", () => stop.abort(), { signal: stop.signal });
+  });
+}
+
+// A unit in which numbers are short to write: 1, 10⁻³, 10⁻⁶, ...
+export function scaleOf(largest: number): number {
+  if (!Number.isFinite(largest) || largest === 0 || largest >= 0.01) return 1;
+  return 10 ** (3 * Math.floor((Math.log10(largest) + 1) / 3));
+}

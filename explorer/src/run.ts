@@ -1,0 +1,129 @@
+// What the store says of a run, in types; written by contents.py.
+import type { Store } from "./store";
+
+export const FORMAT = 1;
+
+export type Label = string | number;
+export type Event = {
+  kind: string;
+  train: Label;
+  query: Label;
+  step: number;
+  lower: number;
+  upper: number;
+  detail: { value?: number; sign?: number; at_edge?: boolean };
+};
+export type Stage = { query: Label; name: string; step: number; lower: number; upper: number };
+export type Entry = {
+  path: string;
+  name: string;
+  rung: "exact" | "estimated";
+  unit: string;
+  of: "group" | "sample" | "token";
+  events: Event[];
+  noisy: boolean;
+  reach: number;
+  step: number[];
+  large: boolean;
+  trains: number;
+};
+export type Scores = {
+  against: string;
+  name: string;
+  step: number[];
+  correlation: (number | null)[];
+  correlation_lower: (number | null)[];
+  correlation_upper: (number | null)[];
+  slope: (number | null)[];
+  slope_lower: (number | null)[];
+  slope_upper: (number | null)[];
+};
+export type Run = {
+  format: number;
+  title: string;
+  window: number | null;
+  losses: { step: number[]; query: Label[]; train: number[]; queries: number[][] };
+  stages: Stage[];
+  omitted: Record<string, string>;
+  notes: string[];
+  configuration: unknown;
+  provenance: Record<string, string>;
+  influences: Entry[];
+  agreements: Scores[];
+  diagnostics: { step: number[]; columns: Record<string, unknown[]>; limits: Record<string, number> };
+  exemplars: { query: Label; step: number; estimator: string; document: number }[];
+  measured?: {
+    step: number[];
+    train: Label[];
+    query: Label[];
+    other: boolean[][];
+    train_size: number[];
+    weight: number;
+    window: number;
+    errors: boolean;
+  };
+  replay?: string;
+  two_times?: { trained: number[]; trained_stop: number[]; asked: number[]; train: Label[]; query: Label[]; unit: string };
+  map?: { step: number[]; share: number[][]; names: string[]; label: number[]; sample: number[]; errors: boolean };
+  draws?: { step: number[] };
+  samples?: { sample: number[]; label: string[]; image?: number[]; row?: number; text?: number };
+};
+
+export type Values = { value: Float32Array; stderr: Float32Array };
+
+type Labels = { step: number[]; train: Label[]; query: Label[]; train_size: number[] | null };
+type Orders = { order: { train: number[] | null; query: number[] | null }; largest: number };
+
+// One influence, (step, train, query). Positions, not labels, go in and out.
+export class Influence {
+  private constructor(
+    private store: Store,
+    readonly entry: Entry,
+    readonly labels: Labels & Orders,
+  ) {}
+
+  static async open(store: Store, entry: Entry): Promise<Influence> {
+    return new Influence(store, entry, await store.attributes<Labels & Orders>(entry.path));
+  }
+
+  // Of one training datum on one query, at every step.
+  async curve(train: number, query: number): Promise<Values> {
+    const { step, train: trains, query: queries } = this.labels;
+    return this.both(async (name) => {
+      if (this.entry.large) return this.read(`by_query/${name}`, [query, train, null]);
+      const all = await this.read(name);
+      return Float32Array.from(step, (_, k) => all[(k * trains.length + train) * queries.length + query]);
+    });
+  }
+
+  // Of all training data on one query at one step.
+  async ranking(step: number, query: number): Promise<Values> {
+    const { train, query: queries } = this.labels;
+    return this.both(async (name) => {
+      if (this.entry.large) return this.read(`by_step/${name}`, [step, query, null]);
+      const all = await this.read(name);
+      return Float32Array.from(train, (_, k) => all[(step * train.length + k) * queries.length + query]);
+    });
+  }
+
+  // All rows at one step, (row, query); of a large one those that reach furthest.
+  async matrix(step: number): Promise<Values & { rows: number[] }> {
+    const { train, query } = this.labels;
+    if (this.entry.large) {
+      const rows = Array.from(await this.read("strongest/row", [step, null]));
+      return { rows, ...(await this.both((name) => this.read(`strongest/${name}`, [step, null, null]))) };
+    }
+    const size = train.length * query.length;
+    const both = await this.both(async (name) => (await this.read(name)).subarray(step * size, (step + 1) * size));
+    return { rows: train.map((_, k) => k), ...both };
+  }
+
+  private async both(read: (name: string) => Promise<Float32Array>): Promise<Values> {
+    const value = await read("value");
+    return { value, stderr: this.entry.noisy ? await read("stderr") : new Float32Array(value.length) };
+  }
+
+  private async read(name: string, selection: (number | null)[] = []): Promise<Float32Array> {
+    return (await this.store.numbers(`${this.entry.path}/${name}`, selection)).data as Float32Array;
+  }
+}

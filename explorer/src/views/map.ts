@@ -1,0 +1,43 @@
+// The map of training samples by their loss kernel, moving through training.
+import * as Plot from "@observablehq/plot";
+import { ofLabel } from "../colour";
+import type { Context } from "../context";
+import { h } from "../dom";
+import { figure } from "../figure";
+import { nearest } from "../state";
+import { short, step as stepText } from "../words";
+
+export async function map({ run, store, state, influence, set }: Context): Promise<Node> {
+  if (!run.map) return h("p", { class: "empty" }, "There is no map: it needs chains that can be trusted, and samples with labels.");
+  const { step: steps, names, label, sample } = run.map;
+  const at = nearest(steps, state.step);
+  const { data, shape } = await store.numbers("map/value");
+  const size = shape[1] * shape[2];
+  const reach = 1.06 * (data as Float32Array).reduce((most, one) => Math.max(most, Math.abs(one) || 0), 0) || 1;
+  const points = sample.map((number, k) => ({ number, label: label[k], x: data[at * size + k * shape[2]], y: data[at * size + k * shape[2] + 1] }));
+  const chosen = influence.entry.of === "group" ? names.indexOf(state.train) : -1;
+  const one = influence.entry.of === "sample" ? points.filter((point) => String(point.number) === state.train) : [];
+  const width = Math.min(640, Math.max(300, innerWidth - 40));
+  const picture = Plot.plot({
+    width, height: width, margin: 20,
+    ariaLabel: "Training samples by the likeness of their losses",
+    x: { domain: [-reach, reach], axis: null }, y: { domain: [-reach, reach], axis: null },
+    marks: [
+      Plot.ruleX([0], { stroke: "var(--rule)" }), Plot.ruleY([0], { stroke: "var(--rule)" }),
+      Plot.dot(points, { x: "x", y: "y", fill: (p) => ofLabel(p.label), r: 2.5, fillOpacity: (p) => (chosen < 0 || p.label === chosen ? 0.85 : 0.25), title: (p) => `sample ${p.number}: ${short(names[p.label], 60)}` }),
+      Plot.dot(one, { x: "x", y: "y", r: 7, stroke: "var(--ink)", strokeWidth: 2 }),
+    ],
+  });
+  const svg = picture instanceof SVGSVGElement ? picture : picture.querySelector("svg")!;
+  svg.querySelectorAll("[aria-label=dot] circle").forEach((circle, k) => {
+    if (k < points.length) circle.addEventListener("click", () => set({ train: influence.entry.of === "group" ? names[points[k].label] : String(points[k].number) }));
+  });
+  const legend = h("ul", { class: "legend", "aria-label": "labels" }, names.map((name, k) =>
+    h("li", {}, h("button", { type: "button", "aria-pressed": String(k === chosen), click: () => set({ train: name }) }, h("i", { style: `background:${ofLabel(k)}` }), short(name)))));
+  const share = run.map.share[at].reduce((sum, part) => sum + part, 0);
+  const caption =
+    `${points.length.toLocaleString("en-US")} training samples at step ${stepText(steps[at])}, near each other where their losses rise and fall together over the draws (classical scaling of 1 − R, every step turned to the one before). ` +
+    `Colours are labels, of which the map knows nothing. This plane holds ${(100 * share).toFixed(0)} % of all spread; the rest lies outside of it, noise of the draws too.`;
+  const rows = points.map((p) => [steps[at], p.number, names[p.label], p.x, p.y]);
+  return h("div", {}, figure("map", "Samples that are alike to the model", picture, caption, { columns: ["step", "sample", "label", "x", "y"], rows }), legend);
+}

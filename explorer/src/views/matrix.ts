@@ -1,0 +1,117 @@
+// All training data on all queries at the chosen step, on one colour scale for all of training.
+import * as Plot from "@observablehq/plot";
+import { scaleOf } from "../axes";
+import { components, diverging } from "../colour";
+import type { Context } from "../context";
+import { h } from "../dom";
+import { figure } from "../figure";
+import { plusMinus, short, sign, step as stepText, superscript } from "../words";
+
+const DOUBT = 2; // standard errors
+const NAMED = 44;
+
+let byLabel = false;
+
+export async function matrix(context: Context): Promise<Node> {
+  const { influence, step, set } = context;
+  const { labels, entry } = influence;
+  const { rows, value, stderr } = await influence.matrix(step);
+  const shown = order(rows, byLabel ? null : labels.order.train);
+  const columns = order(labels.query.map((_, k) => k), byLabel ? null : labels.order.query);
+  const queries = labels.query.length;
+  const at = new Map(rows.map((row, k) => [row, k]));
+  const cell = (row: number, column: number) => at.get(row)! * queries + column;
+  const limit = labels.largest || 1;
+  const width = Math.min(960, Math.max(300, innerWidth - 40));
+  const left = entry.of === "group" ? 90 : 64;
+  const height = Math.min(640, Math.max(160, 60 + 24 * shown.length));
+  const named = (all: number[]) => all.filter((_, k) => k % Math.ceil(all.length / NAMED) === 0);
+  const picture = Plot.plot({
+    width,
+    height,
+    marginLeft: left,
+    marginBottom: 56,
+    ariaLabel: `Influence at step ${labels.step[step]}: training data down, queries across`,
+    x: { type: "band", domain: columns, padding: 0, ticks: named(columns), tickFormat: (k: number) => short(labels.query[k], 10), tickRotate: queries > 12 ? -45 : 0, label: "query", tickSize: 0 },
+    y: { type: "band", domain: shown, padding: 0, ticks: named(shown), tickFormat: (k: number) => short(labels.train[k], 12), label: `training ${entry.of}`, labelArrow: "none", tickSize: 0 },
+    marks: [
+      painted(shown, columns, (row, column) => [value[cell(row, column)] / limit, Math.abs(value[cell(row, column)]) < DOUBT * stderr[cell(row, column)]]),
+      Plot.cell([[context.query, context.train]].filter(() => at.has(context.train)), { x: "0", y: "1", fill: "none", stroke: "var(--ink)", strokeWidth: 2 }),
+    ],
+  });
+  const say = h("output", { class: "say" }, told(context, at.has(context.train) ? cell(context.train, context.query) : -1, value, stderr));
+  const under = (event: PointerEvent) => {
+    const svg = (picture instanceof SVGSVGElement ? picture : picture.querySelector("svg")) as SVGSVGElement;
+    const box = svg.getBoundingClientRect();
+    const place = (all: number[], from: number, to: number, where: number) => all[Math.floor(((where - from) / (to - from)) * all.length)];
+    const ratio = box.width / width;
+    const column = place(columns, box.left + left * ratio, box.left + (width - 20) * ratio, event.clientX);
+    const row = place(shown, box.top + 20 * ratio, box.top + (height - 56) * ratio, event.clientY);
+    return row === undefined || column === undefined ? null : { row, column };
+  };
+  picture.addEventListener("click", (event) => {
+    const found = under(event as unknown as PointerEvent);
+    if (found) set({ query: String(labels.query[found.column]), train: String(labels.train[found.row]) });
+  });
+  picture.addEventListener("pointermove", (event) => {
+    const found = under(event as PointerEvent);
+    if (found) say.textContent = told({ ...context, train: found.row, query: found.column }, cell(found.row, found.column), value, stderr);
+  });
+  const few = rows.length < labels.train.length ? `the ${rows.length} of ${labels.train.length.toLocaleString("en-US")} ${entry.of}s that reach furthest at this step` : `every training ${entry.of}`;
+  const caption =
+    `Influence at step ${stepText(labels.step[step])} of ${few} (rows) on every query (columns); the colours are those of all steps. ` +
+    (entry.noisy ? "A dot marks cells within two standard errors of zero. " : "") +
+    "Press a cell to follow it.";
+  const table = () => ({
+    columns: ["step", "train", "query", `value (${entry.unit})`, "stderr"],
+    rows: shown.flatMap((row) => columns.map((column) => [labels.step[step], labels.train[row], labels.query[column], value[cell(row, column)], stderr[cell(row, column)]])),
+  });
+  const sorting = h("label", { class: "inline" }, h("input", { type: "checkbox", checked: byLabel, change: (e: Event) => { byLabel = (e.target as HTMLInputElement).checked; set({}); } }), " in the order of the data, not of likeness");
+  return h("div", {}, figure("matrix", "All pairs at this step", h("div", {}, picture, scale(limit, entry.unit), say), caption, table), sorting);
+}
+
+function told({ influence, train, query }: Context, cell: number, value: Float32Array, stderr: Float32Array): string {
+  const { labels, entry } = influence;
+  if (cell < 0) return "";
+  const doubt = entry.noisy && Math.abs(value[cell]) < DOUBT * stderr[cell] ? "cannot be told from zero" : sign(value[cell]);
+  return `${short(labels.train[train], 40)} on ${short(labels.query[query], 40)}: ${plusMinus(value[cell], stderr[cell])} ${entry.unit}, ${doubt}`;
+}
+
+function order(all: number[], alike: number[] | null): number[] {
+  if (!alike) return all;
+  const there = new Set(all);
+  return alike.filter((k) => there.has(k));
+}
+
+// One image for all cells: thousands of rectangles would be slow.
+function painted(rows: number[], columns: number[], at: (row: number, column: number) => [number, boolean]): Plot.Markish {
+  return (_index, _scales, _channels, { width, height, marginLeft, marginRight, marginTop, marginBottom }) => {
+    const [wide, high] = [width - marginLeft - marginRight, height - marginTop - marginBottom];
+    const sharp = Math.max(1, Math.min(8, Math.round((2 * wide) / columns.length)));
+    const canvas = h("canvas", { width: columns.length * sharp, height: rows.length * sharp });
+    const brush = canvas.getContext("2d")!;
+    rows.forEach((row, i) =>
+      columns.forEach((column, j) => {
+        const [place, doubtful] = at(row, column);
+        brush.fillStyle = `rgb(${components(place).join(",")})`;
+        brush.fillRect(j * sharp, i * sharp, sharp, sharp);
+        if (!doubtful) return;
+        brush.fillStyle = "#8a8a8a";
+        const dot = Math.max(1, sharp / 4);
+        brush.fillRect(j * sharp + (sharp - dot) / 2, i * sharp + (sharp - dot) / 2, dot, dot);
+      }),
+    );
+    const image = document.createElementNS("http://www.w3.org/2000/svg", "image");
+    const place = { href: canvas.toDataURL(), x: marginLeft, y: marginTop, width: wide, height: high, preserveAspectRatio: "none", style: "image-rendering:pixelated" };
+    for (const [name, one] of Object.entries(place)) image.setAttribute(name, String(one));
+    return image as unknown as SVGElement;
+  };
+}
+
+export function scale(limit: number, unit: string): Node {
+  const power = scaleOf(limit);
+  const stops = Array.from({ length: 9 }, (_, k) => diverging(k / 4 - 1)).join(",");
+  const end = (value: number) => (value / power).toPrecision(2).replace("-", "−");
+  const text = power === 1 ? unit : `10${superscript(Math.round(Math.log10(power)))} ${unit}`;
+  return h("div", { class: "scale" }, h("b", { class: "helpful" }, `helpful ${end(-limit)}`), h("i", { style: `background:linear-gradient(to right,${stops})` }), h("b", { class: "harmful" }, `${end(limit)} harmful`), ` ${text}`);
+}

@@ -1,0 +1,118 @@
+// How do we know: predicted against measured, and how every estimator fares over training.
+import * as Plot from "@observablehq/plot";
+import { stepAxis } from "../axes";
+import type { Context } from "../context";
+import { h, table } from "../dom";
+import { figure } from "../figure";
+import type { Scores } from "../run";
+import { nearest } from "../state";
+import { number, short, step as stepText } from "../words";
+
+export async function proof(context: Context): Promise<Node> {
+  const parts: (Node | null)[] = [h("p", {}, standing(context)), await scatter(context)];
+  for (const against of new Set(context.run.agreements.map((one) => one.against))) parts.push(agreement(context, against));
+  if (context.run.replay) parts.push(h("p", {}, `Retraining: ${context.run.replay}.`));
+  for (const note of context.run.notes) parts.push(h("p", { class: "muted" }, note));
+  return h("div", {}, parts.filter((part) => part !== null));
+}
+
+// On which rung the numbers stand, and what the rung above says of them.
+function standing({ run, influence, state }: Context): string {
+  const { entry } = influence;
+  const rung = entry.rung === "exact" ? "exact: the derivative of the window, by replaying it" : "estimated from the checkpoint alone";
+  const tests = run.agreements.filter((one) => one.name === entry.name);
+  const said = tests.map((one) => {
+    const k = nearest(one.step, state.step);
+    return `held against ${one.against} at step ${stepText(one.step[k])}, r = ${number(one.correlation[k], 2)} and slope ${number(one.slope[k], 2)}`;
+  });
+  return `What is shown by ${entry.name} is ${rung}; ${said.length ? said.join("; ") : "nothing above it was computed in this run, so that it is not proved here"}.`;
+}
+
+async function scatter({ run, store, influence, state, set }: Context): Promise<Node | null> {
+  const { measured } = run;
+  if (!measured) return h("p", { class: "muted" }, "No effect was measured by training again in this run.");
+  if (influence.entry.of !== "group") return h("p", { class: "muted" }, "Effects of whole groups were measured: choose an influence of groups above to hold it against them.");
+  const shared = measured.step.filter((step) => influence.labels.step.includes(step));
+  if (!shared.length) return h("p", { class: "muted" }, "This influence and what was measured have no checkpoint in common.");
+  const step = shared[nearest(shared, state.step)];
+  const { value, stderr } = await influence.matrix(influence.labels.step.indexOf(step));
+  const effect = (await store.numbers("measured/effect")).data;
+  const errors = measured.errors ? (await store.numbers("measured/effect_stderr")).data : null;
+  const start = measured.step.indexOf(step) * measured.train.length * measured.query.length;
+  const at = (all: (string | number)[], label: string | number) => all.map(String).indexOf(String(label));
+  const points = measured.train.flatMap((train, i) => {
+    const row = at(influence.labels.train, train);
+    const change = measured.train_size[i] * (measured.weight - 1);
+    return measured.query.flatMap((query, j) => {
+      const column = at(influence.labels.query, query);
+      if (row < 0 || column < 0 || !measured.other[i][j]) return [];
+      const k = row * influence.labels.query.length + column;
+      const place = start + i * measured.query.length + j;
+      return [{ train, query, predicted: value[k] * change, doubt: Math.abs(stderr[k] * change), measured: effect[place], error: errors ? errors[place] : 0 }];
+    });
+  });
+  const chosen = points.filter((p) => String(p.train) === state.train && String(p.query) === state.query);
+  const width = Math.min(520, Math.max(300, innerWidth - 40));
+  const picture = Plot.plot({
+    width, height: width, marginLeft: 60, marginBottom: 44,
+    ariaLabel: "Measured against predicted effects",
+    x: { label: "predicted effect (nats)", labelAnchor: "center", labelArrow: "none", grid: true, ticks: 5 },
+    y: { label: "measured effect (nats)", labelArrow: "none", grid: true, ticks: 5 },
+    marks: [
+      Plot.line(diagonal(points), { x: "0", y: "1", stroke: "var(--muted)" }),
+      Plot.ruleY(points, { y: "measured", x1: (p) => p.predicted - p.doubt, x2: (p) => p.predicted + p.doubt, stroke: "var(--helpful)", strokeOpacity: 0.35 }),
+      Plot.ruleX(points, { x: "predicted", y1: (p) => p.measured - p.error, y2: (p) => p.measured + p.error, stroke: "var(--helpful)", strokeOpacity: 0.35 }),
+      Plot.dot(points, { x: "predicted", y: "measured", fill: "var(--helpful)", r: 3, title: (p) => `${short(p.train)} on ${short(p.query)}\npredicted ${number(p.predicted)}, measured ${number(p.measured)}` }),
+      Plot.dot(chosen, { x: "predicted", y: "measured", r: 7, stroke: "var(--ink)", strokeWidth: 2 }),
+    ],
+  });
+  const svg = picture instanceof SVGSVGElement ? picture : picture.querySelector("svg")!;
+  svg.querySelectorAll("[aria-label=dot] circle").forEach((circle, k) => {
+    if (k < points.length) circle.addEventListener("click", () => set({ train: String(points[k].train), query: String(points[k].query) }));
+  });
+  const own = points.length < measured.train.length * measured.query.length ? " Pairs of a group with itself are left out." : "";
+  const caption =
+    `Change of the query losses after ${measured.window} training steps from step ${stepText(step)} with one train group at weight ${measured.weight}: ` +
+    `measured by training again (up) against predicted by ${influence.entry.name} (across). On the line a prediction is right in nats. Bars are one standard error.${own}`;
+  const columns = ["step", "train", "query", "predicted (nats)", "stderr", "measured (nats)", "stderr of measured"];
+  const rows = points.map((p) => [step, p.train, p.query, p.predicted, p.doubt, p.measured, p.error]);
+  return figure("predicted-measured", "Predicted and measured", picture, caption, { columns, rows });
+}
+
+function diagonal(points: { predicted: number; measured: number }[]): number[][] {
+  const reach = Math.max(...points.flatMap((p) => [Math.abs(p.predicted), Math.abs(p.measured)]), 1e-12);
+  return [[-reach, -reach], [reach, reach]];
+}
+
+function agreement({ run, state, influence, set }: Context, against: string): Node {
+  const scores = run.agreements.filter((one) => one.against === against);
+  const steps = [...new Set(scores.flatMap((one) => one.step))].sort((a, b) => a - b);
+  const points = scores.flatMap((one, n) => one.step.map((step, k) => ({ step, value: one.correlation[k], name: one.name, n })).filter((p) => p.value !== null));
+  const width = Math.min(720, Math.max(300, innerWidth - 40));
+  const picture = Plot.plot({
+    width, height: 220, marginLeft: 52, marginRight: 130,
+    ariaLabel: `Correlation with ${against} over training`,
+    x: stepAxis(steps), y: { label: `correlation with ${against}`, labelArrow: "none", grid: true, domain: [Math.min(-0.1, ...points.map((p) => p.value!)), 1] },
+    marks: [
+      Plot.ruleY([0, 1], { stroke: "var(--rule)" }),
+      Plot.lineY(points, { x: "step", y: "value", z: "name", stroke: (p) => `var(--c${p.n % 10})`, strokeWidth: (p) => (p.name === influence.entry.name ? 2.6 : 1.2) }),
+      Plot.dot(points, { x: "step", y: "value", fill: (p) => `var(--c${p.n % 10})`, r: 2.5 }),
+      Plot.ruleX([state.step], { stroke: "var(--muted)" }),
+    ],
+  });
+  const rows = scores.map((one, n) => row(one, n, state.step, () => {
+    const found = run.influences.find((entry) => entry.name === one.name && entry.of === "group");
+    if (found) set({ by: found.path });
+  }));
+  const columns = ["estimator", "step", "correlation", "lower", "upper", "slope", "lower", "upper"];
+  const all = scores.flatMap((one) => one.step.map((step, k) => [one.name, step, one.correlation[k], one.correlation_lower[k], one.correlation_upper[k], one.slope[k], one.slope_lower[k], one.slope_upper[k]]));
+  return h("div", {},
+    figure(`agreement-${against === "retraining" ? "retraining" : "exact"}`, `Held against ${against}`, picture, "Correlation over pairs of groups at every checkpoint, for every estimator; 1 is perfect.", { columns, rows: all }),
+    table(["estimator", "step", "correlation [95 %]", "slope [95 %]"], rows, `Agreement with ${against} nearest to this step; slope 1 is the right size`));
+}
+
+function row(one: Scores, n: number, step: number, choose: () => void) {
+  const k = nearest(one.step, step);
+  const interval = (kind: "correlation" | "slope") => `${number(one[kind][k], 3)} [${number(one[`${kind}_lower`][k], 3)}, ${number(one[`${kind}_upper`][k], 3)}]`;
+  return [h("button", { type: "button", class: "link", click: choose }, h("i", { class: "swatch", style: `background:var(--c${n % 10})` }), one.name), stepText(one.step[k]), interval("correlation"), interval("slope")];
+}

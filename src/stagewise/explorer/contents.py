@@ -1,0 +1,221 @@
+"""What of a run's results a browser is given, and under which name."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from stagewise.dynamics.curves import critical, degrees
+from stagewise.dynamics.events import Event, events
+from stagewise.dynamics.stages import Transition, half_learnt
+from stagewise.explorer.store import LARGE, Store, plain
+from stagewise.results import EXACT, Exemplar, Results, headline, others
+from stagewise.retraining.scores import LEVEL
+from stagewise.traces.verdicts import MAX_EVEN_SHARE, MAX_RHAT, MIN_ESS_PER_CHAIN
+
+FORMAT = 1
+"""Of the store; a page of another number says that it cannot read it."""
+
+_TEXTS = 128  # samples whose texts are one document
+_SCORES = ("correlation", "slope")
+
+
+def write_store(results: Results, folder: Path) -> None:
+    """Write all that the page shows; an older store is replaced as a whole.
+
+    Args:
+        results: of a run.
+        folder: of the store, which appears when it is complete.
+    """
+    partial = folder.with_name(f".{folder.name}-partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    store = Store(partial)
+    influences = [store.influence(f"influence/{k}", data, about) for k, (data, about) in enumerate(_influences(results))]
+    store.attributes("", _about(results) | {"influences": influences} | _parts(results, store))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def _about(results: Results) -> dict[str, Any]:
+    answered = results.answered
+    window = None if answered is None else answered.attrs.get("window")
+    return {
+        "format": FORMAT,
+        "title": results.title,
+        "window": window,
+        "losses": {
+            "step": results.losses["step"].values,
+            "query": results.losses["query"].values,
+            "train": results.losses["train"].values,
+            "queries": results.losses["queries"].transpose("query", "step").values,
+        },
+        "stages": [
+            _stage(query, stage)
+            for query in results.losses["query"].values.tolist()
+            for stage in half_learnt(results.losses, query)
+        ],
+        "omitted": results.omitted,
+        "notes": list(results.notes),
+        "configuration": results.config,
+        "provenance": results.provenance,
+    }
+
+
+def _influences(results: Results) -> Iterator[tuple[xr.Dataset, dict[str, Any]]]:
+    """Of groups first, by the best estimator, then those of single samples or tokens."""
+    curves = list(results.estimators.items())
+    seen = [data for _, data in curves]
+    single = [(name, data) for name, data in results.single.items() if not any(data is other for other in seen)]
+    for name, data in [*curves, *single]:
+        if not data.sizes["step"]:
+            continue
+        member = _member(data)
+        known = results.events if data is results.answered else _events(data)
+        yield data, {
+            "name": name,
+            "rung": "exact" if name == EXACT else "estimated",
+            "unit": data.attrs.get("units", "nats per unit weight"),
+            "of": member,
+            "events": [_event(event) for event in known],
+            "reach": critical(1 - LEVEL, degrees(data)),
+            "noisy": bool("stderr" in data and np.nan_to_num(data["stderr"].values).any()),
+        }
+
+
+def _member(influence: xr.Dataset) -> str:
+    """Whether rows are groups, samples ("12") or tokens ("12/3")."""
+    if not all(size == 1 for size in influence.coords.get("train_size", xr.DataArray([2])).values.ravel()):
+        return "group"
+    labels = [str(label) for label in influence["train"].values.tolist()]
+    if all(label.isdecimal() for label in labels):
+        return "sample"
+    return "token" if all(label.replace("/", "").isdecimal() for label in labels) else "group"
+
+
+def _events(influence: xr.Dataset) -> list[Event]:
+    if influence["value"].size > LARGE // 16 or not np.isfinite(influence["value"].values).all():
+        return []
+    return events(influence)
+
+
+def _event(event: Event) -> dict[str, Any]:
+    return vars(event) | {"detail": dict(event.detail)}
+
+
+def _stage(query: Any, stage: Transition) -> dict[str, Any]:
+    return {"query": query, "name": stage.name, "step": stage.step, "lower": stage.lower, "upper": stage.upper}
+
+
+def _parts(results: Results, store: Store) -> dict[str, Any]:
+    """What not every run has."""
+    parts: dict[str, Any] = {"agreements": _scores(results), "diagnostics": _diagnostics(results)}
+    if results.measured is not None:
+        parts["measured"] = _measured(results.measured, store)
+    if results.replay is not None:
+        parts["replay"] = results.replay.attrs.get("verdict")
+    if results.in_two_times is not None:
+        parts["two_times"] = _two_times(results.in_two_times, store)
+    if results.positions is not None:
+        parts["map"] = _map(results.positions, store)
+    if results.draws is not None:
+        store.array("draws", results.draws.transpose("step", "chain", "draw").values)
+        parts["draws"] = {"step": results.draws["step"].values}
+    if results.samples is not None:
+        parts["samples"] = _samples(results.samples, store)
+    parts["exemplars"] = _exemplars(results, store)
+    return parts
+
+
+def _scores(results: Results) -> list[dict[str, Any]]:
+    """Agreement with retraining, and with the exact influence."""
+    found = []
+    for against, scores in (("retraining", results.agreements), (EXACT, results.size_checks)):
+        for name, data in scores.items():
+            columns = {kind: headline(data, kind) for kind in _SCORES}
+            curves = {
+                f"{kind}{end}": data[f"{column}{end}"].values
+                for kind, column in columns.items()
+                for end in ("", "_lower", "_upper")
+            }
+            found.append({"against": against, "name": name, "step": data["step"].values, **curves})
+    return found
+
+
+def _diagnostics(results: Results) -> dict[str, Any]:
+    data = results.diagnostics
+    columns = {name: data[name].values for name in data.data_vars if data[name].dims == ("step",)}
+    limits = {"rhat": MAX_RHAT, "ess_bulk": MIN_ESS_PER_CHAIN, "even_share": MAX_EVEN_SHARE}
+    return {"step": data["step"].values, "columns": columns, "limits": limits}
+
+
+def _measured(measured: xr.Dataset, store: Store) -> dict[str, Any]:
+    for name in ("effect", "effect_stderr"):
+        if name in measured:
+            store.array(f"measured/{name}", measured[name].transpose("step", "train", "query").values)
+    labels = {dim: measured[dim].values for dim in ("step", "train", "query")}
+    pairs = {"other": others(measured), "train_size": measured["train_size"].values}
+    known = {name: measured.attrs[name] for name in ("weight", "window")}
+    return labels | pairs | known | {"errors": "effect_stderr" in measured}
+
+
+def _two_times(influence: xr.Dataset, store: Store) -> dict[str, Any]:
+    value = influence["value"].transpose("train", "query", "asked", "trained").values
+    store.array("two_times/value", value, (1, 1, *value.shape[2:]))
+    dims = ("trained", "trained_stop", "asked", "train", "query")
+    return {dim: influence[dim].values for dim in dims} | {"unit": "nats per unit weight in a bin"}
+
+
+def _map(positions: xr.Dataset, store: Store) -> dict[str, Any]:
+    for name in ("value", "stderr"):
+        if name in positions:
+            store.array(f"map/{name}", positions[name].transpose("step", "sample", "axis").values)
+    names, label = np.unique(positions["label"].values.astype(str), return_inverse=True)
+    share = positions["share"].transpose("step", "axis").values
+    about = {"step": positions["step"].values, "share": share, "names": names, "label": label}
+    return about | {"sample": positions["sample"].values, "errors": "stderr" in positions}
+
+
+def _samples(samples: xr.Dataset, store: Store) -> dict[str, Any]:
+    """What the training samples are: images, texts or rows of a table."""
+    about: dict[str, Any] = {"sample": samples["sample"].values, "label": samples["label"].values}
+    if "image" in samples:
+        image = samples["image"].values
+        store.array("samples/image", image, (min(64, len(image)), *image.shape[1:]))
+        about["image"] = image.shape[1:]
+    if "row" in samples:
+        store.array("samples/row", samples["row"].values)
+        about["row"] = samples["row"].sizes["column"]
+    if "text" in samples:
+        texts = [json.loads(text) for text in samples["text"].values.tolist()]
+        for k in range(0, len(texts), _TEXTS):
+            store.document(f"samples/text/{k // _TEXTS}", texts[k : k + _TEXTS])
+        about["text"] = _TEXTS
+    return about
+
+
+def _exemplars(results: Results, store: Store) -> list[dict[str, Any]]:
+    listed = []
+    for k, exemplar in enumerate(results.exemplars):
+        store.document(f"exemplars/{k}", _exemplar(exemplar))
+        listed.append({"query": exemplar.query, "step": exemplar.step, "estimator": exemplar.estimator, "document": k})
+    return listed
+
+
+def _exemplar(exemplar: Exemplar) -> dict[str, Any]:
+    images = None if exemplar.images is None else [_packed(image) for image in exemplar.images]
+    known = {name: getattr(exemplar, name) for name in ("samples", "labels", "values", "stderrs", "texts")}
+    return plain(known | {"token_values": exemplar.token_values, "images": images})  # type: ignore[no-any-return]
+
+
+def _packed(image: NDArray[Any]) -> dict[str, Any]:
+    values = np.clip(np.asarray(image) * 255, 0, 255).round().astype(np.uint8)
+    return {"shape": values.shape, "bytes": base64.b64encode(values.tobytes()).decode("ascii")}
