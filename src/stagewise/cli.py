@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from stagewise.cli_import import add_import
+
 if TYPE_CHECKING:
     from stagewise.run.config import RunConfig
 
@@ -243,6 +245,8 @@ def _explained(error: Exception) -> str | None:
         place, cause = place_in_task_file(cause), cause.__cause__
     return f"{place}: {error}" if place and place not in str(error) else str(error)
 
+
+add_import(app, console, _readable_errors)
 
 if __name__ == "__main__":
     app()
