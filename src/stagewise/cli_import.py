@@ -74,8 +74,9 @@ def add_import(app: typer.Typer, console: Console, readable_errors: Callable[[],
             steps = read.attrs.get("of training steps")
             tool = f"{read.attrs['tool']}, scored of training steps {steps}" if steps else read.attrs["tool"]
             text = (
-                f"{name}, step {step}: {read.sizes['train']} x {read.sizes['query']} scores ({tool}) as influence of {found.sizes['train']} train groups on {found.sizes['query']} queries, negative = "
-                f"helpful, {read.attrs['units']}; `stagewise report {folder}` shows how they agree"
+                f"{name}, step {step}: {read.sizes['train']} x {read.sizes['query']} scores ({tool}) as influence of "
+                f"{found.sizes['train']} train groups on {found.sizes['query']} queries, negative = helpful, "
+                f"{read.attrs['units']}; `stagewise report {folder}` shows how they agree"
             )
             console.print(text, highlight=False, markup=False, soft_wrap=True)
 

@@ -71,9 +71,7 @@ def _kind(dtype: dict[str, Any], columns: int) -> np.dtype[Any]:
     if not columns or dtype["names"] != names or {*formats} - {*_FORMATS} or {*flags} != {"bool"}:
         raise ValueError(f"expected records of score_k and written_k, got {dtype['names'][:4]}, {dtype['formats'][:4]}")
     kinds = [_FORMATS.get(name, "?") for name in dtype["formats"]]
-    return np.dtype(
-        {"names": names, "formats": kinds, "offsets": dtype["offsets"], "itemsize": dtype["itemsize"]}  # type: ignore[call-overload]
-    )
+    return np.dtype({"names": names, "formats": kinds, "offsets": dtype["offsets"], "itemsize": dtype["itemsize"]})
 
 
 def _numbers(column: np.ndarray[Any, Any], kind: str) -> Array:
