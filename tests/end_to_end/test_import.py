@@ -31,6 +31,19 @@ def sampled_queries():
     )
 
 
+def of_candidates():
+    whole = tiny_task()
+    train, query = (data.batch(slice(None)) for data in (whole.train, whole.queries["test"]))
+    return sw.Task(
+        whole.pure.module,
+        whole.loss,
+        train=train,
+        queries={"up": query, "down": query},
+        query_groups={"up": ["a"] * 12 + ["b"] * 4},
+        candidates=[3, 10, 20],
+    )
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of exact influence and retraining, and its exact influence of every sample on every query sample."""
@@ -132,6 +145,19 @@ def test_a_step_is_imported_once_and_a_unit_is_not_mixed(run, tmp_path):
         assert "is in use by" in put(folder, path, "--helpful", "positive", step=40, fails=True)
     assert (folder / "imported" / "other.json").read_bytes() == before
     assert [path.name for path in (folder / "imported").iterdir()] == ["other.json"]
+
+
+@pytest.mark.parametrize("rows", ["candidates", "training set"])
+def test_rows_of_candidates_alone_and_columns_of_several_query_sets_land_where_they_belong(tmp_path, rows):
+    path = write_run(tmp_path, task=f"{__file__}:of_candidates", estimators=["gradient"], retraining=None, steps=[20])
+    assert cli.invoke(app, ["run", str(path)]).exit_code == 0
+    whole = np.arange(24.0)[:, None] * 100 + np.arange(32)
+    scores = saved(tmp_path, whole[[3, 10, 20]] if rows == "candidates" else whole)
+    put(tmp_path / "run", scores, "--helpful", "negative")
+    value = sw.report(tmp_path / "run").baselines["other"]["value"].sel(step=20)
+    assert value["query"].values.tolist() == ["up:a", "up:b", "down"]
+    means = np.array([np.arange(12).mean(), np.arange(12, 16).mean(), np.arange(16, 32).mean()])
+    np.testing.assert_allclose(value.sel(train=["3", "10", "20"]), np.array([[300], [1000], [2000]]) + means)
 
 
 def test_candidates_that_were_not_scored_are_named(run):

@@ -4,9 +4,9 @@ import pickle
 
 import numpy as np
 import pytest
-import written
 
 import stagewise as sw
+import written
 
 IDS = {"train_ids": ["a", "b", "c"], "query_ids": ["x", "y"]}
 
@@ -27,13 +27,14 @@ def test_rows_are_summed_over_steps_and_put_in_the_order_of_the_ids(folder):
 
 def test_a_window_keeps_its_training_steps_and_samples_outside_of_it_have_none(folder):
     assert sw.read_scores(folder, **IDS, trained=range(11, 13)).values.tolist() == [[-6, -5], [-8, -7], [0, 0]]
+    assert sw.read_scores(folder, **IDS, trained=range(10, 12)).values.tolist() == [[-6, -5], [-4, -3], [-2, -1]]
     with pytest.raises(ValueError, match="no row of training steps 20 to 29; it has some of 10 to 12"):
         sw.read_scores(folder, **IDS, trained=range(20, 30))
 
 
-def test_a_sample_that_stands_twice_in_the_data_has_one_score(folder):
-    found = sw.read_scores(folder, train_ids=["a", "a"], query_ids=["x"])
-    assert found.values.tolist() == [[-6], [-6]]
+def test_samples_of_the_same_content_share_the_score_that_was_kept_for_both(folder):
+    found = sw.read_scores(folder, train_ids=["a", "b", "a"], query_ids=["x", "x"])
+    assert found.values.tolist() == [[-3, -3], [-12, -12], [-3, -3]]
 
 
 def test_order_is_not_guessed_and_foreign_ids_are_named(folder):

@@ -4,11 +4,12 @@
     metadata.json  row_train_ids, row_steps, test_ids, algorithm; row_token_ids where rows are tokens
 
 A row is what one training sample did at one training step, so a sample's score is a sum of rows. Samples go by the hash
-of their content and stand in no order that could be relied on.
+of their content and stand in no order that could be relied on; those that are the same share their score evenly.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,11 +37,8 @@ def read_dattri(
     metadata = read_json(folder / METADATA)
     table = read_tensor(folder / SCORES)
     try:
-        of_train, steps, of_query = (
-            metadata["row_train_ids"],
-            np.array(metadata["row_steps"], int),
-            metadata["test_ids"],
-        )
+        of_train, of_query = metadata["row_train_ids"], metadata["test_ids"]
+        steps = np.array(metadata["row_steps"], int)
         algorithm = str(metadata["algorithm"])
         expected = (len(of_train), len(of_query))
     except (KeyError, TypeError, ValueError) as error:
@@ -58,16 +56,17 @@ def read_dattri(
         )
     rows, columns = _places(train_ids, of_train, "train_ids"), _places(query_ids, of_query, "query_ids")
     kept = np.ones(len(steps), bool) if trained is None else np.isin(steps, np.array(trained))
-    if not kept.any():
+    if trained is not None and not kept.any():
         raise ValueError(
-            f"{folder} has no row of training steps {trained.start if trained else 0} to "
-            f"{trained.stop - 1 if trained else 0}; it has some of {steps.min()} to {steps.max()}"
+            f"{folder} has no row of training steps {trained.start} to {trained.stop - 1}; it has some of "
+            f"{steps.min()} to {steps.max()}"
         )
-    first = _first(of_train)
+    first, copies = _first(of_train), Counter(train_ids)
     sums = np.zeros(expected)  # of all rows of a sample, in the place of its first
     np.add.at(sums, np.array([first[name] for name in of_train])[kept], table.double().numpy()[kept])
+    shared = sums[rows] / np.array([copies[name] for name in train_ids])[:, None]
     about = {"tool": f"dattri-llm, {algorithm}", "of training steps": f"{steps[kept].min()} to {steps[kept].max()}"}
-    return Scores(sums[rows][:, columns], None, "positive", about)
+    return Scores(shared[:, columns], None, "positive", about)
 
 
 def _first(names: Sequence[str]) -> dict[str, int]:
