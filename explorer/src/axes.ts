@@ -42,3 +42,9 @@ export function scaleOf(largest: number): number {
   if (!Number.isFinite(largest) || largest === 0 || largest >= 0.01) return 1;
   return 10 ** (3 * Math.floor((Math.log10(largest) + 1) / 3));
 }
+
+// Pixels for a picture: what its column has, which is half of a wide window.
+export function roomFor(most: number): number {
+  const column = innerWidth >= 1500 ? (Math.min(innerWidth, 1984) - 80) / 2 : innerWidth - 40;
+  return Math.round(Math.min(most, Math.max(280, column)));
+}

@@ -22,7 +22,8 @@ export type Entry = {
   of: "group" | "sample" | "token";
   events: Event[];
   noisy: boolean;
-  reach: number;
+  reach: number; // of a 95 % interval, in standard errors
+  largest: number; // between different labels
   step: number[];
   large: boolean;
   trains: number;
@@ -72,7 +73,7 @@ export type Run = {
 export type Values = { value: Float32Array; stderr: Float32Array };
 
 type Labels = { step: number[]; train: Label[]; query: Label[]; train_size: number[] | null };
-type Orders = { order: { train: number[] | null; query: number[] | null }; largest: number };
+type Orders = { order: { train: number[] | null; query: number[] | null } };
 
 // One influence, (step, train, query). Positions, not labels, go in and out.
 export class Influence {

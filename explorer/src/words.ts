@@ -5,6 +5,7 @@ export function number(value: number | null | undefined, digits = 3): string {
 }
 
 export function plusMinus(value: number, stderr: number): string {
+  if (!(stderr > 0)) return number(value);
   const largest = Math.max(Math.abs(value), stderr);
   const exponent = Number.isFinite(largest) && largest > 0 && largest < 1e-3 ? Math.floor(Math.log10(largest)) : 0;
   const text = rounded(value / 10 ** exponent, stderr / 10 ** exponent);
@@ -12,7 +13,6 @@ export function plusMinus(value: number, stderr: number): string {
 }
 
 function rounded(value: number, stderr: number): string {
-  if (!(Number.isFinite(value) && stderr > 0)) return number(value);
   const magnitude = Math.floor(Math.log10(stderr));
   const digits = stderr / 10 ** magnitude < 3.55 ? 2 : 1;
   const decimals = Math.max(0, digits - 1 - magnitude);

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from stagewise.dynamics.stages import extrema as extrema
     from stagewise.dynamics.stages import rise as rise
     from stagewise.dynamics.stages import transition_table as transition_table
+    from stagewise.foreign.read import read_scores as read_scores
     from stagewise.influence.bif import bif as bif
     from stagewise.influence.damped import damped_influence as damped_influence
     from stagewise.influence.gradients import gradient_product as gradient_product
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from stagewise.retraining.unrolling import unrolled_influence as unrolled_influence
     from stagewise.retraining.window_influence import window_influence as window_influence
     from stagewise.run.engine import sample as sample
+    from stagewise.run.imported import import_scores as import_scores
     from stagewise.run.jsonl import read_jsonl as read_jsonl
     from stagewise.run.jsonl import write_jsonl as write_jsonl
     from stagewise.run.pipeline import report as report
@@ -92,6 +94,7 @@ _ROOMS = {
     "stagewise.dynamics.kernel_map": ("influence_map",),
     "stagewise.dynamics.spectrum": ("top_eigenvalue_share",),
     "stagewise.dynamics.stages": ("Transition", "extrema", "rise", "transition_table"),
+    "stagewise.foreign.read": ("read_scores",),
     "stagewise.influence.bif": ("bif",),
     "stagewise.influence.damped": ("damped_influence",),
     "stagewise.influence.gradients": ("gradient_product",),
@@ -115,6 +118,7 @@ _ROOMS = {
     "stagewise.retraining.unrolling": ("unroll", "unrolled_influence"),
     "stagewise.retraining.window_influence": ("window_influence",),
     "stagewise.run.engine": ("sample",),
+    "stagewise.run.imported": ("import_scores",),
     "stagewise.run.jsonl": ("read_jsonl", "write_jsonl"),
     "stagewise.run.pipeline": ("report",),
     "stagewise.sampling.chains": ("Chains",),

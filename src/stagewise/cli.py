@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from stagewise.cli_import import add_import
+
 if TYPE_CHECKING:
     from stagewise.run.config import RunConfig
 
@@ -146,17 +148,56 @@ def report(folder: RunFolder) -> None:
 
 
 @app.command()
+def explore(
+    folder: RunFolder,
+    port: Annotated[int, typer.Option(help="0: any that is free.")] = 0,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open a browser at the page.")] = True,
+) -> None:
+    """Look around in the results of a run, in a browser, until Ctrl-C.
+
+    Only this machine can reach the page, and only with the address that is printed.
+    """
+    import webbrowser
+
+    from stagewise.explorer.serve import address, application, listen, new_token, serve
+
+    with _readable_errors():
+        token = new_token()
+        app_of_run = application(folder, token)
+        listener = listen(port)
+        console.print(f"{address(listener, token)}\nCtrl-C ends it", highlight=False, markup=False, soft_wrap=True)
+        if browser:
+            webbrowser.open(address(listener, token))
+        serve(app_of_run, listener)
+
+
+@app.command()
 def export(
     folder: RunFolder,
-    jsonl: Annotated[Path, typer.Option(help="File for the samples that matter most, to be read by PAIR's viewer.")],
+    page: Annotated[Path | None, typer.Argument(metavar="[PAGE]", help="File for the page of `explore`.")] = None,
+    jsonl: Annotated[
+        Path | None, typer.Option(help="File for the samples that matter most, to be read by PAIR's viewer.")
+    ] = None,
     untrusted: Annotated[
-        bool, typer.Option("--untrusted", help="Name samples picked by chains that cannot be trusted, too.")
+        bool, typer.Option("--untrusted", help="Name samples picked by chains that cannot be trusted, too (JSON lines).")
     ] = False,
 ) -> None:
-    """The training samples that matter most as JSON lines, for https://pair-code.github.io/pretraining-tda/demo."""
+    """Bake the page of a run with its data into one file, which opens from disk; or write JSON lines.
+
+    `stagewise export RUN page.html` makes the page of `stagewise explore`. `--jsonl FILE` writes the training samples
+    that matter most for https://pair-code.github.io/pretraining-tda/demo.
+    """
+    from stagewise.explorer.page import export_page
     from stagewise.run.jsonl import read_jsonl, write_jsonl
 
     with _readable_errors():
+        if page is None and jsonl is None:
+            raise ValueError(f"name what to write: `stagewise export {folder} page.html`, or --jsonl FILE")
+        if page is not None:
+            size = export_page(folder, page.expanduser()) / 1e6
+            console.print(f"{page}: {size:.1f} MB", highlight=False, markup=False, soft_wrap=True)
+        if jsonl is None:
+            return
         lines = write_jsonl(folder, jsonl, trusted_only=not untrusted)
         console.print(f"{lines} lines: {jsonl}", highlight=False, markup=False, soft_wrap=True)
         doubts = {record["step"]: record["untrusted"] for record in read_jsonl(jsonl) if "untrusted" in record}
@@ -243,6 +284,8 @@ def _explained(error: Exception) -> str | None:
         place, cause = place_in_task_file(cause), cause.__cause__
     return f"{place}: {error}" if place and place not in str(error) else str(error)
 
+
+add_import(app, console, _readable_errors)
 
 if __name__ == "__main__":
     app()

@@ -26,6 +26,9 @@ DAMPED = "damped influence"
 BIF = "BIF"
 """The influence that was sampled."""
 
+ARBITRARY = "arbitrary unit"
+"""The ``units`` of scores that say who matters more, but not how much."""
+
 _DIMS = {"step", "train", "query"}
 
 
@@ -74,7 +77,8 @@ class Results:
         positions: ``value`` (step, sample, axis) and ``share`` (step, axis) of the training samples by their loss
             kernel, coordinate ``label``, see :func:`stagewise.influence_map`. None where samples have no labels.
         events: of the influence curves.
-        baselines: other estimators by name, as ``influence``, with stderr 0 where they have no noise.
+        baselines: other estimators by name, as ``influence``, with stderr 0 where they have no noise; scores of other
+            tools too, whose attribute ``units`` may be "arbitrary unit": of these nothing but the order is compared.
         single: influence of single samples ("12") or tokens ("12/3", token 3 of sample 12) by the name of its
             estimator, as ``influence``, where the configuration asks for it (``per``).
         measured: ``effect`` and perhaps ``effect_stderr`` (step, train, query) in nats, from retraining with each train
@@ -212,7 +216,7 @@ class Results:
             predicted = None if self.measured is None else _predict(influence, self.measured)
             if predicted is not None and self.measured is not None:
                 measured = self.measured["effect"].sel(step=predicted["step"])
-                scores[name] = agreement(predicted["effect"], measured)
+                scores[name] = _with_unit(agreement(predicted["effect"], measured), influence)
         return scores
 
     @cached_property
@@ -231,7 +235,14 @@ def size_check(influence: xr.Dataset, exact: xr.Dataset) -> xr.Dataset:
     if not len(shared):
         return xr.Dataset(coords={"step": shared})
     estimated, true = (predicted_effect(data.sel(step=shared), 0.0)["effect"] for data in (influence, exact))
-    return agreement(estimated, true)
+    return _with_unit(agreement(estimated, true), influence)
+
+
+def _with_unit(scores: xr.Dataset, influence: xr.Dataset) -> xr.Dataset:
+    """Without slopes (NaN) where the influence has no unit: they would say how large that is, and nothing else."""
+    if influence.attrs.get("units") != ARBITRARY:
+        return scores
+    return scores.assign({name: scores[name].where(False) for name in scores if str(name).startswith("slope")})
 
 
 def estimator(influence: xr.Dataset) -> str:

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from stagewise.reporting import check_figures, figures, style
 from stagewise.reporting.exemplar_figure import exemplar_grid, extremes
 from stagewise.reporting.files import write_figure
+from stagewise.results import ARBITRARY
 from stagewise.traces import verdicts
 
 
@@ -192,6 +193,17 @@ def test_agreement_is_drawn_for_every_estimator_with_a_band_for_the_first(small)
         (band,) = ax.collections
         top = band.get_datalim(ax.transData).y1
         np.testing.assert_allclose(top, small.agreements["BIF"][f"{name}_off_diagonal_upper"].max())
+
+
+@pytest.mark.filterwarnings("error")
+def test_scores_without_a_unit_have_a_curve_of_correlations_and_neither_curve_nor_name_among_slopes(small):
+    foreign = small.influence.assign_attrs(units=ARBITRARY)
+    scores = replace(small, baselines={"bergson": foreign}).agreements
+    correlation, slope = check_figures.agreement_over_training(scores, small.trusted).axes
+    assert "bergson" in [text.get_text() for text in correlation.texts]
+    assert "BIF" in [text.get_text() for text in slope.texts]
+    assert "bergson" not in [text.get_text() for text in slope.texts]
+    assert not np.isfinite(scores["bergson"]["slope"]).any()
 
 
 def test_diagnostics_stand_against_the_thresholds_that_decide(small):

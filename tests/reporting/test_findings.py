@@ -6,7 +6,7 @@ import pytest
 
 from stagewise.dynamics import events
 from stagewise.reporting.findings import findings
-from stagewise.results import EXACT
+from stagewise.results import ARBITRARY, EXACT
 
 
 def text(results):
@@ -186,6 +186,14 @@ def test_exact_influence_speaks_first_and_says_how_right_the_others_are_without_
     assert "answers instead" not in told
     unmeasured = text(replace(exact, measured=None))
     assert "exact effects are 1.25" in unmeasured
+
+
+def test_scores_without_a_unit_are_given_their_correlation_and_no_size(exact):
+    foreign = (1e6 * exact.influence).assign_attrs(units=ARBITRARY)
+    told = text(replace(exact, baselines={**exact.baselines, "bergson": foreign}))
+    assert "bergson correlates with a median of 1.00 (from 1.00 to 1.00) at 10 checkpoints; its scores have no" in told
+    assert " (bergson)." in told  # with retraining
+    assert "BIF correlates with a median of 1.00 (from 1.00 to 1.00) at 10 checkpoints; exact effects are 1.25" in told
 
 
 def test_checkpoints_without_exact_influence_are_counted_with_the_reason(exact):

@@ -1,6 +1,6 @@
 // Can the chains be trusted: verdicts and what they rest on, and the traces at the chosen step.
 import * as Plot from "@observablehq/plot";
-import { stepAxis } from "../axes";
+import { roomFor, stepAxis } from "../axes";
 import type { Context } from "../context";
 import { h, table } from "../dom";
 import { figure } from "../figure";
@@ -31,7 +31,7 @@ export async function chains({ run, store, state, set }: Context): Promise<Node>
     ...names.map((name) => number(value(name, k))),
     String(columns.advice?.[k] ?? ""),
   ]);
-  const width = Math.min(460, Math.max(280, innerWidth - 40));
+  const width = roomFor(420);
   const panels = names.map((name) => {
     const points = steps.map((step, k) => ({ step, value: value(name, k) })).filter((point) => point.value !== null);
     const limit = limits[name];
@@ -52,7 +52,7 @@ export async function chains({ run, store, state, set }: Context): Promise<Node>
     });
   });
   const heading = h("p", {}, h("strong", {}, `Step ${stepText(steps[at])}: ${verdicts[at]}. `), String(columns.advice?.[at] ?? ""));
-  return h("div", {}, heading, await traces({ run, store, state, width: Math.min(960, Math.max(300, innerWidth - 40)) }), h("div", { class: "panels" }, panels),
+  return h("div", {}, heading, await traces({ run, store, state, width: roomFor(960) }), h("div", { class: "panels" }, panels),
     table(["step", "verdict", ...names.map((name) => (name === "ess_bulk" ? "effective draws per chain" : SHOWN[name])), "what to change"], rows, "Verdict on the chains of every checkpoint"));
 }
 

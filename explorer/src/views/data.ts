@@ -1,6 +1,6 @@
 // The training data themselves: the most helpful and the most harmful for the chosen query, at one step or at two.
 import * as Plot from "@observablehq/plot";
-import { scaleOf } from "../axes";
+import { roomFor, scaleOf } from "../axes";
 import { diverging, ink } from "../colour";
 import type { Context } from "../context";
 import { h } from "../dom";
@@ -152,13 +152,13 @@ function cells(row: number[]): Node {
 function spread(value: Float32Array, unit: string, title: string, chosen: number | null, table: () => { columns: string[]; rows: (string | number)[][] }): Node {
   const finite = Array.from(value).filter(Number.isFinite);
   const power = scaleOf(quantile(finite.map(Math.abs), 0.99));
-  const width = Math.min(460, Math.max(280, innerWidth - 40));
+  const width = roomFor(420);
   const picture = Plot.plot({
     width, height: 150, marginLeft: 52,
     ariaLabel: `Influence of all, ${title}`,
     x: { label: `${power === 1 ? "" : `10${superscript(Math.round(Math.log10(power)))} `}${unit}; below zero = helpful`, labelAnchor: "center", labelArrow: "none" },
     y: { label: "how many", labelArrow: "none", type: "symlog", ticks: [0, 1, 10, 100, 1000, 10000], tickFormat: "~s" },
-    marks: [Plot.rectY(finite, Plot.binX({ y: "count" }, { x: (v: number) => v / power, thresholds: 40, fill: "var(--muted)" } as Plot.RectYOptions)), Plot.ruleX([0], { stroke: "var(--ink)" }), Plot.ruleX(chosen === null ? [] : [chosen / power], { stroke: "var(--harmful)", strokeWidth: 2 })],
+    marks: [Plot.rectY(finite, Plot.binX<Plot.RectYOptions>({ y: "count" }, { x: { value: (v: number) => v / power, thresholds: 40 }, fill: "var(--muted)" })), Plot.ruleX([0], { stroke: "var(--ink)" }), Plot.ruleX(chosen === null ? [] : [chosen / power], { stroke: "var(--harmful)", strokeWidth: 2 })],
   });
   return figure(`histogram-${title.replace(/\W+/g, "-").toLowerCase()}`, `All of them at ${title.toLowerCase()}`, picture, "How many training data have which influence, on a logarithmic scale.", table);
 }

@@ -1,5 +1,6 @@
 // The map of training samples by their loss kernel, moving through training.
 import * as Plot from "@observablehq/plot";
+import { roomFor } from "../axes";
 import { ofLabel } from "../colour";
 import type { Context } from "../context";
 import { h } from "../dom";
@@ -17,7 +18,7 @@ export async function map({ run, store, state, influence, set }: Context): Promi
   const points = sample.map((number, k) => ({ number, label: label[k], x: data[at * size + k * shape[2]], y: data[at * size + k * shape[2] + 1] }));
   const chosen = influence.entry.of === "group" ? names.indexOf(state.train) : -1;
   const one = influence.entry.of === "sample" ? points.filter((point) => String(point.number) === state.train) : [];
-  const width = Math.min(640, Math.max(300, innerWidth - 40));
+  const width = roomFor(640);
   const picture = Plot.plot({
     width, height: width, margin: 20,
     ariaLabel: "Training samples by the likeness of their losses",

@@ -1,6 +1,6 @@
 // All training data on all queries at the chosen step, on one colour scale for all of training.
 import * as Plot from "@observablehq/plot";
-import { scaleOf } from "../axes";
+import { roomFor, scaleOf } from "../axes";
 import { components, diverging } from "../colour";
 import type { Context } from "../context";
 import { h } from "../dom";
@@ -21,8 +21,8 @@ export async function matrix(context: Context): Promise<Node> {
   const queries = labels.query.length;
   const at = new Map(rows.map((row, k) => [row, k]));
   const cell = (row: number, column: number) => at.get(row)! * queries + column;
-  const limit = labels.largest || 1;
-  const width = Math.min(960, Math.max(300, innerWidth - 40));
+  const limit = entry.largest;
+  const width = roomFor(960);
   const left = entry.of === "group" ? 90 : 64;
   const height = Math.min(640, Math.max(160, 60 + 24 * shown.length));
   const named = (all: number[]) => all.filter((_, k) => k % Math.ceil(all.length / NAMED) === 0);
@@ -59,7 +59,7 @@ export async function matrix(context: Context): Promise<Node> {
   });
   const few = rows.length < labels.train.length ? `the ${rows.length} of ${labels.train.length.toLocaleString("en-US")} ${entry.of}s that reach furthest at this step` : `every training ${entry.of}`;
   const caption =
-    `Influence at step ${stepText(labels.step[step])} of ${few} (rows) on every query (columns); the colours are those of all steps. ` +
+    `Influence at step ${stepText(labels.step[step])} of ${few} (rows) on every query (columns); the colours are those of all steps, fullest at the largest influence between different labels. ` +
     (entry.noisy ? "A dot marks cells within two standard errors of zero. " : "") +
     "Press a cell to follow it.";
   const table = () => ({

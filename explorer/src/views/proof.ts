@@ -1,6 +1,6 @@
 // How do we know: predicted against measured, and how every estimator fares over training.
 import * as Plot from "@observablehq/plot";
-import { stepAxis } from "../axes";
+import { roomFor, stepAxis } from "../axes";
 import type { Context } from "../context";
 import { h, table } from "../dom";
 import { figure } from "../figure";
@@ -52,7 +52,7 @@ async function scatter({ run, store, influence, state, set }: Context): Promise<
     });
   });
   const chosen = points.filter((p) => String(p.train) === state.train && String(p.query) === state.query);
-  const width = Math.min(520, Math.max(300, innerWidth - 40));
+  const width = roomFor(520);
   const picture = Plot.plot({
     width, height: width, marginLeft: 60, marginBottom: 44,
     ariaLabel: "Measured against predicted effects",
@@ -88,7 +88,7 @@ function agreement({ run, state, influence, set }: Context, against: string): No
   const scores = run.agreements.filter((one) => one.against === against);
   const steps = [...new Set(scores.flatMap((one) => one.step))].sort((a, b) => a - b);
   const points = scores.flatMap((one, n) => one.step.map((step, k) => ({ step, value: one.correlation[k], name: one.name, n })).filter((p) => p.value !== null));
-  const width = Math.min(720, Math.max(300, innerWidth - 40));
+  const width = roomFor(720);
   const picture = Plot.plot({
     width, height: 220, marginLeft: 52, marginRight: 130,
     ariaLabel: `Correlation with ${against} over training`,

@@ -1,6 +1,6 @@
 // Influence on the chosen query over training, with the run's own stages and losses; press or drag to choose a step.
 import * as Plot from "@observablehq/plot";
-import { chooseStep, scaleOf, stepAxis } from "../axes";
+import { chooseStep, roomFor, scaleOf, stepAxis } from "../axes";
 import { ofLabel } from "../colour";
 import type { Context } from "../context";
 import { h } from "../dom";
@@ -29,7 +29,7 @@ export async function timeline(context: Context): Promise<Node> {
   );
   const steps = [...new Set([...labels.step, ...run.losses.step])].sort((a, b) => a - b);
   const stages = run.stages.filter((stage) => String(stage.query) === String(name));
-  const width = Math.min(960, Math.max(300, innerWidth - 40));
+  const width = roomFor(960);
   const colour = (train: number) => ofLabel(train);
   const untrusted = entry.rung === "estimated" ? Object.keys(run.omitted).map(Number) : [];
   const ends = curves.map((curve, k) => ({ step: labels.step.at(-1)!, value: curve.value.at(-1)! / unit, train: chosen[k] }));
@@ -143,9 +143,11 @@ function endLabels(ends: End[]): Plot.Markish {
   return (_index, scales) => {
     const group = document.createElementNS("http://www.w3.org/2000/svg", "g");
     const placed = ends.map((end) => ({ ...end, x: scales.x!(end.step)!, y: scales.y!(end.value)! })).sort((a, b) => a.y - b.y);
+    // Downwards from the first, but not below the axis.
+    const lowest = scales.y!(scales.scales.y!.domain![0])! - LINE * (placed.length - 1);
     let last = -Infinity;
-    for (const end of placed) {
-      last = Math.max(end.y, last + LINE);
+    for (const [k, end] of placed.entries()) {
+      last = Math.max(last + LINE, Math.min(end.y, lowest + LINE * k));
       const text = document.createElementNS("http://www.w3.org/2000/svg", "text");
       const attributes = { x: end.x + 8, y: last, dy: "0.32em", fill: end.colour };
       for (const [name, value] of Object.entries(attributes)) text.setAttribute(name, String(value));

@@ -1,6 +1,6 @@
 // What training at one time did to the loss at another: the triangle trained x asked of the chosen pair.
 import * as Plot from "@observablehq/plot";
-import { stepAxis } from "../axes";
+import { roomFor, stepAxis } from "../axes";
 import { diverging } from "../colour";
 import type { Context } from "../context";
 import { h } from "../dom";
@@ -27,7 +27,7 @@ export async function twoTimes(context: Context): Promise<Node> {
   const limit = Math.max(...cells.map((cell) => Math.abs(cell.value) || 0)) || 1;
   const place = (value: number) => Math.asinh(value / (LINEAR * limit)) / Math.asinh(1 / LINEAR);
   const all = [...times.trained, ...times.trained_stop, ...times.asked];
-  const width = Math.min(620, Math.max(300, innerWidth - 40));
+  const width = roomFor(620);
   const picture = Plot.plot({
     width,
     height: Math.round(width * 0.85),

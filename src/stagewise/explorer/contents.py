@@ -87,8 +87,15 @@ def _influences(results: Results) -> Iterator[tuple[xr.Dataset, dict[str, Any]]]
             "of": member,
             "events": [_event(event) for event in known],
             "reach": critical(1 - LEVEL, degrees(data)),
+            "largest": _largest(data),
             "noisy": bool("stderr" in data and np.nan_to_num(data["stderr"].values).any()),
         }
+
+
+def _largest(influence: xr.Dataset) -> float:
+    """Where colours are fullest: the largest magnitude between different labels; a group's own influence dwarfs it."""
+    sizes = np.nan_to_num(np.abs(influence["value"].transpose("step", "train", "query").values)).max(0)
+    return float((sizes * others(influence)).max(initial=0.0)) or 1.0
 
 
 def _member(influence: xr.Dataset) -> str:

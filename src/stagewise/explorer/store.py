@@ -85,8 +85,7 @@ class Store:
         labels = {dim: influence[dim].values.tolist() for dim in ("step", "train", "query")}
         sizes = influence["train_size"].values.tolist() if "train_size" in influence.coords else None
         order = {"train": _alike(value.transpose(1, 0, 2)), "query": _alike(value.transpose(2, 0, 1))}
-        largest = float(np.nanmax(np.abs(value), initial=0.0))
-        attrs = {**about, **labels, "train_size": sizes, "order": order, "large": large, "largest": largest}
+        attrs = {**about, **labels, "train_size": sizes, "order": order, "large": large}
         self.attributes(path, attrs)
         for name, values in arrays.items():
             if not large:

@@ -100,6 +100,8 @@ def agreement_over_training(
         for label, data in scores.items():
             x, y = data["step"].values, data[headline(data, name)].values
             ax.plot(x, y, color=tint[label], marker="o", markersize=2.5, linewidth=2 if label == own else 1.2)
+            if not np.isfinite(y).any():
+                continue  # a slope of scores without a unit: there is no curve to name
             inside = float(np.clip(np.nan_to_num(y[-1]), *ax.get_ylim()))
             ends.append((float(x[-1]), inside, words.label_text(label), tint[label]))
         band = [scores[own][headline(scores[own], name) + end].values for end in ("_lower", "_upper")]

@@ -259,9 +259,11 @@ def _exact(results: Results) -> Iterator[str]:
     for name, scores in results.size_checks.items():
         if scores[headline(scores, "correlation")].attrs["pairs"] >= _MIN_PAIRS:
             r, slope = (_median_and_range(scores, what) for what in ("correlation", "slope"))
+            sized = np.isfinite(scores["slope"]).any()
+            size = f"exact effects are {slope} times as large as its own" if sized else "its scores have no unit"
             yield (
                 f"Held against it without any retraining, {name} correlates with a median of {r} at "
-                f"{count(scores.sizes['step'], 'checkpoint')}; exact effects are {slope} times as large as its own."
+                f"{count(scores.sizes['step'], 'checkpoint')}; {size}."
             )
 
 

@@ -3,6 +3,7 @@
 config.yaml        the resolved configuration; `stagewise run` continues from it
 provenance.json    versions and times
 results/           everything the report shows that is not in the traces, as JSON
+imported/          scores of other tools by name, as influence of groups; running again leaves them as they are
 kept/              results of single checkpoints, from which a killed run goes on
 report.html        the report, and figures/
 """

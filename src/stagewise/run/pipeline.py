@@ -26,6 +26,7 @@ from stagewise.run.engine import Work, compute, default_workers, prepare
 from stagewise.run.estimators import NAMES, SAMPLED, Found, exact_samples, exact_tokens, of_chains, without_chains
 from stagewise.run.exemplars import chosen, exemplars, from_untrusted, sampled_samples, tokens_of
 from stagewise.run.folder import load_results, provenance, save_results
+from stagewise.run.imported import fitting
 from stagewise.run.kept import Kept
 from stagewise.run.per import asked
 from stagewise.run.preflight import preflight
@@ -157,6 +158,7 @@ def _report(traces: ReadOnce, influence: xr.Dataset | None) -> Results:
         single |= {BIF: drawn.sel(step=steps)} if steps else {}
     if datasets["losses"].attrs.get("curves") == "sample":
         single = baselines | ({} if influence is None else {BIF: influence})
+    others, unfit = fitting(folder, [*baselines.values(), influence, datasets.get("measured")])
     results = Results(
         title=settings["title"],
         losses=datasets["losses"],
@@ -164,14 +166,14 @@ def _report(traces: ReadOnce, influence: xr.Dataset | None) -> Results:
         influence=influence,
         correlation=None if influence is None else bif(traces, kind="correlation"),
         positions=None if influence is None else _positions(traces, influence["step"].values.tolist()),
-        baselines=baselines,
+        baselines=baselines | others,
         single=single,
         measured=datasets.get("measured"),
         replay=datasets.get("replay"),
         in_two_times=datasets.get("in two times"),
         draws=_draws(traces),
         samples=datasets.get("samples"),
-        notes=json.loads(datasets["losses"].attrs.get("notes", "[]")),
+        notes=json.loads(datasets["losses"].attrs.get("notes", "[]")) + unfit,
         exemplars=[exemplar for exemplar in picked if not from_untrusted(exemplar, reasons)],
         withheld={exemplar.step: reasons[exemplar.step] for exemplar in picked if from_untrusted(exemplar, reasons)},
         config=settings,

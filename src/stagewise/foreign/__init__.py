@@ -1,0 +1,1 @@
+"""Attribution scores that other tools have written, read as influence with this library's sign."""
