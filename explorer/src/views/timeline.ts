@@ -140,11 +140,11 @@ const LINE = 13; // pixels
 
 // Labels at the ends of curves, pushed apart where they would cover each other.
 function endLabels(ends: End[]): Plot.Markish {
-  return (_index, scales) => {
+  return (_index, scales, _channels, dimensions) => {
     const group = document.createElementNS("http://www.w3.org/2000/svg", "g");
     const placed = ends.map((end) => ({ ...end, x: scales.x!(end.step)!, y: scales.y!(end.value)! })).sort((a, b) => a.y - b.y);
     // Downwards from the first, but not below the axis.
-    const lowest = scales.y!(scales.scales.y!.domain![0])! - LINE * (placed.length - 1);
+    const lowest = dimensions.height - dimensions.marginBottom - LINE * (placed.length - 1);
     let last = -Infinity;
     for (const [k, end] of placed.entries()) {
       last = Math.max(last + LINE, Math.min(end.y, lowest + LINE * k));
