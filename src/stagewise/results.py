@@ -26,6 +26,9 @@ DAMPED = "damped influence"
 BIF = "BIF"
 """The influence that was sampled."""
 
+FIRST_ORDER = "first order"
+"""What of the sampled influence is known without draws."""
+
 _DIMS = {"step", "train", "query"}
 
 
