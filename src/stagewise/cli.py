@@ -179,7 +179,8 @@ def export(
         Path | None, typer.Option(help="File for the samples that matter most, to be read by PAIR's viewer.")
     ] = None,
     untrusted: Annotated[
-        bool, typer.Option("--untrusted", help="Name samples picked by chains that cannot be trusted, too (JSON lines).")
+        bool,
+        typer.Option("--untrusted", help="Name samples picked by chains that cannot be trusted, too (JSON lines)."),
     ] = False,
 ) -> None:
     """Bake the page of a run with its data into one file, which opens from disk; or write JSON lines.

@@ -29,6 +29,9 @@ BIF = "BIF"
 ARBITRARY = "arbitrary unit"
 """The ``units`` of scores that say who matters more, but not how much."""
 
+FIRST_ORDER = "first order"
+"""What of the sampled influence is known without draws."""
+
 _DIMS = {"step", "train", "query"}
 
 

@@ -223,6 +223,17 @@ def test_blocks_change_nothing(monkeypatch, kind, of_train):
     assert "replicates" not in blocked
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_queries_are_made_ready_once_for_all_blocks(monkeypatch, kind):
+    """Or a kernel of a thousand samples standardises all of them a thousand times."""
+    seen, whole = [], pairs.Estimator.side
+    monkeypatch.setattr(pairs, "_BLOCK", 1)
+    monkeypatch.setattr(pairs.Estimator, "side", lambda self, of: seen.append(len(of.names)) or whole(self, of))
+    train = losses(7)
+    bif(Traces({0: tree(train, {"val": losses(5, seed=1)})}), kind=kind, grouped=False)
+    assert sorted(seen) == [1] * 7 + [5]
+
+
 def test_replicates_are_left_out_where_any_query_set_has_too_many(monkeypatch):
     monkeypatch.setattr(pairs, "_KEPT", 16 * 4 * 2)
     traces = Traces({0: tree(losses(4), {"few": losses(2), "many": losses(3)})})

@@ -130,6 +130,16 @@ def test_correlation_is_blind_to_scale_and_reports_no_doubt_about_itself():
     np.testing.assert_allclose(np.diag(no_doubt), 0, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(16,), (16, 3, 4)])
+@pytest.mark.parametrize("mean", [0.0, 1.0, 1e3, 1e5, 1e7, 1e9])
+def test_standard_errors_survive_a_mean_of_any_size(mean, shape):
+    """Sums of squares alone lose what is small beside the mean."""
+    replicates = mean + np.random.default_rng(0).normal(size=shape)
+    value, stderr = mean_and_stderr(replicates)
+    np.testing.assert_allclose(value, replicates.mean(0))
+    np.testing.assert_allclose(stderr, replicates.std(0, ddof=1) / 4, rtol=1e-6)
+
+
 @pytest.mark.parametrize("constant", [0.0, 0.1, 1e9])  # the mean of many 0.1 is not 0.1
 def test_a_loss_that_never_changes_is_correlated_with_nothing(constant):
     a, b = traces(chains=64, draws=50)

@@ -241,3 +241,12 @@ def test_chains_without_a_law_that_is_known_are_refused():
         Chains("rmsprop_sgld", linear=True)
     with pytest.raises(ValueError, match="leave out control_variate=False"):
         Chains(batch_size=8, control_variate=False, linear=True)
+
+
+def test_a_step_that_first_order_says_it_lacks_is_of_the_draws_alone_and_named(sampled):
+    traces, known = sampled
+    lacking = known.isel(step=[]).assign_attrs(omitted='{"5": "negative curvature"}')
+    found = bif(traces, first_order=lacking)
+    assert found.attrs["first_order_omitted"] == '{"5": "negative curvature"}'
+    np.testing.assert_array_equal(found["value"], bif(traces)["value"])
+    assert bif(traces, first_order=known).attrs["first_order_omitted"] == "{}"

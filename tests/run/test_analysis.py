@@ -266,7 +266,7 @@ def influence(**curves):
 
 
 def of_chains(store):
-    return partial(exemplars.sampled_samples, store)
+    return partial(estimators.sampled_samples, asked(springs.task(), springs.trajectory(), config(), []), store)
 
 
 FLAT = influence(near_first=[1, 2, 3], near_second=[5, 5, 5], far=[0, 4, 8])

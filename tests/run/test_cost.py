@@ -199,6 +199,24 @@ def test_exact_influence_is_priced_by_updates_orders_and_checkpoints_and_others_
     assert "2 groups x 3 queries" in estimator_cost.results_note(springs.task(), config, 3)
 
 
+def test_first_order_of_chains_that_record_it_is_priced_also_where_there_is_none(monkeypatch):
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+
+    def refused(steps):
+        clock.now += 7
+        raise ValueError("negative curvature")
+
+    monkeypatch.setattr(estimator_cost, "time", clock)
+    monkeypatch.setattr(estimator_cost, "solver", lambda *_: refused)
+    content = {"task": "t.py:task", "checkpoints": "c", "out": "o", "posterior": {"window": 11}, "estimators": ["bif"]}
+
+    def priced(linear):
+        config = make_config(content | {"sampling": {"linear": linear}})
+        return estimator_cost.estimator_costs(springs.task(), springs.trajectory(), config, [0, 10, 20], {})
+
+    assert (priced(False), priced(True)) == ({}, {"first order at 3 checkpoints": 21})
+
+
 def test_retraining_is_priced_by_windows_orders_and_updates(monkeypatch):
     clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
 

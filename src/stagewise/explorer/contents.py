@@ -39,7 +39,9 @@ def write_store(results: Results, folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
     store = Store(partial)
-    influences = [store.influence(f"influence/{k}", data, about) for k, (data, about) in enumerate(_influences(results))]
+    influences = [
+        store.influence(f"influence/{k}", data, about) for k, (data, about) in enumerate(_influences(results))
+    ]
     store.attributes("", _about(results) | {"influences": influences} | _parts(results, store))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -80,16 +82,19 @@ def _influences(results: Results) -> Iterator[tuple[xr.Dataset, dict[str, Any]]]
             continue
         member = _member(data)
         known = results.events if data is results.answered else _events(data)
-        yield data, {
-            "name": name,
-            "rung": "exact" if name == EXACT else "estimated",
-            "unit": data.attrs.get("units", "nats per unit weight"),
-            "of": member,
-            "events": [_event(event) for event in known],
-            "reach": critical(1 - LEVEL, degrees(data)),
-            "largest": _largest(data),
-            "noisy": bool("stderr" in data and np.nan_to_num(data["stderr"].values).any()),
-        }
+        yield (
+            data,
+            {
+                "name": name,
+                "rung": "exact" if name == EXACT else "estimated",
+                "unit": data.attrs.get("units", "nats per unit weight"),
+                "of": member,
+                "events": [_event(event) for event in known],
+                "reach": critical(1 - LEVEL, degrees(data)),
+                "largest": _largest(data),
+                "noisy": bool("stderr" in data and np.nan_to_num(data["stderr"].values).any()),
+            },
+        )
 
 
 def _largest(influence: xr.Dataset) -> float:

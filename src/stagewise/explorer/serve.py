@@ -68,7 +68,9 @@ def address(listener: socket.socket, token: str) -> str:
 
 def serve(app: Starlette, listener: socket.socket) -> None:
     """Answer until Ctrl-C."""
-    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=1)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=1
+    )
     uvicorn.Server(config).run(sockets=[listener])
 
 

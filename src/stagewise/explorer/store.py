@@ -79,7 +79,9 @@ class Store:
         Returns:
             What a reader must know before it opens the group.
         """
-        arrays = {n: influence[n].transpose("step", "train", "query").values for n in ("value", "stderr") if n in influence}
+        arrays = {
+            n: influence[n].transpose("step", "train", "query").values for n in ("value", "stderr") if n in influence
+        }
         value = arrays["value"]
         large = value.size > LARGE
         labels = {dim: influence[dim].values.tolist() for dim in ("step", "train", "query")}

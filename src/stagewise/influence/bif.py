@@ -8,6 +8,7 @@ of weight on sample i.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from stagewise.groups import Labels
 from stagewise.influence.common_mode import controlled
 from stagewise.influence.covariance import Centring
 from stagewise.influence.pairs import Estimator, Kind, influence_matrix
-from stagewise.influence.remainder import check_question, completed, remainder
+from stagewise.influence.remainder import check_question, completed, omitted, remainder
 from stagewise.influence.trusted import (
     DataSets,
     NoTrustedCheckpointError,
@@ -72,7 +73,8 @@ def bif(
         first_order: influence to first order, of the same posterior, steps and groups: only what lies beyond it is then
             taken from the draws, which must have been sampled with ``linear=True``. It is
             ``damped_influence(curvature="hessian")`` for chains, and ``response_influence(at="checkpoint")`` for
-            ``sampler="window"``, whose reflected losses count as draws too.
+            ``sampler="window"``, whose reflected losses count as draws too. Steps at which it does not exist by its own
+            attribute ``omitted`` are answered by the draws alone; ``first_order_omitted`` says which and why.
         trusted_only: leave out checkpoints whose chains cannot be trusted; attribute ``omitted`` says which and why.
 
     Returns:
@@ -110,13 +112,14 @@ def bif(
     labels = carried_labels(traces, train_groups, query_groups or {}, grouped)
 
     by_token = tokens or (labels[0] is not None and np.ndim(labels[0]) == 2)
+    missing = {} if first_order is None else omitted(first_order)
 
-    def estimate(_step: int, tree: xr.DataTree) -> xr.Dataset:
-        if first_order is not None:
+    def estimate(step: int, tree: xr.DataTree) -> xr.Dataset:
+        if first_order is not None and step not in missing:
             sides = remainder(tree, labels, grouped, part, tokens)
             linear = data_sets(tree, labels, grouped, "linear", tokens, self_pairs)
             found, known = (_at_checkpoint(of, tree, kind, centring) for of in (sides, linear))
-            return completed(found, known, first_order, tree.attrs)
+            return completed(found, known, first_order, tree.attrs, tokens)
         sides = data_sets(tree, labels, grouped, part, tokens, self_pairs)
         return _at_checkpoint(controlled(sides, tree, part) if kind == "partial" else sides, tree, kind, centring)
 
@@ -129,7 +132,8 @@ def bif(
         "part": part,
         "tokens": tokens,
         "self_pairs": self_pairs,
-        "first_order": "sampled" if first_order is None else first_order.attrs["estimator"],
+        "first_order": "sampled" if first_order is None else first_order.attrs.get("estimator", "sampled"),
+        "first_order_omitted": json.dumps({s: missing[s] for s in stacked["step"].values.tolist() if s in missing}),
         "units": units,
         "sign": "negative = helpful: more weight on the training data lowers the query loss",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -9,8 +10,10 @@ import xarray as xr
 
 from stagewise.influence.covariance import (
     Centring,
-    correlation_replicates,
-    covariance_replicates,
+    Scores,
+    correlations,
+    covariances,
+    deviations,
     group_sums,
     mean_and_stderr,
 )
@@ -35,21 +38,40 @@ class Estimator(NamedTuple):
         """How many members of each row its sum is over: correlations are summed column by column."""
         return side.sizes if self.kind == "covariance" else side.lengths
 
-    def pair_sums(self, train: Columns, query: Columns) -> Array:
-        """Replicates of the influence summed over all pairs of columns of two rows: ``(replicate, train, query)``."""
-        if self.kind == "covariance":
-            total = self._covariance(train, query, train.traces, query.traces)
-            for (sign, a), (_, b) in zip(train.also, query.also, strict=True):
-                total += sign * self._covariance(train, query, a, b)
-            return total
-        fixed = None if train.controls is None or query.controls is None else (train.controls, query.controls)
-        return self.scale * correlation_replicates(
-            train.traces, query.traces, train.rows, query.rows, self.centring, self.pieces, fixed
-        )
+    def side(self, columns: Columns) -> Side:
+        """One side, made ready for the other."""
+        sizes = self.sizes(columns)
+        if self.kind != "covariance":
+            scores = Scores.of(columns.traces, columns.rows, self.centring, self.pieces, columns.controls)
+            return Side(sizes, (), scores)
+        signed = [(1.0, columns.traces), *columns.also]
+        moves = [(sign, deviations(group_sums(a, columns.rows), self.centring, self.pieces)) for sign, a in signed]
+        return Side(sizes, moves, None)
 
-    def _covariance(self, train: Columns, query: Columns, a: Array, b: Array) -> Array:
-        a, b = group_sums(a, train.rows), group_sums(b, query.rows)
-        return covariance_replicates(self.scale * a, b, self.centring, self.pieces)
+    def pair_sums(self, train: Side, query: Side) -> Array:
+        """Replicates of the influence summed over all pairs of columns of two rows: ``(replicate, train, query)``."""
+        if train.scores is not None and query.scores is not None:
+            return self.scale * correlations(train.scores, query.scores)
+        (_, a), *more_a = train.deviations
+        (_, b), *more_b = query.deviations
+        total = covariances(self.scale * a, b, self.centring, self.pieces)
+        for (sign, a), (_, b) in zip(more_a, more_b, strict=True):
+            total += covariances(sign * self.scale * a, b, self.centring, self.pieces)
+        return total
+
+
+class Side(NamedTuple):
+    """Rows of one side, made ready once for all rows of the other.
+
+    Attributes:
+        sizes: how many members of each row its sum is over.
+        deviations: of covariances: of the sum of each row from its mean ``(chain, draw, row)``, with their signs.
+        scores: of correlations.
+    """
+
+    sizes: Indices
+    deviations: Sequence[tuple[float, Array]]
+    scores: Scores | None
 
 
 def influence_matrix(train: Columns, query: Columns, estimator: Estimator, shared: bool) -> xr.Dataset:
@@ -68,13 +90,14 @@ def influence_matrix(train: Columns, query: Columns, estimator: Estimator, share
     """
     rows, columns = len(train.names), len(query.names)
     count = len(train.traces) * estimator.pieces
-    own = query.by_sample() if shared else {}
+    side = estimator.side(query)
+    own = {sample: (of, estimator.side(part)) for sample, (of, part) in query.by_sample().items()} if shared else {}
     value, stderr = np.empty((rows, columns)), np.empty((rows, columns))
     kept = np.empty((count, rows, columns)) if count * rows * columns <= _KEPT else None
     size = max(1, _BLOCK // (count * columns))
     for start in range(0, rows, size):
         block = slice(start, start + size)
-        replicates = _mean_replicates(train.chosen(block), query, estimator, own)
+        replicates = _mean_replicates(train.chosen(block), side, estimator, own)
         value[block], stderr[block] = mean_and_stderr(replicates)
         if kept is not None:
             kept[:, block] = replicates
@@ -86,20 +109,22 @@ def influence_matrix(train: Columns, query: Columns, estimator: Estimator, share
 
 
 def _mean_replicates(
-    train: Columns, query: Columns, estimator: Estimator, own: dict[int, tuple[Indices, Columns]]
+    columns: Columns, query: Side, estimator: Estimator, own: dict[int, tuple[Indices, Side]]
 ) -> Array:
     """Replicates of the mean influence over pairs of columns, without those of one sample with its ``own``."""
-    sums, pairs = estimator.pair_sums(train, query), np.outer(estimator.sizes(train), estimator.sizes(query))
-    if pairs.max() == 1:
+    train = estimator.side(columns)
+    sums = estimator.pair_sums(train, query)
+    if train.sizes.max() * query.sizes.max() == 1:
         return sums
+    pairs = np.outer(train.sizes, query.sizes)
     if not own:
         return sums / pairs
     same_sums, same_pairs = np.zeros_like(sums), np.zeros_like(pairs)
-    for sample, (rows, left) in train.by_sample().items():
+    for sample, (rows, part) in columns.by_sample().items():
         if sample in own:
-            columns, right = own[sample]
-            same_sums[:, rows[:, None], columns] += estimator.pair_sums(left, right)
-            same_pairs[rows[:, None], columns] += np.outer(estimator.sizes(left), estimator.sizes(right))
+            left, (of, right) = estimator.side(part), own[sample]
+            same_sums[:, rows[:, None], of] += estimator.pair_sums(left, right)
+            same_pairs[rows[:, None], of] += np.outer(left.sizes, right.sizes)
     others = pairs > same_pairs
     result: Array = np.where(others, sums - same_sums, sums) / np.where(others, pairs - same_pairs, pairs)
     return result

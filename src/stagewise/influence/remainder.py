@@ -9,6 +9,7 @@ of losses are uncorrelated: there the noise of their products is left out too.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,14 @@ from stagewise.traces.columns import Part, Recorded
 
 # Standard errors by which the draws' own estimate of the first term may be larger or smaller than it.
 _FAR = 8
+
+
+class ContradictedError(ValueError):
+    """The draws of one step show another first order than the one that is given."""
+
+    def __init__(self, step: int, message: str) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 def check_question(kind: Kind, centring: Centring, part: Part, self_pairs: bool) -> None:
@@ -71,7 +80,9 @@ def remainder(
     return first._replace(train=train, queries=queries)
 
 
-def completed(found: xr.Dataset, linear: xr.Dataset, first_order: xr.Dataset, facts: dict[Any, Any]) -> xr.Dataset:
+def completed(
+    found: xr.Dataset, linear: xr.Dataset, first_order: xr.Dataset, facts: dict[Any, Any], tokens: bool
+) -> xr.Dataset:
     """The remainder with the first order of the same posterior, groups and step.
 
     Args:
@@ -79,9 +90,11 @@ def completed(found: xr.Dataset, linear: xr.Dataset, first_order: xr.Dataset, fa
         linear: the draws' own estimate of the first order.
         first_order: at all checkpoints.
         facts: of the checkpoint's traces.
+        tokens: whether traces are of single tokens; groups of queries count theirs then, not samples.
 
     Raises:
-        ValueError: it is of another posterior, step or grouping, or not what the draws show.
+        ValueError: it is of another posterior, step or grouping.
+        ContradictedError: it is not what the draws show.
     """
     _check_posterior(first_order.attrs, facts)
     if (step := facts["step"]) not in first_order["step"].values:
@@ -92,7 +105,7 @@ def completed(found: xr.Dataset, linear: xr.Dataset, first_order: xr.Dataset, fa
             dict(zip(of[side].values.tolist(), of[f"{side}_size"].values.tolist(), strict=True))
             for of in (found, exact)
         )
-        if ours != theirs:
+        if ours.keys() != theirs.keys() if tokens and side == "query" else ours != theirs:
             raise ValueError(
                 f"first_order is of the {side} groups {_short(theirs)}, these traces are of {_short(ours)}; group both "
                 "alike"
@@ -102,6 +115,11 @@ def completed(found: xr.Dataset, linear: xr.Dataset, first_order: xr.Dataset, fa
     _check_draws(linear, value, step)
     found = found.assign(value=found["value"] + value, stderr=(found["stderr"] ** 2 + error**2) ** 0.5)
     return found.assign(replicates=found["replicates"] + value) if "replicates" in found else found
+
+
+def omitted(first_order: xr.Dataset) -> dict[int, str]:
+    """The steps at which it does not exist, and why, as it says itself."""
+    return {int(step): reason for step, reason in json.loads(first_order.attrs.get("omitted", "{}")).items()}
 
 
 def _check_posterior(attrs: dict[Any, Any], facts: dict[Any, Any]) -> None:
@@ -126,14 +144,15 @@ def _check_draws(linear: xr.Dataset, value: np.ndarray[Any, np.dtype[np.float64]
     """
     norm = float((value**2).sum())
     if not np.isfinite(norm):
-        raise ValueError(f"first_order is not finite at step {step}; leave that step out")
+        raise ContradictedError(step, f"first_order is not finite at step {step}; leave that step out")
     if "replicates" not in linear or norm == 0:
         return
     mean, error = mean_and_stderr((linear["replicates"].values * value).sum((1, 2)) / norm)
     if abs(mean - 1) > _FAR * error:
-        raise ValueError(
+        raise ContradictedError(
+            step,
             f"first_order at step {step} is not what the draws show of it, which is {mean:.2g} times as large, with a "
-            f"standard error of {error:.1g}; compute it for the run, data and parameters of these traces"
+            f"standard error of {error:.1g}; compute it for the run, data and parameters of these traces",
         )
 
 

@@ -149,7 +149,7 @@ def over_checkpoints(
         if reason := _reason_to_omit(tree, trusted_only, verdicts.get(step), getattr(traces, "labels", None)):
             omitted[str(step)] = reason
             continue
-        results.append(estimate(step, tree).expand_dims(step=[step]))
+        results.append(_along_step(estimate(step, tree), step))
         facts = tree.attrs
     if not results:
         reasons = "; ".join(f"step {step}: {reason}" for step, reason in omitted.items())
@@ -161,6 +161,12 @@ def over_checkpoints(
         name: facts[name] for name in ("n_beta", "window", "metric", "centred") if facts.get(name) is not None
     }
     return stacked
+
+
+def _along_step(estimate: xr.Dataset, step: int) -> xr.Dataset:
+    """With a dimension of one step, of the same numbers: they can be most of the memory."""
+    data = {name: (("step", *data.dims), data.values[None], data.attrs) for name, data in estimate.data_vars.items()}
+    return xr.Dataset(data, {**estimate.coords, "step": [step]}, estimate.attrs)
 
 
 def carried_labels(
@@ -256,7 +262,9 @@ def numbered(estimate: xr.Dataset, tree: xr.DataTree) -> xr.Dataset:
 
 
 def joined(estimates: Sequence[xr.Dataset], dim: str) -> xr.Dataset:
-    """One dataset, with the replicates that all have in common."""
+    """One dataset, with the replicates that all have in common; the same if it is one."""
+    if len(estimates) == 1:
+        return estimates[0]
     numbers = [set(e["replicate"].values.tolist()) if "replicates" in e else set() for e in estimates]
     common = sorted(set.intersection(*numbers))
     if len(common) > 1:

@@ -226,6 +226,21 @@ def _imprecise(results: Results) -> Iterator[str]:
         )
 
 
+def _first_order(results: Results) -> Iterator[str]:
+    """How much of the sampled influence has no noise, and where all of it has."""
+    attrs = {} if results.sampled is None else results.sampled.attrs
+    missing = {int(step): reason for step, reason in json.loads(attrs.get("first_order_omitted", "{}")).items()}
+    if attrs.get("first_order", "sampled") != "sampled":
+        yield (
+            "Sampled influence is what first order says of it without noise, and what the chains add to that; "
+            "correlations and maps of samples are of the chains alone."
+        )
+    if missing:
+        step, reason = next(iter(missing.items()))
+        where = f"{count(len(missing), 'checkpoint')} ({steps([*missing])})"
+        yield f"At {where} first order has no answer, and the chains alone have: at step {step_number(step)}, {reason}."
+
+
 def _stand_in(results: Results) -> Iterator[str]:
     """What answers where the chains cannot, and how well."""
     if results.stand_in is None:
@@ -335,6 +350,7 @@ def _trust(results: Results) -> Iterator[str]:
     for verdict, remedies in causes.items():
         where = f"{count(len(remedies), 'checkpoint')} cannot be answered{how} ({steps([*remedies])})"
         yield f"{where}: {verdict}; {_remedy(remedies)}."
+    yield from _first_order(results)
     yield from _stand_in(results)
     yield from _responses(results)
     yield from _imprecise(results)

@@ -71,6 +71,22 @@ class Analysis:
         Raises:
             ValueError: no checkpoint can be used, with the reasons.
         """
+        rows, reasons = self.each(name, cause, estimate, digests)
+        if not rows:
+            raise ValueError(none_usable(reasons))
+        result = xr.concat(rows, "step", combine_attrs="override")
+        if kinds := [row.attrs["batches"] for row in rows if "batches" in row.attrs]:
+            result.attrs["batches"] = all_kinds(kinds)
+        if any("first_order_omitted" in row.attrs for row in rows):
+            named = [json.loads(row.attrs["first_order_omitted"]) for row in rows]
+            result.attrs["first_order_omitted"] = json.dumps({step: why for of in named for step, why in of.items()})
+        result.attrs["omitted"] = json.dumps({str(step): reason for step, reason in reasons.items()})
+        return result
+
+    def each(
+        self, name: str, cause: str, estimate: Callable[..., xr.Dataset], digests: Mapping[int, str]
+    ) -> tuple[list[xr.Dataset], dict[int, str]]:
+        """``estimate(steps=[step])`` of every checkpoint that can be used, and why others cannot, by step."""
         rows, reasons = [], {}
         for done, (step, digest) in enumerate(digests.items(), start=1):
             try:
@@ -78,13 +94,7 @@ class Analysis:
             except ValueError as error:
                 reasons[step] = str(error)
             self.progress(name, done, len(digests))
-        if not rows:
-            raise ValueError(none_usable(reasons))
-        result = xr.concat(rows, "step", combine_attrs="override")
-        if kinds := [row.attrs["batches"] for row in rows if "batches" in row.attrs]:
-            result.attrs["batches"] = all_kinds(kinds)
-        result.attrs["omitted"] = json.dumps({str(step): reason for step, reason in reasons.items()})
-        return result
+        return rows, reasons
 
 
 def mean_losses(task: Task, trajectory: Trajectory, steps: Sequence[int]) -> xr.Dataset:

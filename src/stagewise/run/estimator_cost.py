@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import NamedTuple, Self
 
@@ -12,12 +13,13 @@ import numpy as np
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.groups import query_groups
 from stagewise.influence.pairs import Estimator, influence_matrix
-from stagewise.results import BIF
+from stagewise.results import BIF, FIRST_ORDER
 from stagewise.retraining.orders import window_orders
 from stagewise.retraining.start import start_at
 from stagewise.run.analysis import recorded_order
 from stagewise.run.config import RunConfig
 from stagewise.run.estimators import NAMES, SAMPLED, estimate, unproved
+from stagewise.run.first_order import solver
 from stagewise.run.per import asked, members, size_of
 from stagewise.sampling.chains import Chains
 from stagewise.task import Task
@@ -45,6 +47,8 @@ def estimator_costs(
             timed = _exact if name == "exact" else partial(_at_one, name)
             seconds = timed(task, trajectory, config, steps)
         found[f"{called} at {len(steps)} checkpoints"] = seconds
+    if SAMPLED in config.estimators and config.sampling.linear:
+        found[f"{FIRST_ORDER} at {len(steps)} checkpoints"] = _first_order(task, trajectory, config, steps)
     return found
 
 
@@ -117,6 +121,14 @@ def _at_one(name: str, task: Task, trajectory: Trajectory, config: RunConfig, st
     start = time.perf_counter()
     estimate(name, task, trajectory, config)(steps=[steps[len(steps) // 2]])
     return len(steps) * (time.perf_counter() - start) * _passes(task, config, noisy=name == "damped")
+
+
+def _first_order(task: Task, trajectory: Trajectory, config: RunConfig, steps: Sequence[int]) -> float:
+    """Seconds at all checkpoints, from one in the middle: of the solve, or until it is seen that there is none."""
+    start, per = time.perf_counter(), asked(task, config)
+    with suppress(ValueError):
+        solver(task, trajectory, config, per)(steps=[steps[len(steps) // 2]])
+    return len(steps) * (time.perf_counter() - start) * _passes(task, config, noisy=True)
 
 
 def _passes(task: Task, config: RunConfig, noisy: bool) -> int:

@@ -15,10 +15,11 @@ from stagewise.groups import query_groups
 from stagewise.influence.bif import bif
 from stagewise.influence.damped import damped_influence
 from stagewise.influence.gradients import gradient_product
-from stagewise.results import BIF, DAMPED, EXACT
+from stagewise.results import BIF, DAMPED, EXACT, FIRST_ORDER
 from stagewise.retraining.window_influence import window_influence
 from stagewise.run.analysis import Analysis, recorded_order
 from stagewise.run.config import RunConfig
+from stagewise.run.first_order import completed, first_order
 from stagewise.run.per import asked, curves_of
 from stagewise.task import Task
 from stagewise.traces.store import TraceStore
@@ -114,7 +115,7 @@ def _window_cause(config: RunConfig) -> str:
 
 
 def of_chains(analysis: Analysis, store: TraceStore) -> xr.Dataset:
-    """What the draws say of single samples or tokens.
+    """What the draws say of single samples or tokens, to first order without noise where that is recorded and exists.
 
     Raises:
         ValueError: no checkpoint has chains that can be trusted, with the reasons.
@@ -122,10 +123,17 @@ def of_chains(analysis: Analysis, store: TraceStore) -> xr.Dataset:
     per = asked(analysis.task, analysis.config)
 
     def compute(steps: list[int]) -> xr.Dataset:
-        found = bif(OneByOne(store, steps), tokens=per == "token")
-        return found.drop_dims("replicate", errors="ignore")
+        drawn = partial(bif, OneByOne(store, steps), tokens=per == "token")
+        return completed(drawn, first_order(analysis, per, steps)).drop_dims("replicate", errors="ignore")
 
-    return analysis.step_by_step(f"{BIF} of {per}s", str(analysis.config.sampling.blocks), compute, analysis.digests)
+    cause = f"{analysis.config.sampling.blocks}{f' {FIRST_ORDER}' if analysis.config.sampling.linear else ''}"
+    return analysis.step_by_step(f"{BIF} of {per}s", cause, compute, analysis.digests)
+
+
+def sampled_samples(analysis: Analysis, store: TraceStore, steps: list[int], queries: list[Any]) -> xr.Dataset:
+    """Influence of every sample on some queries at some steps, from the chains, as :func:`of_chains`."""
+    known = first_order(analysis, "sample", steps)
+    return completed(partial(bif, OneByOne(store, steps)), known).sel(query=queries)
 
 
 class OneByOne:

@@ -12,12 +12,9 @@ import xarray as xr
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from stagewise.influence.bif import bif
 from stagewise.results import BIF, Exemplar
 from stagewise.run.analysis import spread
-from stagewise.run.estimators import OneByOne
 from stagewise.task import Samples, Task
-from stagewise.traces.store import TraceStore
 
 OfSamples = Callable[[list[int], list[Any]], xr.Dataset]
 """Influence of every candidate on some queries at some steps."""
@@ -30,11 +27,6 @@ LONGEST = 256
 
 _CUT = "…"
 _LABEL = 120
-
-
-def sampled_samples(store: TraceStore, steps: list[int], queries: list[Any]) -> xr.Dataset:
-    """From the chains."""
-    return bif(OneByOne(store, steps)).sel(query=queries)
 
 
 def chosen(single: xr.Dataset, steps: list[int], queries: list[Any]) -> xr.Dataset:

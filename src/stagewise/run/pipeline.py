@@ -17,14 +17,24 @@ from stagewise.influence.bif import NoTrustedCheckpointError, bif
 from stagewise.influence.loss_kernel import loss_kernel
 from stagewise.influence.trusted import ReadOnce, untrusted
 from stagewise.reporting.contents import write_report
-from stagewise.results import BIF, EXACT, Exemplar, Results, headline, size_check
+from stagewise.results import BIF, EXACT, FIRST_ORDER, Exemplar, Results, headline, size_check
 from stagewise.run import yaml12
 from stagewise.run.analysis import Analysis, in_two_times, mean_losses, measure, spread
 from stagewise.run.before import look
 from stagewise.run.config import RunConfig, save_config
 from stagewise.run.engine import Work, compute, default_workers, prepare
-from stagewise.run.estimators import NAMES, SAMPLED, Found, exact_samples, exact_tokens, of_chains, without_chains
-from stagewise.run.exemplars import chosen, exemplars, from_untrusted, sampled_samples, tokens_of
+from stagewise.run.estimators import (
+    NAMES,
+    SAMPLED,
+    Found,
+    exact_samples,
+    exact_tokens,
+    of_chains,
+    sampled_samples,
+    without_chains,
+)
+from stagewise.run.exemplars import chosen, exemplars, from_untrusted, tokens_of
+from stagewise.run.first_order import completed, first_order
 from stagewise.run.folder import load_results, provenance, save_results
 from stagewise.run.imported import fitting
 from stagewise.run.kept import Kept
@@ -66,26 +76,26 @@ def run(config: RunConfig, progress: Progress = silent) -> Results:
         if sampled:
             compute(work, task, config.workers or default_workers(task), progress)
         traces = ReadOnce.of(work.store)
-        influence = _influence(traces)
-        _analyse(work, task, config, traces, influence, left_out, progress)
-        return _report(traces, influence)
+        return _report(traces, _analyse(work, task, config, traces, left_out, progress))
 
 
 def _analyse(
     work: Work,
     task: Task,
     config: RunConfig,
-    traces: TraceStore,
-    influence: xr.Dataset | None,
+    traces: ReadOnce,
     left_out: dict[str, str],
     progress: Progress,
-) -> None:
-    """All that the report shows beside the traces, into the run folder."""
+) -> xr.Dataset | None:
+    """All that the report shows beside the traces, into the run folder; and the influence that the chains show."""
     possible = tuple(name for name in config.estimators if NAMES.get(name) not in left_out)
     given = config.model_copy(update={"estimators": possible})
     analysis = Analysis(task, work.trajectory, given, work.usable, Kept(work.store, task), progress)
     datasets = {"losses": mean_losses(task, work.trajectory, sorted({*work.usable, *work.unusable}))}
-    found = without_chains(analysis)
+    known = first_order(analysis) if SAMPLED in possible else None
+    if known is not None:
+        datasets[FIRST_ORDER] = known
+    influence, found = _influence(traces, known), without_chains(analysis)
     datasets |= {f"baseline {name}": curves for name, curves in found.curves.items()}
     failed, per = found.left_out, asked(task, config)
     if per == by_itself(task):
@@ -108,6 +118,7 @@ def _analyse(
     notes = [f"Without {name}: {reason}" for name, reason in (left_out | failed).items()]
     datasets["losses"].attrs |= {"task": repr(task), "notes": json.dumps(notes)}
     save_results(config.out, datasets, _exemplars(analysis, found, influence, traces))
+    return influence
 
 
 def _exemplars(analysis: Analysis, found: Found, influence: xr.Dataset | None, traces: TraceStore) -> list[Exemplar]:
@@ -125,7 +136,7 @@ def _exemplars(analysis: Analysis, found: Found, influence: xr.Dataset | None, t
             tokens = partial(tokens_of, single[EXACT])
         return named(EXACT, exemplars(task, samples, exact, count, of_tokens=tokens))
     if influence is not None:
-        return named(BIF, exemplars(task, partial(sampled_samples, traces), influence, count))
+        return named(BIF, exemplars(task, partial(sampled_samples, analysis, traces), influence, count))
     for name, values in of_samples.items():
         return named(name, exemplars(task, partial(chosen, values), found.curves[name], count))
     return []
@@ -139,8 +150,8 @@ def report(folder: str | Path) -> Results:
         FileNotFoundError: the run has not got as far as results.
     """
     traces = ReadOnce.of(TraceStore.read_only(folder))
-    load_results(traces.root)  # says how to get them, before anything is computed
-    return _report(traces, _influence(traces))
+    known = load_results(traces.root)[0].get(FIRST_ORDER)  # else it says how to get them, before anything is computed
+    return _report(traces, _influence(traces, known))
 
 
 def _report(traces: ReadOnce, influence: xr.Dataset | None) -> Results:
@@ -248,10 +259,10 @@ def checkup(folder: str | Path) -> Checkup:
 def _sizes(traces: ReadOnce) -> dict[int, str]:
     """Correlation and slope of exact on sampled influence, by step; empty where one of them was not computed."""
     try:
-        exact = load_results(traces.root)[0].get(f"baseline {EXACT}")
+        datasets = load_results(traces.root)[0]
     except FileNotFoundError:
         return {}
-    sampled = _influence(traces)
+    exact, sampled = datasets.get(f"baseline {EXACT}"), _influence(traces, datasets.get(FIRST_ORDER))
     if exact is None or sampled is None:
         return {}
     scores = size_check(sampled, exact)
@@ -270,9 +281,9 @@ def _repeats(folder: Path) -> str:
     return "" if replay is None else str(replay.attrs["verdict"])
 
 
-def _influence(traces: ReadOnce) -> xr.Dataset | None:
-    """Group influence at every checkpoint that can be sampled; None if there is none."""
+def _influence(traces: ReadOnce, known: xr.Dataset | None) -> xr.Dataset | None:
+    """Group influence at every checkpoint that can be sampled, with what is known of it; None if there is none."""
     try:
-        return bif(traces) if traces.steps else None
+        return completed(partial(bif, traces), known) if traces.steps else None
     except NoTrustedCheckpointError:
         return None

@@ -63,11 +63,11 @@ class Columns:
         """Some of the rows, with their columns only."""
         names = self.names[rows]
         if self.rows is None:
-            return self._of(np.arange(len(self.samples))[rows], names, None)
+            return self._of(rows, names, None)
         cuts = np.cumsum([len(row) for row in self.rows[rows]])
         return self._of(np.concatenate(self.rows[rows]), names, np.split(np.arange(cuts[-1]), cuts[:-1]))
 
-    def _of(self, columns: Indices, names: list[str], rows: list[Indices] | None) -> Columns:
+    def _of(self, columns: Indices | slice, names: list[str], rows: list[Indices] | None) -> Columns:
         """Some of the columns."""
         counts = None if self.counts is None else self.counts[columns]
         controls = None if self.controls is None else self.controls[..., columns]

@@ -1,0 +1,70 @@
+"""What the chains of a run say to first order, known without their noise where they recorded it (``linear``).
+
+It takes part in the influence of groups, samples and tokens. Correlations, the map of the samples and the doctor's
+verdicts are of the draws alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import xarray as xr
+
+from stagewise.checkpoints.trajectory import Trajectory
+from stagewise.influence.damped import damped_influence
+from stagewise.influence.remainder import ContradictedError
+from stagewise.influence.response import response_influence
+from stagewise.results import FIRST_ORDER
+from stagewise.run.analysis import Analysis
+from stagewise.run.config import RunConfig
+from stagewise.task import Task
+from stagewise.varied import Per, by_itself
+
+
+def solver(task: Task, trajectory: Trajectory, config: RunConfig, per: Per) -> Callable[..., xr.Dataset]:
+    """Influence to first order under the law of the draws, as a function of ``steps``."""
+    if config.sampling.sampler == "window":
+        return partial(response_influence, task, trajectory, config.posterior, at="checkpoint", per=per)
+    return partial(damped_influence, task, trajectory, config.posterior, curvature="hessian", per=per)
+
+
+def first_order(analysis: Analysis, per: Per | None = None, steps: Sequence[int] | None = None) -> xr.Dataset | None:
+    """Influence to first order; None where the losses were not recorded to it.
+
+    Args:
+        analysis: the run.
+        per: of groups, samples or tokens; default what the curves are of.
+        steps: which checkpoints, default all that can be used.
+
+    Returns:
+        As of :func:`stagewise.damped_influence`, of no steps if need be: ``omitted`` says where it does not exist.
+    """
+    if not analysis.config.sampling.linear:
+        return None
+    own = by_itself(analysis.task)
+    per = per or own
+    solve = solver(analysis.task, analysis.trajectory, analysis.config, per)
+    digests = {step: analysis.digests[step] for step in (analysis.digests if steps is None else steps)}
+    rows, reasons = analysis.each(FIRST_ORDER if per == own else f"{FIRST_ORDER} of {per}s", "", solve, digests)
+    found = (
+        xr.concat(rows, "step", combine_attrs="override") if rows else xr.Dataset(coords={"step": np.array([], int)})
+    )
+    return found.assign_attrs(omitted=json.dumps(reasons))
+
+
+def completed(estimate: Callable[..., xr.Dataset], known: xr.Dataset | None) -> xr.Dataset:
+    """``estimate(first_order=known)``; by the draws alone at the steps at which they contradict it, which are named."""
+    while known is not None:
+        try:
+            return estimate(first_order=known)
+        except ContradictedError as error:
+            known = _without(known, error.step, str(error))
+    return estimate()
+
+
+def _without(known: xr.Dataset, step: int, reason: str) -> xr.Dataset:
+    omitted = json.loads(known.attrs["omitted"]) | {str(step): reason}
+    return known.drop_sel(step=step).assign_attrs(omitted=json.dumps(omitted))
