@@ -1,4 +1,4 @@
-"""What a notebook shows of what a user holds: tables of escaped text, and the right figure of a dataset, or a reason."""
+"""What a notebook shows of what a user holds: tables of escaped text, and of a dataset its figure, or a reason."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ class Texts(HTMLParser):
         self.tags, self.texts = [], []
         self.feed(page)
 
-    def handle_starttag(self, tag, attrs):
+    def handle_starttag(self, tag, _attrs):
         self.tags.append(tag)
 
     def handle_data(self, data):
@@ -129,7 +129,7 @@ def test_one_query_is_one_panel_with_the_events_that_all_curves_have_together(in
 
 
 def test_events_of_a_curve_do_not_depend_on_which_others_are_drawn(influence):
-    # 2.7 standard errors are a sign for one curve at four steps, and none for four curves: a choice must not make it one.
+    # 2.7 standard errors are a sign for one curve at four steps and none for four: a choice must not make it one.
     influence["value"].loc[{"train": "b", "query": "q"}] = [-0.27, -0.27, 0.27, 0.27]
     everything, one = influence.sw.plot(), influence.sw.plot(train="b", query="q")
     assert len(sw.events(influence.sel(train=["b"], query=["q"]))) > 0
