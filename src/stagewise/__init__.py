@@ -1,12 +1,15 @@
 """Which training data mattered for what, and when: influence as a function of training time.
 
-The public names are loaded when they are first used, so that the command line starts without PyTorch.
+The public names are loaded when they are first used, so that the command line starts without PyTorch. Datasets of
+xarray have ``.sw.plot()`` from the beginning.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from stagewise import notebook as notebook
 
 if TYPE_CHECKING:
     from stagewise import losses as losses

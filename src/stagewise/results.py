@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from stagewise.dynamics.curves import critical, degrees
 from stagewise.dynamics.events import Event
 from stagewise.groups import same_label
+from stagewise.notebook import listed, table
 from stagewise.retraining.scores import LEVEL, agreement, coverage, predicted_effect
 
 EXACT = "exact influence"
@@ -140,6 +142,19 @@ class Results:
                     "measured must say in its attributes 'weight' and 'window' what was changed for how long, "
                     f"got {sorted(self.measured.attrs)}"
                 )
+
+    def _repr_html_(self) -> str:
+        verdicts = Counter(self.diagnostics["verdict"].values.tolist())
+        at = {name: f"at {data.sizes['step']} checkpoints" for name, data in self.estimators.items()}
+        rows = [
+            ("checkpoints", listed(self.losses["step"].values.tolist())),
+            ("verdicts on chains", ", ".join(f"{verdict}: {n}" for verdict, n in verdicts.items()) or "not sampled"),
+            *at.items(),
+            ("retraining", "none" if self.measured is None else f"at {self.measured.sizes['step']} checkpoints"),
+            ("events", len(self.events)),
+            *(("note", note) for note in self.notes),
+        ]
+        return table(self.title, rows)
 
     @cached_property
     def exact(self) -> xr.Dataset | None:

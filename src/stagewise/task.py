@@ -6,7 +6,7 @@ the rest of the package ever sees a model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,8 +18,9 @@ from stagewise.checkpoint import Checkpoint
 from stagewise.data import Batch, Collate, Samples
 from stagewise.fitting import fitted
 from stagewise.functional import PureModel
-from stagewise.labels import Labels, Texts, as_labels, as_texts
+from stagewise.labels import NONE, Labels, Texts, as_labels, as_texts
 from stagewise.layers import in_train_mode
+from stagewise.notebook import listed, table
 
 __all__ = ["Batch", "Loss", "Losses", "Objective", "Params", "Samples", "Task"]
 
@@ -142,14 +143,23 @@ class Task:
         """Kept by :func:`stagewise.groups.query_groups`."""
 
     def __repr__(self) -> str:
-        lines = [f"train: {self.train!r}"]
+        return "Task(\n  " + "\n  ".join(f"{name}: {what}" for name, what in self._facts()) + "\n)"
+
+    def _repr_html_(self) -> str:
+        labels = {name: set(words.ravel()) - {NONE} for name, words in self.label_sets.items() if words is not None}
+        return table(
+            "Task", [*self._facts(), *((f"labels of {name}", listed(sorted(labels[name]))) for name in labels)]
+        )
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        yield "train", repr(self.train)
         if len(self.candidates) < len(self.train):
-            lines.append(f"candidates: {len(self.candidates):,} of them")
-        lines += [f"queries[{name!r}]: {data!r}" for name, data in self.queries.items()]
+            yield "candidates", f"{len(self.candidates):,} of them"
+        for name, data in self.queries.items():
+            yield f"queries[{name!r}]", repr(data)
         moving = sum(tensor.numel() for tensor in self.trainable.values())
-        lines.append(f"model: {type(self.model).__name__}, {moving:,} trainable parameters")
-        lines.append(f"objective: mean over {self.objective}")
-        return "Task(\n  " + "\n  ".join(lines) + "\n)"
+        yield "model", f"{type(self.model).__name__}, {moving:,} trainable parameters"
+        yield "objective", f"mean over {self.objective}"
 
     @property
     def device(self) -> torch.device:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import Tensor
 
 from stagewise.checkpoint import Checkpoint, CheckpointError
+from stagewise.notebook import listed, table
 
 if TYPE_CHECKING:
     from stagewise.task import Task
@@ -39,11 +40,14 @@ class Trajectory:
     """
 
     steps: tuple[int, ...]
-    load: Callable[[int], Checkpoint]
+    load: Callable[[int], Checkpoint] = field(repr=False)
 
     def __post_init__(self) -> None:
         if list(self.steps) != sorted(set(self.steps)):
             raise ValueError(f"steps must ascend without repeats, got {self.steps}")
+
+    def _repr_html_(self) -> str:
+        return table("Trajectory", [("checkpoints", len(self.steps)), ("steps", listed(self.steps))])
 
     @classmethod
     def from_checkpoints(cls, checkpoints: Iterable[Checkpoint]) -> Trajectory:

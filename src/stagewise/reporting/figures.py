@@ -76,7 +76,9 @@ def influence_curves(
     figure = style.canvas(height * rows + 0.3)
     axes = figure.subplots(rows, columns, sharex=True, squeeze=False)
     banded = curves(influence)
-    scale, unit = style.unit(np.where(others(influence), influence["value"].transpose(..., "train", "query"), 0))
+    relative = _WITHOUT_UNIT.get(influence.attrs.get("kind", ""))
+    pairs = np.where(others(influence), influence["value"].transpose(..., "train", "query"), 0)
+    scale, unit = (1.0, "") if relative else style.unit(pairs, "nats per unit weight")
     for ax, query in zip(axes.ravel(), shown, strict=False):
         answered = influence["step"].values
         if beside is not None:
@@ -88,7 +90,8 @@ def influence_curves(
         _influence_panel(ax, banded, query, events, scale, height - 0.55, beside)
         ax.tick_params(labelbottom=True)
     style.empty_axes_off(axes, len(shown))
-    style.name_axes(figure, style.STEPS, f"influence ({unit} per unit weight; negative = helpful)")
+    named = f"{relative}; negative = helpful" if relative else f"influence ({unit}; negative = helpful)"
+    style.name_axes(figure, style.STEPS, named)
     return figure
 
 

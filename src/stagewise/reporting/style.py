@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from io import StringIO
 from itertools import groupby
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, cast
 
 import matplotlib
 import numpy as np
@@ -12,6 +13,7 @@ import xarray as xr
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -102,9 +104,19 @@ def styled(plot: Callable[_P, Figure]) -> Callable[_P, Figure]:
     return make
 
 
+class Drawing(Figure):
+    """A figure that a notebook shows without pyplot."""
+
+    def _repr_svg_(self) -> str:
+        file, drawn = StringIO(), cast(Any, FigureCanvasSVG(self))
+        with matplotlib.rc_context(STYLE):
+            drawn.print_svg(file, metadata={"Date": None, "Creator": None})
+        return file.getvalue()
+
+
 def canvas(height: float, width: float = WIDTH) -> Figure:
     """An empty figure, in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Drawing(figsize=(width, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06, wspace=0.02, hspace=0.03)  # type: ignore[union-attr, call-arg]
     return figure
 

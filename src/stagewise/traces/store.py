@@ -24,6 +24,7 @@ import numpy as np
 import xarray as xr
 
 from stagewise.labels import Labels
+from stagewise.notebook import listed, table
 from stagewise.traces.cells import Cell, Facts, check_cell, join_blocks, join_facts, pack, unpack
 from stagewise.traces.files import PARTIAL, RunFolderError, explain_read, explain_write, fsync, write_text
 from stagewise.traces.identity import RunMismatchError, check_identity, read_identity, write_identity
@@ -71,6 +72,10 @@ class TraceStore:
     root: Path
     identity: Mapping[str, str]
     writable: bool = True
+
+    def _repr_html_(self) -> str:
+        rows = [("folder", self.root), ("steps", listed(self.steps)), ("complete cells", len(self.blocks))]
+        return table("TraceStore", rows)
 
     @classmethod
     def open(cls, root: str | Path, identity: Mapping[str, str], *, create: bool = True) -> TraceStore:
