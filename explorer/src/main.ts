@@ -41,12 +41,11 @@ class Page {
     const when = run.window ? `during the ${run.window} training steps after a checkpoint` : "around a checkpoint";
     root.replaceChildren(
       h("header", {}, h("p", { class: "kicker" }, "stagewise"), h("h1", {}, run.title),
-        h("p", { class: "muted" }, `Influence of training data ${when}: the change of a query's loss per unit of weight. `, h("b", { class: "helpful" }, "Negative is helpful"), ", ", h("b", { class: "harmful" }, "positive is harmful"), "."),
-        this.controls),
+        h("p", { class: "muted" }, `Influence of training data ${when}: the change of a query's loss per unit of weight. `, h("b", { class: "helpful" }, "Negative is helpful"), ", ", h("b", { class: "harmful" }, "positive is harmful"), ".")),
+      this.controls,
       h("main", {}, this.time, h("div", {}, this.tabs, this.view)),
-      h("footer", { class: "muted" }, "Keys: ← → step, ↑ ↓ query, 1 to 6 view. ", h("a", { href: "../report.html", id: "report" }, "The printed report"), " ", details(run)),
+      h("footer", { class: "muted" }, "Keys: ← → step, ↑ ↓ query, 1 to 6 view. ", inRunFolder() ? h("a", { href: "../report.html" }, "The printed report") : null, details(run)),
     );
-    if (document.getElementById("baked")!.dataset.alone !== undefined) document.getElementById("report")!.remove();
     addEventListener("hashchange", () => this.show(read(location.hash)));
     addEventListener("keydown", (event) => this.key(event));
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.show({}));
@@ -147,6 +146,11 @@ function furthest(value: Float32Array, own: boolean[]): number {
 
 function details(run: Run): Node {
   return h("details", {}, h("summary", {}, "configuration and versions"), h("pre", { tabindex: 0 }, JSON.stringify({ provenance: run.provenance, configuration: run.configuration }, null, 1)));
+}
+
+// As against a page that was exported, or one that is served alone.
+function inRunFolder(): boolean {
+  return location.pathname.endsWith("/explorer/index.html");
 }
 
 function debounced(act: () => void): () => void {

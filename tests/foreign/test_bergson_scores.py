@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-import written
 import yaml
 
 import stagewise as sw
+import written
 
 SCORES = np.random.default_rng(0).standard_normal((6, 3))
 

@@ -48,7 +48,7 @@ async function ranked(context: Context, single: Influence, wanted: number): Prom
   const known = (chosen: number[]) => Promise.all(chosen.map((k) => datum(context, String(labels.train[k]), value[k], stderr[k], entry.of === "token" ? { labels, value } : null)));
   const title = `Step ${stepText(labels.step[at])}`;
   const place = labels.train.map(String).indexOf(context.state.train);
-  const histogram = spread(value, entry.unit, title, place >= 0 && entry.of !== "group" ? value[place] : null, () => ({
+  const histogram = spread(value, entry.unit, title, place >= 0 && context.influence.entry.of === entry.of ? value[place] : null, () => ({
     columns: ["step", entry.of, "query", `value (${entry.unit})`, "stderr"],
     rows: order.map((k) => [labels.step[at], labels.train[k], labels.query[query], value[k], stderr[k]]),
   }));
@@ -153,11 +153,12 @@ function spread(value: Float32Array, unit: string, title: string, chosen: number
   const finite = Array.from(value).filter(Number.isFinite);
   const power = scaleOf(quantile(finite.map(Math.abs), 0.99));
   const width = roomFor(420);
+  const ticks = [0, 1, 10, 100, 1000, 10000, 100000].filter((tick) => tick <= finite.length);
   const picture = Plot.plot({
-    width, height: 150, marginLeft: 52,
+    width, height: 150, marginTop: 24, marginLeft: 52,
     ariaLabel: `Influence of all, ${title}`,
     x: { label: `${power === 1 ? "" : `10${superscript(Math.round(Math.log10(power)))} `}${unit}; below zero = helpful`, labelAnchor: "center", labelArrow: "none" },
-    y: { label: "how many", labelArrow: "none", type: "symlog", ticks: [0, 1, 10, 100, 1000, 10000], tickFormat: "~s" },
+    y: { label: "how many", labelArrow: "none", type: "symlog", domain: [0, finite.length], ticks, tickFormat: (tick: number) => tick.toLocaleString("en-US") },
     marks: [Plot.rectY(finite, Plot.binX<Plot.RectYOptions>({ y: "count" }, { x: { value: (v: number) => v / power, thresholds: 40 }, fill: "var(--muted)" })), Plot.ruleX([0], { stroke: "var(--ink)" }), Plot.ruleX(chosen === null ? [] : [chosen / power], { stroke: "var(--harmful)", strokeWidth: 2 })],
   });
   return figure(`histogram-${title.replace(/\W+/g, "-").toLowerCase()}`, `All of them at ${title.toLowerCase()}`, picture, "How many training data have which influence, on a logarithmic scale.", table);

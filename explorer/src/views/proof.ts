@@ -23,7 +23,7 @@ function standing({ run, influence, state }: Context): string {
   const tests = run.agreements.filter((one) => one.name === entry.name);
   const said = tests.map((one) => {
     const k = nearest(one.step, state.step);
-    return `held against ${one.against} at step ${stepText(one.step[k])}, r = ${number(one.correlation[k], 2)} and slope ${number(one.slope[k], 2)}`;
+    return `held against ${one.against} at step ${stepText(one.step[k])}, r = ${number(one.correlation[k])} and slope ${number(one.slope[k])}`;
   });
   return `What is shown by ${entry.name} is ${rung}; ${said.length ? said.join("; ") : "nothing above it was computed in this run, so that it is not proved here"}.`;
 }
@@ -86,8 +86,9 @@ function diagonal(points: { predicted: number; measured: number }[]): number[][]
 
 function agreement({ run, state, influence, set }: Context, against: string): Node {
   const scores = run.agreements.filter((one) => one.against === against);
+  const colour = new Map([...new Set(run.agreements.map((one) => one.name))].map((name, k) => [name, `var(--c${k % 10})`]));
   const steps = [...new Set(scores.flatMap((one) => one.step))].sort((a, b) => a - b);
-  const points = scores.flatMap((one, n) => one.step.map((step, k) => ({ step, value: one.correlation[k], name: one.name, n })).filter((p) => p.value !== null));
+  const points = scores.flatMap((one) => one.step.map((step, k) => ({ step, value: one.correlation[k], name: one.name })).filter((p) => p.value !== null));
   const width = roomFor(720);
   const picture = Plot.plot({
     width, height: 220, marginLeft: 52, marginRight: 130,
@@ -95,12 +96,12 @@ function agreement({ run, state, influence, set }: Context, against: string): No
     x: stepAxis(steps), y: { label: `correlation with ${against}`, labelArrow: "none", grid: true, domain: [Math.min(-0.1, ...points.map((p) => p.value!)), 1] },
     marks: [
       Plot.ruleY([0, 1], { stroke: "var(--rule)" }),
-      Plot.lineY(points, { x: "step", y: "value", z: "name", stroke: (p) => `var(--c${p.n % 10})`, strokeWidth: (p) => (p.name === influence.entry.name ? 2.6 : 1.2) }),
-      Plot.dot(points, { x: "step", y: "value", fill: (p) => `var(--c${p.n % 10})`, r: 2.5 }),
+      Plot.lineY(points, { x: "step", y: "value", z: "name", stroke: (p) => colour.get(p.name), strokeWidth: (p) => (p.name === influence.entry.name ? 2.6 : 1.2) }),
+      Plot.dot(points, { x: "step", y: "value", fill: (p) => colour.get(p.name), r: 2.5 }),
       Plot.ruleX([state.step], { stroke: "var(--muted)" }),
     ],
   });
-  const rows = scores.map((one, n) => row(one, n, state.step, () => {
+  const rows = scores.map((one) => row(one, colour.get(one.name)!, state.step, () => {
     const found = run.influences.find((entry) => entry.name === one.name && entry.of === "group");
     if (found) set({ by: found.path });
   }));
@@ -111,8 +112,8 @@ function agreement({ run, state, influence, set }: Context, against: string): No
     table(["estimator", "step", "correlation [95 %]", "slope [95 %]"], rows, `Agreement with ${against} nearest to this step; slope 1 is the right size`));
 }
 
-function row(one: Scores, n: number, step: number, choose: () => void) {
+function row(one: Scores, colour: string, step: number, choose: () => void) {
   const k = nearest(one.step, step);
   const interval = (kind: "correlation" | "slope") => `${number(one[kind][k], 3)} [${number(one[`${kind}_lower`][k], 3)}, ${number(one[`${kind}_upper`][k], 3)}]`;
-  return [h("button", { type: "button", class: "link", click: choose }, h("i", { class: "swatch", style: `background:var(--c${n % 10})` }), one.name), stepText(one.step[k]), interval("correlation"), interval("slope")];
+  return [h("button", { type: "button", class: "link", click: choose }, h("i", { class: "swatch", style: `background:${colour}` }), one.name), stepText(one.step[k]), interval("correlation"), interval("slope")];
 }

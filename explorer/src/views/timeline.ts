@@ -128,7 +128,7 @@ function lossCurves({ run, influence, query, state }: Context, steps: number[], 
     marks: [
       Plot.lineY(points, { x: "step", y: "loss", stroke: "colour", z: "name" }),
       Plot.dot(points, { x: "step", y: "loss", fill: "colour", r: 1.8 }),
-      Plot.text(points, Plot.selectLast({ x: "step", y: "loss", z: "name", text: "name", textAnchor: "start", dx: 8, fill: "colour" })),
+      endLabels(lines.map((line) => ({ step: losses.step.at(-1)!, value: line.values.at(-1)!, text: line.name, colour: line.colour }))),
       Plot.ruleX([state.step], { stroke: "var(--ink)", strokeWidth: 1.5 }),
     ],
   });
@@ -149,7 +149,7 @@ function endLabels(ends: End[]): Plot.Markish {
     for (const [k, end] of placed.entries()) {
       last = Math.max(last + LINE, Math.min(end.y, lowest + LINE * k));
       const text = document.createElementNS("http://www.w3.org/2000/svg", "text");
-      const attributes = { x: end.x + 8, y: last, dy: "0.32em", fill: end.colour };
+      const attributes = { x: end.x + 8, y: last, dy: "0.32em", "text-anchor": "start", fill: end.colour };
       for (const [name, value] of Object.entries(attributes)) text.setAttribute(name, String(value));
       text.textContent = end.text;
       group.append(text);

@@ -28,6 +28,9 @@ export async function twoTimes(context: Context): Promise<Node> {
   const place = (value: number) => Math.asinh(value / (LINEAR * limit)) / Math.asinh(1 / LINEAR);
   const all = [...times.trained, ...times.trained_stop, ...times.asked];
   const width = roomFor(620);
+  const told = (cell: (typeof cells)[number]) =>
+    `trained in steps ${cell.trained} to ${cell.stop}, asked at ${cell.asked}: ` +
+    (Number.isFinite(cell.value) ? `${number(cell.value)} ${times.unit}, ${sign(cell.value)}` : "training again did not bear the number out");
   const picture = Plot.plot({
     width,
     height: Math.round(width * 0.85),
@@ -43,9 +46,6 @@ export async function twoTimes(context: Context): Promise<Node> {
   });
   const svg = picture instanceof SVGSVGElement ? picture : picture.querySelector("svg")!;
   svg.querySelectorAll("[aria-label=rect] rect").forEach((rect, k) => rect.addEventListener("click", () => set({ step: cells[k].trained })));
-  const told = (cell: (typeof cells)[number]) =>
-    `trained in steps ${cell.trained} to ${cell.stop}, asked at ${cell.asked}: ` +
-    (Number.isFinite(cell.value) ? `${number(cell.value)} ${times.unit}, ${sign(cell.value)}` : "training again did not bear the number out");
   const caption =
     `When ${short(times.train[train], 40)} was trained on (across), and what that did to the loss on ${short(times.query[query], 40)} at a later step (up): exact, by differentiating the run itself. ` +
     "Read upwards what becomes of one lesson, across which lessons a loss is made of. Press a cell to go to its step. Grey: training again did not bear the number out.";

@@ -23,7 +23,8 @@ def described(task: Task) -> xr.Dataset:
     """The candidates of a task with their labels and, where they are not too many, with what they are.
 
     Returns:
-        Along ``sample``: ``label``, and perhaps ``image``, ``row`` or ``text``, as in :class:`stagewise.results.Results`.
+        Along ``sample``: ``label``, and perhaps ``image``, ``row`` or ``text``, as in
+        :class:`stagewise.results.Results`.
     """
     index = task.candidates.tolist()
     found = xr.Dataset({"label": ("sample", [label_of(task, k) for k in index])}, {"sample": index})

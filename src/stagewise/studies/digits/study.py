@@ -41,6 +41,7 @@ def _settings(
         out=folder,
         posterior=LocalPosterior(window=WINDOW),
         sampling=sampling,
+        per="sample",
         two_times=two_times,
         retraining=Retraining(recorded_order_seed=ORDER_SEED),
     )
