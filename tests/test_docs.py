@@ -40,5 +40,7 @@ def test_a_link_to_a_page_or_a_heading_that_is_gone_would_be_found(tmp_path):
 
 def test_every_public_name_is_on_one_page_of_the_reference():
     pages = (ROOT / "docs" / "reference" / "api").glob("*.md")
-    shown = [re.findall(r"auto(?:function|class):: stagewise\.(\w+)$", page.read_text(), re.MULTILINE) for page in pages]
+    shown = [
+        re.findall(r"auto(?:function|class):: stagewise\.(\w+)$", page.read_text(), re.MULTILINE) for page in pages
+    ]
     assert Counter(name for names in shown for name in names) == Counter(sw.__all__)
