@@ -40,6 +40,7 @@ nb_execution_mode = "force"
 nb_execution_timeout = 120
 nb_execution_raise_on_error = True
 nb_execution_in_temp = True
+nb_merge_streams = True
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}
 
 autodoc_member_order = "bysource"
@@ -68,8 +69,9 @@ def public_name(_app: Sphinx, env: BuildEnvironment, node: pending_xref, text: n
     name = node["reftarget"].rsplit(".", 1)[-1]
     if node.get("refdomain") != "py" or name not in sw.__all__:
         return None
-    role, domain = node["reftype"], env.get_domain("py")
-    return domain.resolve_xref(env, node["refdoc"], env.app.builder, role, f"stagewise.{name}", node, text)
+    text = text if node.get("refexplicit") else nodes.literal(name, name)
+    place = env, node["refdoc"], env.app.builder, node["reftype"], f"stagewise.{name}"
+    return env.get_domain("py").resolve_xref(*place, node, text)
 
 
 def formulas(_app: Sphinx, _what: str, _name: str, _thing: object, _options: object, lines: list[str]) -> None:
@@ -78,7 +80,7 @@ def formulas(_app: Sphinx, _what: str, _name: str, _thing: object, _options: obj
     text = [k for k in range(end) if lines[k] and not lines[k].startswith(" ")]
     for before, after in reversed([*pairwise([*text, end])]):
         if after > before + 2 and not lines[before + 1] and not lines[before].endswith("::"):
-            lines[before + 2 : before + 2] = ["::", ""]
+            lines[before + 2 : before + 2] = [".. code-block:: none", ""]
 
 
 class Loaded(HTMLParser):
