@@ -68,10 +68,11 @@ def mathml(writer, node: nodes.Element) -> None:
 
 def public_name(_app: Sphinx, env: BuildEnvironment, node: pending_xref, text: nodes.Element) -> nodes.Element | None:
     """A name by its place in the source is that of the package: ``stagewise.task.Task`` is ``stagewise.Task``."""
-    name = node["reftarget"].rsplit(".", 1)[-1]
-    if node.get("refdomain") != "py" or name not in sw.__all__:
+    where, _, name = node["reftarget"].rpartition(".")
+    if node.get("refdomain") != "py" or where.split(".")[0] not in ("", "stagewise") or name not in sw.__all__:
         return None
-    text = text if node.get("refexplicit") else nodes.literal(name, name)
+    if isinstance(text, nodes.literal) and not node.get("refexplicit"):
+        text = nodes.literal(name, name, classes=text["classes"])
     place = env, node["refdoc"], env.app.builder, node["reftype"], f"stagewise.{name}"
     return env.get_domain("py").resolve_xref(*place, node, text)
 
