@@ -148,6 +148,11 @@ def report(folder: str | Path) -> Results:
     Raises:
         RunFolderError: it is no run folder.
         FileNotFoundError: the run has not got as far as results.
+
+    Example:
+        >>> results = sw.report("runs/first")
+        >>> results.title, results.exact.step.values.tolist()
+        ('Two classes', [5, 20, 40])
     """
     traces = ReadOnce.of(TraceStore.read_only(folder))
     known = load_results(traces.root)[0].get(FIRST_ORDER)  # else it says how to get them, before anything is computed
