@@ -1,5 +1,6 @@
 // The axis of training steps, log(1 + step), and choosing a step on it by pointer.
 import type * as Plot from "@observablehq/plot";
+import { nearest } from "./state";
 
 export function stepAxis(steps: number[], label = "training step (log scale)"): Plot.ScaleOptions {
   const [first, last] = [Math.min(...steps), Math.max(...steps)];
@@ -18,22 +19,25 @@ export function stepAxis(steps: number[], label = "training step (log scale)"): 
   } as Plot.ScaleOptions;
 }
 
-// Press or drag over the picture: the step under the pointer.
-export function chooseStep(picture: Element, choose: (step: number) => void): void {
+// Press or drag over the picture: the step nearest to the pointer.
+export function chooseStep(picture: Element, steps: number[], choose: (step: number) => void): void {
   const svg = (picture instanceof SVGSVGElement ? picture : picture.querySelector("svg")) as SVGSVGElement;
   const x = (picture as unknown as Plot.Plot).scale("x") as { invert?: (at: number) => number } | undefined;
   if (!x?.invert) return;
-  const at = (event: PointerEvent) => {
+  svg.style.cursor = "col-resize";
+  svg.addEventListener("pointerdown", (down) => {
+    // The place of the picture now: the first choice draws another in its stead.
     const box = svg.getBoundingClientRect();
     const wide = svg.viewBox.baseVal.width || box.width;
-    choose(x.invert!(((event.clientX - box.left) * wide) / box.width));
-  };
-  svg.style.cursor = "col-resize";
-  svg.addEventListener("pointerdown", (event) => {
-    at(event);
+    let last = NaN;
+    const at = (event: PointerEvent) => {
+      const step = steps[nearest(steps, x.invert!(((event.clientX - box.left) * wide) / box.width))];
+      if (step !== last) choose((last = step));
+    };
+    at(down);
     const stop = new AbortController();
+    for (const end of ["pointerup", "pointercancel"]) window.addEventListener(end, () => stop.abort(), { signal: stop.signal });
     window.addEventListener("pointermove", at, { signal: stop.signal });
-    window.addEventListener("pointerup", () => stop.abort(), { signal: stop.signal });
   });
 }
 

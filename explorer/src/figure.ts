@@ -14,6 +14,7 @@ export function figure(name: string, title: string, picture: Element, caption: s
     await navigator.clipboard.writeText(numbers());
     said.textContent = "copied";
   };
+  for (const one of [picture, ...picture.querySelectorAll("svg")]) if (one instanceof SVGSVGElement) named(one);
   const svg = picture instanceof SVGElement ? picture : picture.querySelector("svg:not([class*=swatch])");
   const buttons = [
     h("button", { type: "button", click: copy, title: "Copy the numbers as CSV" }, "copy CSV"),
@@ -27,6 +28,20 @@ export function figure(name: string, title: string, picture: Element, caption: s
   }
   return h("figure", { id: name }, h("h2", {}, title), picture, h("figcaption", {}, caption),
     h("div", { class: "take", role: "group", "aria-label": `Take away: ${title}` }, buttons, said));
+}
+
+// Press a shape of a picture's first mark of a kind: the position of its datum, which Plot keeps with it.
+export function pressed(picture: Element, mark: "dot" | "rect", act: (k: number) => void): void {
+  picture.querySelector(`g[aria-label=${mark}]`)?.addEventListener("click", (event) => {
+    const k = (event.target as { __data__?: unknown }).__data__;
+    if (typeof k === "number") act(k);
+  });
+}
+
+// To a screen reader a picture is one thing with one name; its numbers are in the table to take away.
+function named(svg: SVGSVGElement): void {
+  svg.setAttribute("role", "img");
+  svg.querySelectorAll("g[aria-label]").forEach((mark) => mark.removeAttribute("aria-label"));
 }
 
 function save(name: string, blob: Blob): void {

@@ -27,7 +27,7 @@ class Page {
   private state: State;
   private opened = new Map<string, Promise<Influence>>();
   private drawing = 0;
-  private readonly controls = h("div", { class: "controls" });
+  private readonly controls = h("section", { class: "controls", "aria-label": "what is looked at" });
   private readonly tabs = h("nav", { "aria-label": "views" });
   private readonly time = h("section", { "aria-label": "over training" });
   private readonly view = h("section", { "aria-label": "view" });

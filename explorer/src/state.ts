@@ -17,11 +17,9 @@ export function read(hash: string): Partial<State> {
     const value = given.get(name);
     if (value !== null) state[name] = value;
   }
-  for (const name of ["step", "beside"] as const) {
-    const value = given.get(name);
-    if (value !== null && Number.isFinite(Number(value))) state[name] = Number(value);
-  }
-  return state;
+  const [step, beside] = ["step", "beside"].map((name) => parseFloat(given.get(name) ?? ""));
+  if (Number.isFinite(step)) state.step = step;
+  return { ...state, beside: Number.isFinite(beside) ? beside : null };
 }
 
 export function written(state: State): string {

@@ -4,7 +4,7 @@ import { roomFor } from "../axes";
 import { ofLabel } from "../colour";
 import type { Context } from "../context";
 import { h } from "../dom";
-import { figure } from "../figure";
+import { figure, pressed } from "../figure";
 import { nearest } from "../state";
 import { short, step as stepText } from "../words";
 
@@ -29,10 +29,7 @@ export async function map({ run, store, state, influence, set }: Context): Promi
       Plot.dot(one, { x: "x", y: "y", r: 7, stroke: "var(--ink)", strokeWidth: 2 }),
     ],
   });
-  const svg = picture instanceof SVGSVGElement ? picture : picture.querySelector("svg")!;
-  svg.querySelectorAll("[aria-label=dot] circle").forEach((circle, k) => {
-    if (k < points.length) circle.addEventListener("click", () => set({ train: influence.entry.of === "group" ? names[points[k].label] : String(points[k].number) }));
-  });
+  pressed(picture, "dot", (k) => set({ train: influence.entry.of === "group" ? names[points[k].label] : String(points[k].number) }));
   const legend = h("ul", { class: "legend", "aria-label": "labels" }, names.map((name, k) =>
     h("li", {}, h("button", { type: "button", "aria-pressed": String(k === chosen), click: () => set({ train: name }) }, h("i", { style: `background:${ofLabel(k)}` }), short(name)))));
   const share = run.map.share[at].reduce((sum, part) => sum + part, 0);

@@ -3,7 +3,7 @@ import * as Plot from "@observablehq/plot";
 import { roomFor, stepAxis } from "../axes";
 import type { Context } from "../context";
 import { h, table } from "../dom";
-import { figure } from "../figure";
+import { figure, pressed } from "../figure";
 import type { Scores } from "../run";
 import { nearest } from "../state";
 import { number, short, step as stepText } from "../words";
@@ -66,10 +66,7 @@ async function scatter({ run, store, influence, state, set }: Context): Promise<
       Plot.dot(chosen, { x: "predicted", y: "measured", r: 7, stroke: "var(--ink)", strokeWidth: 2 }),
     ],
   });
-  const svg = picture instanceof SVGSVGElement ? picture : picture.querySelector("svg")!;
-  svg.querySelectorAll("[aria-label=dot] circle").forEach((circle, k) => {
-    if (k < points.length) circle.addEventListener("click", () => set({ train: String(points[k].train), query: String(points[k].query) }));
-  });
+  pressed(picture, "dot", (k) => set({ train: String(points[k].train), query: String(points[k].query) }));
   const own = points.length < measured.train.length * measured.query.length ? " Pairs of a group with itself are left out." : "";
   const caption =
     `Change of the query losses after ${measured.window} training steps from step ${stepText(step)} with one train group at weight ${measured.weight}: ` +

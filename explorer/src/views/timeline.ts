@@ -60,9 +60,9 @@ export async function timeline(context: Context): Promise<Node> {
     ],
     symbol: { domain: Object.keys(MARKS), range: Object.values(MARKS) },
   });
-  chooseStep(picture, (step) => set({ step }));
+  chooseStep(picture, labels.step, (step) => set({ step }));
   const losses = lossCurves(context, steps, width);
-  chooseStep(losses, (step) => set({ step }));
+  chooseStep(losses, labels.step, (step) => set({ step }));
   const columns = ["step", "train", "query", `value (${entry.unit})`, "stderr"];
   const rows = curves.flatMap((curve, k) => labels.step.map((step, i) => [step, labels.train[chosen[k]], name, curve.value[i], curve.stderr[i]]));
   const caption =
