@@ -7,7 +7,7 @@ PIP_VERSION := 26.3
 # Bytecode is kept whatever the environment says: tests start many processes, and each would compile all of it again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test test-studies lint format bench accuracy peers clean
+.PHONY: help demo test test-studies lint format bench kills accuracy peers clean
 
 help:
 	@echo "make demo     real handwritten digits: train, sample, analyse, report (a few minutes)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-studies   the studies in miniature, against their exact answers, and every remedy for chains, followed"
 	@echo "make lint     format check, lint and type check"
 	@echo "make bench    what chains cost and how near they come"
+	@echo "make kills    a run that is killed fifty times, and goes on to the same bits"
 	@echo "make accuracy every estimator against measured effects (hours)"
 	@echo "make peers    two other libraries against the same retraining, and what they cost, in an environment of their own (long)"
 
@@ -68,7 +69,10 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/cost_model.py
 	$(BIN)/python benchmarks/learning_coefficient.py
 	$(BIN)/python benchmarks/chain_verdicts.py
-	$(BIN)/python benchmarks/accuracy_per_gradient.py
+	$(BIN)/python benchmarks/accuracy_per_gradient.py --problem digits --steps 1
+
+# A run that is killed at fifty moments.
+kills: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/kills.py
 
 # Every estimator against training made again.
