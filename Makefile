@@ -90,6 +90,7 @@ kills: $(VENV)/.installed-test
 
 # Every estimator against training made again.
 accuracy: $(VENV)/.installed-baselines
+	$(BIN)/python benchmarks/sampling_speed.py --minibatches
 	$(BIN)/python benchmarks/digits_accuracy.py
 	$(BIN)/python benchmarks/held_out.py
 	$(BIN)/python benchmarks/window_gaussian.py
