@@ -136,8 +136,8 @@ def _triangle(influence: xr.Dataset) -> Figure:
 
 
 def _diagnostics(diagnostics: xr.Dataset) -> Figure:
-    from stagewise.influence.trusted import UNTRUSTED
     from stagewise.reporting.check_figures import chain_diagnostics
+    from stagewise.traces.verdicts import UNTRUSTED
 
     steps, verdicts = diagnostics["step"].values.tolist(), diagnostics["verdict"].values.tolist()
     left_out = [step for step, verdict in zip(steps, verdicts, strict=True) if verdict in UNTRUSTED]

@@ -170,14 +170,53 @@ def test_candidates_that_were_not_scored_are_named(run):
         sw.import_scores(folder, scores.assign_coords(train=[0] * 22), name="other", step=20)
 
 
-def test_scores_for_groups_that_the_run_no_longer_has_are_left_out_with_a_note(run, tmp_path):
+@pytest.mark.parametrize(
+    ("of_now", "note"),
+    [
+        ({"groups": "the same labels and sizes, other members"}, "Without other: it was imported for other groups"),
+        ({"checkpoints": '{"20": "trained again"}'}, "Without other: it was imported for other checkpoints"),
+    ],
+)
+def test_scores_for_what_the_run_no_longer_has_are_left_out_with_a_note(run, tmp_path, of_now, note):
     folder, _ = run
     put(folder, saved(tmp_path, np.ones((24, 16))), "--helpful", "positive")
-    path = folder / "imported" / "other.json"
-    path.write_text(path.read_text().replace("class 0", "class zero"))
-    results = sw.report(folder)
+    losses = folder / "results" / "losses.json"
+    before = losses.read_text()
+    content = json.loads(before)
+    content["attrs"] |= of_now
+    losses.write_text(json.dumps(content))
+    try:
+        results = sw.report(folder)
+    finally:
+        losses.write_text(before)
     assert "other" not in results.baselines
-    assert any("Without other: it was imported for other groups" in note for note in results.notes)
+    assert any(note in one for one in results.notes)
+
+
+def test_scores_of_one_checkpoint_that_was_trained_again_are_left_out_alone(run, tmp_path):
+    folder, _ = run
+    path = saved(tmp_path, np.ones((24, 16)))
+    put(folder, path, "--helpful", "positive", step=5)
+    put(folder, path, "--helpful", "positive", step=20)
+    losses = folder / "results" / "losses.json"
+    before = losses.read_text()
+    content = json.loads(before)
+    content["attrs"]["checkpoints"] = json.dumps(json.loads(content["attrs"]["checkpoints"]) | {"20": "again"})
+    losses.write_text(json.dumps(content))
+    try:
+        results = sw.report(folder)
+    finally:
+        losses.write_text(before)
+    assert results.baselines["other"]["step"].values.tolist() == [5]
+    assert any("Without other at step 20" in note for note in results.notes)
+
+
+def test_names_that_share_a_file_on_some_systems_are_refused(run, tmp_path):
+    folder, _ = run
+    path = saved(tmp_path, np.ones((24, 16)))
+    put(folder, path, "--helpful", "positive", name="trak")
+    assert "in a file that TRAK would share" in put(folder, path, "--helpful", "positive", name="TRAK", fails=True)
+    assert "with a letter or digit at both ends" in put(folder, path, "--helpful", "positive", name="a.", fails=True)
 
 
 def test_a_task_on_other_data_is_refused_because_samples_have_only_numbers(run, tmp_path):
@@ -201,4 +240,6 @@ def test_what_is_imported_says_where_it_came_from(run, tmp_path):
     put(folder, path, "--helpful", "positive", step=40)
     data = sw.report(folder).baselines["other"]
     assert data.attrs["units"] == data["value"].attrs["units"] == "arbitrary unit"
-    assert json.loads(data.attrs["imported"])["40"] == {"tool": "scores.npy", "source": str(path)}
+    said = json.loads(data.attrs["imported"])["40"]
+    assert said.pop("checkpoint")
+    assert said == {"tool": "scores.npy", "source": str(path), "columns": "samples"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -127,10 +128,12 @@ def import_scores(
         )
         found = into(folder, read, name=name, step=step)
         steps = read.attrs.get("of training steps")
+        columns = json.loads(found.attrs["imported"])[str(step)]["columns"]
         tool = f"{read.attrs['tool']}, scored of training steps {steps}" if steps else read.attrs["tool"]
         text = (
             f"{name}, step {step}: {read.sizes['train']} x {read.sizes['query']} scores ({tool}) as influence of "
-            f"{found.sizes['train']} train groups on {found.sizes['query']} queries, negative = helpful, "
+            f"{found.sizes['train']} train groups on {found.sizes['query']} queries "
+            f"(columns are taken for query {columns}), negative = helpful, "
             f"{read.attrs['units']}; `stagewise report {folder}` shows how they agree"
         )
         console.print(text, highlight=False, markup=False, soft_wrap=True)

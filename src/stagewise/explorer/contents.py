@@ -19,7 +19,7 @@ from stagewise.dynamics.stages import Transition, half_learnt
 from stagewise.explorer.store import LARGE, Store, plain
 from stagewise.results import EXACT, Exemplar, Results, headline, others
 from stagewise.retraining.scores import LEVEL
-from stagewise.traces.verdicts import MAX_EVEN_SHARE, MAX_RHAT, MIN_ESS_PER_CHAIN
+from stagewise.traces.verdicts import MAX_EVEN_SHARE, MAX_RHAT, MIN_ESS_PER_CHAIN, UNTRUSTED
 
 FORMAT = 1
 """Of the store; a page of another number says that it cannot read it."""
@@ -66,7 +66,7 @@ def _about(results: Results) -> dict[str, Any]:
             for stage in half_learnt(results.losses, query)
         ]
         + [_stage(None, stage) for stage in results.stages],
-        "omitted": results.omitted,
+        "omitted": {step: reason for step, reason in results.omitted.items() if reason.split(":")[0] in UNTRUSTED},
         "notes": list(results.notes),
         "configuration": results.config,
         "provenance": results.provenance,

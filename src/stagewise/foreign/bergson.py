@@ -56,7 +56,7 @@ def read_bergson(folder: Path) -> Scores:
     if samples is not None and len(samples) != len(values):
         raise ValueError(f"{candidates} names {len(samples)} rows, where {SCORES} holds {len(values)}; copy it again")
     config = _config(folder)
-    version = config.get("metadata", {}).get("bergson_version") or ""
+    version = (config.get("metadata") or {}).get("bergson_version") or ""
     return Scores(values, samples, _helpful(config), {"tool": f"bergson {version}".strip()})
 
 
@@ -105,7 +105,8 @@ def _config(folder: Path) -> dict[str, Any]:
         return {}
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        [dict(command or {}) for step in content["steps"] for command in step.values()]
+        commands = [dict(command or {}) for step in content["steps"] for command in step.values()]
+        [dict(command.get("score_cfg") or {}) for command in commands]
         dict(content.get("metadata") or {})
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read as a configuration of bergson ({error})") from error

@@ -41,6 +41,8 @@ def read_dattri(
         steps = np.array(metadata["row_steps"], int)
         algorithm = str(metadata["algorithm"])
         expected = (len(of_train), len(of_query))
+        if not all(isinstance(name, str) for name in [*of_train, *of_query]):
+            raise TypeError("ids that are no texts")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder / METADATA} cannot be read as that of dattri-llm ({type(error).__name__}: {error})"

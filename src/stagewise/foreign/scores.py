@@ -63,4 +63,6 @@ def read_tensor(path: Path) -> torch.Tensor:
         ) from error
     if not isinstance(content, torch.Tensor):
         raise ValueError(f"{path}: expected a tensor, got {type(content).__name__}; save the tensor alone")
-    return content
+    if content.layout != torch.strided or content.is_quantized or content.dtype == torch.bool:
+        raise ValueError(f"{path}: expected a dense tensor of numbers, got {content.layout}, {content.dtype}")
+    return content.detach()

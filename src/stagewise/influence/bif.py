@@ -125,6 +125,8 @@ def bif(
 
     stacked = over_checkpoints(traces, traces.steps, trusted_only, estimate)
     units = "nats per unit weight" if kind == "covariance" else "1"
+    answered = stacked["step"].values.tolist()
+    used = first_order is not None and any(step not in missing for step in answered)
     stacked.attrs |= {
         "estimator": "bif",
         "kind": kind,
@@ -132,8 +134,8 @@ def bif(
         "part": part,
         "tokens": tokens,
         "self_pairs": self_pairs,
-        "first_order": "sampled" if first_order is None else first_order.attrs.get("estimator", "sampled"),
-        "first_order_omitted": json.dumps({s: missing[s] for s in stacked["step"].values.tolist() if s in missing}),
+        "first_order": first_order.attrs["estimator"] if first_order is not None and used else "sampled",
+        "first_order_omitted": json.dumps({step: missing[step] for step in answered if step in missing}),
         "units": units,
         "sign": "negative = helpful: more weight on the training data lowers the query loss",
     }

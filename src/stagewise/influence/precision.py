@@ -10,8 +10,9 @@ import numpy as np
 import xarray as xr
 
 from stagewise.influence.bif import bif
-from stagewise.influence.trusted import UNTRUSTED, TracesInMemory
+from stagewise.influence.trusted import TracesInMemory
 from stagewise.traces.diagnostics import diagnose
+from stagewise.traces.verdicts import UNTRUSTED
 
 _TOO_SHORT = ("cannot say", "not converged")
 

@@ -26,12 +26,16 @@ from stagewise.traces.columns import Part, Recorded
 _FAR = 8
 
 
-class ContradictedError(ValueError):
-    """The draws of one step show another first order than the one that is given."""
+class NoFirstOrderError(ValueError):
+    """The first order that is given has no answer for the draws of one step."""
 
     def __init__(self, step: int, message: str) -> None:
         super().__init__(message)
         self.step = step
+
+
+class ContradictedError(NoFirstOrderError):
+    """The draws of one step show another first order than the one that is given."""
 
 
 def check_question(kind: Kind, centring: Centring, part: Part, self_pairs: bool) -> None:
@@ -93,12 +97,13 @@ def completed(
         tokens: whether traces are of single tokens; groups of queries count theirs then, not samples.
 
     Raises:
-        ValueError: it is of another posterior, step or grouping.
+        ValueError: it is of another posterior.
+        NoFirstOrderError: it lacks the step, or is of another grouping.
         ContradictedError: it is not what the draws show.
     """
     _check_posterior(first_order.attrs, facts)
     if (step := facts["step"]) not in first_order["step"].values:
-        raise ValueError(f"first_order lacks step {step}; compute it at every step of these traces")
+        raise NoFirstOrderError(step, f"first_order lacks step {step}; compute it at every step of these traces")
     exact = first_order.sel(step=step, drop=True)
     for side in ("train", "query"):
         ours, theirs = (
@@ -106,9 +111,10 @@ def completed(
             for of in (found, exact)
         )
         if ours.keys() != theirs.keys() if tokens and side == "query" else ours != theirs:
-            raise ValueError(
+            raise NoFirstOrderError(
+                step,
                 f"first_order is of the {side} groups {_short(theirs)}, these traces are of {_short(ours)}; group both "
-                "alike"
+                "alike",
             )
     exact = exact.sel(train=found["train"].values, query=found["query"].values).transpose("train", "query")
     value, error = exact["value"].values, exact["stderr"].values

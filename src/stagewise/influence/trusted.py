@@ -17,9 +17,7 @@ from stagewise.groups import Labels
 from stagewise.traces.columns import Columns, Indices, Recorded, columns
 from stagewise.traces.diagnostics import diagnose, diagnose_run
 from stagewise.traces.store import TraceStore
-
-# Verdicts under which a covariance of the draws says nothing about the posterior.
-UNTRUSTED = ("unusable", "not localised", "chains failed", "not converged", "heated", "cannot say", "unconstrained")
+from stagewise.traces.verdicts import UNTRUSTED
 
 
 class NoTrustedCheckpointError(ValueError):

@@ -80,6 +80,8 @@ class Analysis:
         if any("first_order_omitted" in row.attrs for row in rows):
             named = [json.loads(row.attrs["first_order_omitted"]) for row in rows]
             result.attrs["first_order_omitted"] = json.dumps({step: why for of in named for step, why in of.items()})
+            solved = [row.attrs["first_order"] for row in rows if row.attrs["first_order"] != "sampled"]
+            result.attrs["first_order"] = next(iter(solved), "sampled")
         result.attrs["omitted"] = json.dumps({str(step): reason for step, reason in reasons.items()})
         return result
 

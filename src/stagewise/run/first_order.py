@@ -15,7 +15,7 @@ import xarray as xr
 
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.influence.damped import damped_influence
-from stagewise.influence.remainder import ContradictedError
+from stagewise.influence.remainder import NoFirstOrderError
 from stagewise.influence.response import response_influence
 from stagewise.results import FIRST_ORDER
 from stagewise.run.analysis import Analysis
@@ -47,7 +47,8 @@ def first_order(analysis: Analysis, per: Per | None = None, steps: Sequence[int]
     own = by_itself(analysis.task)
     per = per or own
     solve = solver(analysis.task, analysis.trajectory, analysis.config, per)
-    digests = {step: analysis.digests[step] for step in (analysis.digests if steps is None else steps)}
+    wanted = analysis.digests if steps is None else steps
+    digests = {step: analysis.digests[step] for step in wanted if step in analysis.digests}
     rows, reasons = analysis.each(FIRST_ORDER if per == own else f"{FIRST_ORDER} of {per}s", "", solve, digests)
     found = (
         xr.concat(rows, "step", combine_attrs="override") if rows else xr.Dataset(coords={"step": np.array([], int)})
@@ -56,15 +57,18 @@ def first_order(analysis: Analysis, per: Per | None = None, steps: Sequence[int]
 
 
 def completed(estimate: Callable[..., xr.Dataset], known: xr.Dataset | None) -> xr.Dataset:
-    """``estimate(first_order=known)``; by the draws alone at the steps at which they contradict it, which are named."""
+    """``estimate(first_order=known)``; by the draws alone at the steps for which it has no answer, which are named.
+
+    They contradict it there, or it is of an earlier state of the run folder: without a step, or of other groups.
+    """
     while known is not None:
         try:
             return estimate(first_order=known)
-        except ContradictedError as error:
+        except NoFirstOrderError as error:
             known = _without(known, error.step, str(error))
     return estimate()
 
 
 def _without(known: xr.Dataset, step: int, reason: str) -> xr.Dataset:
     omitted = json.loads(known.attrs["omitted"]) | {str(step): reason}
-    return known.drop_sel(step=step).assign_attrs(omitted=json.dumps(omitted))
+    return known.drop_sel(step=step, errors="ignore").assign_attrs(omitted=json.dumps(omitted))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ import numpy as np
 import torch
 import xarray as xr
 
+from stagewise.content import content_digest
 from stagewise.groups import TRAIN, Groups, query_groups
 from stagewise.identity import identity
 from stagewise.labelled import Array, influence_dataset
+from stagewise.reporting import words
 from stagewise.results import ARBITRARY, BIF
 from stagewise.run.config import load_config
 from stagewise.run.estimators import NAMES
@@ -30,9 +32,10 @@ from stagewise.traces.lock import run_lock
 from stagewise.traces.store import RunMismatchError, TraceStore
 from stagewise.varied import by_itself, varied
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,39}")
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9 ._+-]{0,38}[A-Za-z0-9+])?")
 _OWN = {BIF, *NAMES.values()}
 _SIDES = ("train", "query")
+_ABOUT = ("tool", "source", "of training steps")
 
 
 def import_scores(folder: str | Path, scores: xr.DataArray, *, name: str, step: int) -> xr.Dataset:
@@ -72,14 +75,24 @@ def import_scores(folder: str | Path, scores: xr.DataArray, *, name: str, step: 
     losses = load_results(store.root)[0]["losses"]
     if not _NAME.fullmatch(name) or name.lower() in {own.lower() for own in _OWN}:
         raise ValueError(
-            f"name must be 1 to 40 letters, digits, spaces and . _ + -, and none of {sorted(_OWN)}, got {name!r}"
+            "name must be 1 to 40 letters, digits, spaces and . _ + -, with a letter or digit at both ends, and none "
+            f"of {sorted(_OWN)}, got {name!r}"
         )
     if step not in losses["step"].values:
         raise ValueError(f"the run has no checkpoint at step {step}; it has {losses['step'].values.tolist()}")
-    added = _grouped(_task(store), scores, step)
+    task = _task(store)
+    if groups_digest(task) != losses.attrs.get("groups"):
+        raise ValueError(
+            f"the task's groups are not those of the results in {store.root}; run `stagewise run "
+            f"{store.root / 'config.yaml'}` first"
+        )
+    checkpoint = json.loads(losses.attrs["checkpoints"]).get(str(step))
+    added = _grouped(task, scores, step, checkpoint)
     with run_lock(store.root):
-        there = imported(store.root).get(name)
-        if there is not None:
+        before = imported(store.root)
+        if like := [other for other in before if other != name and other.casefold() == name.casefold()]:
+            raise ValueError(f"{like[0]} was imported before, in a file that {name} would share: choose another name")
+        if (there := before.get(name)) is not None:
             added = _joined(there, added, name, store.root)
         with explain_write(store.root):
             (store.root / "imported").mkdir(exist_ok=True)
@@ -100,23 +113,32 @@ def imported(root: Path) -> dict[str, xr.Dataset]:
     return found
 
 
-def fitting(root: Path, own: Iterable[xr.Dataset | None]) -> tuple[dict[str, xr.Dataset], list[str]]:
-    """What has been imported for the groups of the run's own results, and why the rest cannot be compared."""
-    groups, fit, notes = [_groups(data) for data in own if data is not None], {}, []
+def groups_digest(task: Task) -> str:
+    """Of who is in which group: labels and sizes may stay while members change."""
+    return content_digest((task.train_groups, task.query_groups))
+
+
+def fitting(root: Path, run: Mapping[Any, Any]) -> tuple[dict[str, xr.Dataset], list[str]]:
+    """What has been imported for the groups and checkpoints that the run has now, and why the rest cannot be compared.
+
+    Args:
+        root: of the run folder.
+        run: attributes of its ``losses``: ``groups`` and ``checkpoints`` as of now.
+    """
+    fit, notes, checkpoints = {}, [], json.loads(run.get("checkpoints", "{}"))
     for name, data in imported(root).items():
-        if all(_groups(data) == others for others in groups):
-            fit[name] = data
+        again = f"delete imported/{name}.json and import it again."
+        known = json.loads(data.attrs["imported"])
+        same = [int(step) for step, about in known.items() if about.get("checkpoint") == checkpoints.get(step)]
+        if data.attrs.get("groups") != run.get("groups"):
+            notes.append(f"Without {name}: it was imported for other groups than the run has now; {again}")
+        elif not same:
+            notes.append(f"Without {name}: it was imported for other checkpoints than the run has now; {again}")
         else:
-            notes.append(
-                f"Without {name}: it was imported for other groups than the run has now; delete "
-                f"imported/{name}.json and import it again."
-            )
+            fit[name] = data.sel(step=sorted(same))
+            if gone := sorted(int(step) for step in known if int(step) not in same):
+                notes.append(f"Without {name} at {words.steps(gone)}: other checkpoints now; {again}")
     return fit, notes
-
-
-def _groups(data: xr.Dataset) -> tuple[set[tuple[Any, Any]], ...]:
-    """Labels and sizes."""
-    return tuple({*zip(data[d].values.tolist(), data[f"{d}_size"].values.tolist(), strict=True)} for d in _SIDES)
 
 
 def _place(root: Path, name: str) -> Path:
@@ -145,7 +167,7 @@ def _is_data(part: str) -> bool:
     return part.startswith("query '") or part.startswith('query "')
 
 
-def _grouped(task: Task, scores: xr.DataArray, step: int) -> xr.Dataset:
+def _grouped(task: Task, scores: xr.DataArray, step: int, checkpoint: str | None) -> xr.Dataset:
     """Means over the pairs of samples of every train and every query group."""
     if {*scores.dims} != {*_SIDES}:
         raise ValueError(f"scores must have the dimensions train and query, got {[*scores.dims]}; see read_scores")
@@ -161,8 +183,10 @@ def _grouped(task: Task, scores: xr.DataArray, step: int) -> xr.Dataset:
     if not torch.isfinite(mean).all():
         raise ValueError("some scores are not finite; leave these samples out, or score them again")
     units = str(scores.attrs.get("units", ARBITRARY))
-    about = {key: str(scores.attrs[key]) for key in ("tool", "source", "of training steps") if key in scores.attrs}
-    attrs = {"units": units, "imported": json.dumps({step: about})}
+    about: dict[str, str | None] = {key: str(scores.attrs[key]) for key in _ABOUT if key in scores.attrs}
+    by = "samples" if scores.sizes["query"] == sum(map(len, task.queries.values())) else "groups"
+    about |= {"columns": by, "checkpoint": checkpoint}
+    attrs = {"units": units, "groups": groups_digest(task), "imported": json.dumps({step: about})}
     found = influence_dataset(mean[None].numpy(), None, [step], trained, queried, attrs)
     for variable in found.data_vars.values():
         variable.attrs["units"] = units
@@ -227,7 +251,7 @@ def _joined(there: xr.Dataset, added: xr.Dataset, name: str, root: Path) -> xr.D
     (step,), place = added["step"].values.tolist(), _place(root, name)
     if step in there["step"].values:
         raise ValueError(f"{name} of step {step} was imported before; choose another name, or delete {place} first")
-    if _groups(there) != _groups(added) or there.attrs["units"] != added.attrs["units"]:
+    if there.attrs.get("groups") != added.attrs["groups"] or there.attrs["units"] != added.attrs["units"]:
         raise ValueError(
             f"{name} was imported before of other groups or in another unit ({there.attrs['units']}, now "
             f"{added.attrs['units']}); choose another name, or delete {place} first"

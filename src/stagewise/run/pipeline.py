@@ -36,7 +36,7 @@ from stagewise.run.estimators import (
 from stagewise.run.exemplars import chosen, exemplars, from_untrusted, tokens_of
 from stagewise.run.first_order import completed, first_order
 from stagewise.run.folder import load_results, provenance, save_results
-from stagewise.run.imported import fitting
+from stagewise.run.imported import fitting, groups_digest
 from stagewise.run.kept import Kept
 from stagewise.run.per import asked
 from stagewise.run.preflight import preflight
@@ -116,7 +116,8 @@ def _analyse(
             failed["influence in two times"] = str(error)
     datasets["samples"] = described(task)
     notes = [f"Without {name}: {reason}" for name, reason in (left_out | failed).items()]
-    datasets["losses"].attrs |= {"task": repr(task), "notes": json.dumps(notes)}
+    of_run = {"groups": groups_digest(task), "checkpoints": json.dumps(work.usable)}
+    datasets["losses"].attrs |= {"task": repr(task), "notes": json.dumps(notes)} | of_run
     save_results(config.out, datasets, _exemplars(analysis, found, influence, traces))
     return influence
 
@@ -174,7 +175,7 @@ def _report(traces: ReadOnce, influence: xr.Dataset | None) -> Results:
         single |= {BIF: drawn.sel(step=steps)} if steps else {}
     if datasets["losses"].attrs.get("curves") == "sample":
         single = baselines | ({} if influence is None else {BIF: influence})
-    others, unfit = fitting(folder, [*baselines.values(), influence, datasets.get("measured")])
+    others, unfit = fitting(folder, datasets["losses"].attrs)
     results = Results(
         title=settings["title"],
         losses=datasets["losses"],

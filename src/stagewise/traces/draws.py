@@ -24,7 +24,7 @@ class Traces(Protocol):
 
 
 def mean_losses_of_draws(traces: Traces) -> xr.DataArray | None:
-    """Mean training loss along the draws of every chain.
+    """Mean loss of the training samples that were looked at, the candidates, along the draws of every chain.
 
     Returns:
         (step, chain, draw), nats; NaN where a step has fewer draws. None where single losses were not kept.
@@ -33,6 +33,7 @@ def mean_losses_of_draws(traces: Traces) -> xr.DataArray | None:
     for step in traces.steps:
         train = traces.load(step).children.get("train")
         if train is not None and "loss" in train and "share" in train:
-            mean = (train["loss"] * train["share"]).sum([dim for dim in train["loss"].dims if dim not in _ALONG])
+            samples = [dim for dim in train["loss"].dims if dim not in _ALONG]
+            mean = (train["loss"] * train["share"]).sum(samples) / train["share"].sum()
             found[step] = mean.assign_coords(draw=range(mean.sizes["draw"]))
     return xr.concat(list(found.values()), xr.Variable("step", list(found)), join="outer") if found else None

@@ -7,6 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+UNTRUSTED = ("unusable", "not localised", "chains failed", "not converged", "heated", "cannot say", "unconstrained")
+"""Verdicts under which a covariance of the draws says nothing about the posterior."""
+
 MIN_CHAINS = 2
 """One chain cannot tell whether it has found the whole posterior."""
 
