@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from stagewise.reporting.findings import findings
 from stagewise.run import first_order
 from stagewise.run.config import load_config
 from stagewise.run.estimators import OneByOne
-from stagewise.run.pipeline import report, run
+from stagewise.run.pipeline import checkup, report, run
 from stagewise.run.task_file import load_task
 
 LINEAR = {"chains": 4, "draws": 40, "batching": "stacked", "linear": True}
@@ -100,3 +101,22 @@ def test_first_order_that_exists_nowhere_is_said_and_the_draws_answer(tmp_path, 
     xr.testing.assert_allclose(found.influence, sw.bif(config.out))
     assert found.influence.attrs["first_order"] == "sampled"
     assert any("At 3 checkpoints (steps 5, 20 and 40) first order has no answer" in said for said in findings(found))
+
+
+def test_a_folder_with_more_steps_than_the_last_run_asked_for_is_answered_there_by_the_draws_alone(tmp_path):
+    run(written(tmp_path))
+    found = run(load_config(tmp_path / "config.yaml", ["steps=[5, 20]"]))
+    assert found.influence["step"].values.tolist() == [5, 20, 40]
+    assert list(json.loads(found.influence.attrs["first_order_omitted"])) == ["40"]
+    assert [step for step, *_ in checkup(tmp_path / "run").rows] == ["5", "20", "40"]  # the doctor is asked then
+    xr.testing.assert_identical(report(tmp_path / "run").influence, found.influence)
+
+
+def test_a_step_that_is_contradicted_where_there_is_no_other_leaves_nothing_to_first_order(tmp_path, monkeypatch):
+    solver = first_order.solver
+    wrong = partial(xr.Dataset.map, func=lambda values: 3 * values, keep_attrs=True)
+    monkeypatch.setattr(first_order, "solver", lambda *given: lambda steps: wrong(solver(*given)(steps=steps)))
+    found = run(load_config(write_run(tmp_path, sampling=LINEAR, estimators=["bif"], retraining=None, steps=[20])))
+    assert list(json.loads(found.influence.attrs["first_order_omitted"])) == ["20"]
+    assert found.influence.attrs["first_order"] == "sampled"
+    assert not any("first order says of it without noise" in sentence for sentence in findings(found))
