@@ -43,7 +43,7 @@ export type Run = {
   format: number;
   title: string;
   window: number | null;
-  losses: { step: number[]; query: Label[]; train: number[]; queries: number[][] };
+  losses: { step: number[]; query: Label[]; train: number[] };
   stages: Stage[];
   omitted: Record<string, string>;
   notes: string[];
@@ -52,7 +52,6 @@ export type Run = {
   influences: Entry[];
   agreements: Scores[];
   diagnostics: { step: number[]; columns: Record<string, unknown[]>; limits: Record<string, number> };
-  exemplars: { query: Label; step: number; estimator: string; document: number }[];
   measured?: {
     step: number[];
     train: Label[];
@@ -65,10 +64,14 @@ export type Run = {
   };
   replay?: string;
   two_times?: { trained: number[]; trained_stop: number[]; asked: number[]; train: Label[]; query: Label[]; unit: string };
-  map?: { step: number[]; share: number[][]; names: string[]; label: number[]; sample: number[]; errors: boolean };
+  map?: { step: number[]; share: number[][]; reach: number };
   draws?: { step: number[] };
-  samples?: { sample: number[]; label: string[]; image?: number[]; row?: number; text?: number };
+  samples?: { image?: number[]; row?: number; text?: number };
 };
+// Documents of their own, as there may be many samples.
+export type Exemplars = { query: Label; step: number; estimator: string; document: number }[];
+export type Mapped = { names: string[]; label: number[]; sample: number[] };
+export type Named = { sample: number[]; label: string[] };
 
 export type Values = { value: Float32Array; stderr: Float32Array };
 
@@ -77,14 +80,29 @@ type Orders = { order: { train: number[] | null; query: number[] | null } };
 
 // One influence, (step, train, query). Positions, not labels, go in and out.
 export class Influence {
+  private static readonly opened = new Map<string, Influence>();
+  private readonly places: { train: Map<string, number>; query: Map<string, number> };
+
   private constructor(
     private store: Store,
     readonly entry: Entry,
     readonly labels: Labels & Orders,
-  ) {}
+  ) {
+    const places = (all: Label[]) => new Map(all.map((label, k) => [String(label), k]));
+    this.places = { train: places(labels.train), query: places(labels.query) };
+  }
 
   static async open(store: Store, entry: Entry): Promise<Influence> {
-    return new Influence(store, entry, await store.attributes<Labels & Orders>(entry.path));
+    const known = this.opened.get(entry.path);
+    if (known) return known;
+    const influence = new Influence(store, entry, await store.attributes<Labels & Orders>(entry.path));
+    this.opened.set(entry.path, influence);
+    return influence;
+  }
+
+  // The position of a label, -1 if there is none.
+  place(of: "train" | "query", label: Label): number {
+    return this.places[of].get(String(label)) ?? -1;
   }
 
   // Of one training datum on one query, at every step.
@@ -105,6 +123,11 @@ export class Influence {
       const all = await this.read(name);
       return Float32Array.from(train, (_, k) => all[(step * train.length + k) * queries.length + query]);
     });
+  }
+
+  // One of all training data on one query at one step, for each query of some.
+  async rankings(step: number, queries: number[]): Promise<Map<number, Values>> {
+    return new Map(await Promise.all(queries.map(async (query) => [query, await this.ranking(step, query)] as const)));
   }
 
   // All rows at one step, (row, query); of a large one those that reach furthest.
