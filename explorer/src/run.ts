@@ -125,9 +125,15 @@ export class Influence {
     });
   }
 
-  // One of all training data on one query at one step, for each query of some.
-  async rankings(step: number, queries: number[]): Promise<Map<number, Values>> {
-    return new Map(await Promise.all(queries.map(async (query) => [query, await this.ranking(step, query)] as const)));
+  // Of all training data on all queries at one step, (query, train).
+  async whole(step: number): Promise<Values> {
+    const { train, query } = this.labels;
+    return this.both(async (name) => {
+      if (this.entry.large) return this.read(`by_step/${name}`, [step, null, null]);
+      const all = await this.read(name);
+      const at = (k: number) => (step * train.length + (k % train.length)) * query.length + Math.floor(k / train.length);
+      return Float32Array.from({ length: train.length * query.length }, (_, k) => all[at(k)]);
+    });
   }
 
   // All rows at one step, (row, query); of a large one those that reach furthest.

@@ -4,7 +4,7 @@ import { roomFor, stepAxis } from "../axes";
 import type { Context } from "../context";
 import { h, table } from "../dom";
 import { figure } from "../figure";
-import { bars, dots, found as pointed, type Point } from "../many";
+import { bars, dots, found, type Point } from "../many";
 import type { Scores } from "../run";
 import { nearest } from "../state";
 import { number, short, step as stepText } from "../words";
@@ -36,8 +36,7 @@ async function scatter({ run, store, influence, state, set }: Context): Promise<
   const shared = measured.step.filter((step) => influence.labels.step.includes(step));
   if (!shared.length) return h("p", { class: "muted" }, "This influence and what was measured have no checkpoint in common.");
   const step = shared[nearest(shared, state.step)];
-  const columns = measured.query.map((query) => influence.place("query", query));
-  const found = await influence.rankings(influence.labels.step.indexOf(step), columns.filter((column) => column >= 0));
+  const { value, stderr } = await influence.whole(influence.labels.step.indexOf(step));
   const effect = (await store.numbers("measured/effect")).data;
   const errors = measured.errors ? (await store.numbers("measured/effect_stderr")).data : null;
   const start = measured.step.indexOf(step) * measured.train.length * measured.query.length;
@@ -45,10 +44,11 @@ async function scatter({ run, store, influence, state, set }: Context): Promise<
     const row = influence.place("train", train);
     const change = measured.train_size[i] * (measured.weight - 1);
     return measured.query.flatMap((query, j) => {
-      const one = found.get(columns[j]);
-      if (row < 0 || !one || !measured.other[i][j]) return [];
+      const column = influence.place("query", query);
+      if (row < 0 || column < 0 || !measured.other[i][j]) return [];
+      const k = column * influence.labels.train.length + row;
       const place = start + i * measured.query.length + j;
-      return [{ train, query, x: one.value[row] * change, doubt: Math.abs(one.stderr[row] * change), y: effect[place], error: errors ? errors[place] : 0 }];
+      return [{ train, query, x: value[k] * change, doubt: Math.abs(stderr[k] * change), y: effect[place], error: errors ? errors[place] : 0 }];
     });
   });
   const chosen = points.filter((p) => String(p.train) === state.train && String(p.query) === state.query);
@@ -65,16 +65,16 @@ async function scatter({ run, store, influence, state, set }: Context): Promise<
       Plot.dot(chosen, { x: "x", y: "y", r: 7, stroke: "var(--ink)", strokeWidth: 2 }),
     ],
   });
-  const say = pointed(picture, points,
+  const say = found(picture, points,
     (k) => `${short(points[k].train)} on ${short(points[k].query)}: predicted ${number(points[k].x)}, measured ${number(points[k].y)} nats`,
     (k) => set({ train: String(points[k].train), query: String(points[k].query) }));
   const own = points.length < measured.train.length * measured.query.length ? " Pairs of a group with itself are left out." : "";
   const caption =
     `Change of the query losses after ${measured.window} training steps from step ${stepText(step)} with one train group at weight ${measured.weight}: ` +
     `measured by training again (up) against predicted by ${influence.entry.name} (across). On the line a prediction is right in nats. Bars are one standard error.${own}`;
-  const names = ["step", "train", "query", "predicted (nats)", "stderr", "measured (nats)", "stderr of measured"];
+  const columns = ["step", "train", "query", "predicted (nats)", "stderr", "measured (nats)", "stderr of measured"];
   const rows = points.map((p) => [step, p.train, p.query, p.x, p.doubt, p.y, p.error]);
-  return figure("predicted-measured", "Predicted and measured", h("div", {}, picture, say), caption, { columns: names, rows });
+  return figure("predicted-measured", "Predicted and measured", h("div", {}, picture, say), caption, { columns, rows });
 }
 
 function diagonal(points: (Point & { doubt: number; error: number })[]): number[][] {

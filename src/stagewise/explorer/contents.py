@@ -25,6 +25,7 @@ FORMAT = 1
 """Of the store; a page of another number says that it cannot read it."""
 
 _TEXTS = 128  # samples whose texts are one document
+_IMAGES = 2**14  # bytes, at most, of images that are one piece, unless one is larger
 _SEARCHED = 2**16  # numbers in an influence, at most, of which events are looked for
 _SCORES = ("correlation", "slope")
 
@@ -205,7 +206,8 @@ def _samples(samples: xr.Dataset, store: Store) -> dict[str, Any]:
     about: dict[str, Any] = {}
     if "image" in samples:
         image = samples["image"].values
-        store.array("samples/image", image, (min(64, len(image)), *image.shape[1:]))
+        together = min(len(image), max(1, _IMAGES // image[0].size))
+        store.array("samples/image", image, (together, *image.shape[1:]))
         about["image"] = image.shape[1:]
     if "row" in samples:
         store.array("samples/row", samples["row"].values)

@@ -3,7 +3,7 @@
 Numbers are little-endian float32, so that a browser needs no decoder. An influence ``(step, train, query)`` is one
 piece where it is small. A large one is written in three orders, each of which makes one question one short read:
 
-by_step    (step, query, train), a piece is all training data of one query at one step: a ranking
+by_step    (step, query, train), a piece is all training data of one query or a few at one step: a ranking
 by_query   (query, train, step), a piece is some training data of one query at all steps: curves
 strongest  (step, row, query), the rows of the training data ``row`` that reach furthest at each step: a matrix
 
@@ -27,6 +27,7 @@ from scipy.spatial.distance import squareform
 LARGE = 2**15
 """Numbers, at most, in an influence that is read as a whole: with its standard errors half of what a first look may be."""
 
+_RANKED = 2**14  # numbers of rankings in one piece, at most, unless one is longer
 _CURVES = 64  # training samples whose curves are one piece
 _STRONGEST = 64
 _ORDERED = 512  # labels, at most, that are put next to those like them
@@ -95,7 +96,9 @@ class Store:
                 self.array(f"{path}/{name}", values)
                 continue
             steps, trains, queries = values.shape
-            self.array(f"{path}/by_step/{name}", values.transpose(0, 2, 1), (1, 1, trains), (1, queries, trains))
+            few = max(1, min(queries, _RANKED // trains))
+            file = (1, -(-queries // few) * few, trains)
+            self.array(f"{path}/by_step/{name}", values.transpose(0, 2, 1), (1, few, trains), file)
             block = -(-trains // _CURVES) * _CURVES
             self.array(f"{path}/by_query/{name}", values.transpose(2, 1, 0), (1, _CURVES, steps), (1, block, steps))
         if large:
