@@ -30,7 +30,7 @@ $(VENV)/.installed: pyproject.toml $(VENV)/constraints.txt
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/pip install --quiet -c $(VENV)/constraints.txt -e '.[test,lint]'
+	$(BIN)/pip install --quiet -c $(VENV)/constraints.txt -e '.[test,lint,browser]'
 	@touch $@
 
 # Estimators to compare with. kronfluence asks for torchvision, which it does not need here; a torchvision that was not
