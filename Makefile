@@ -7,13 +7,15 @@ PIP_VERSION := 26.3
 # Bytecode is kept whatever the environment says: tests start many processes, and each would compile all of it again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test test-studies lint format bench accuracy peers clean
+.PHONY: help demo test test-studies lint format docs explorer bench accuracy peers clean
 
 help:
 	@echo "make demo     real handwritten digits: train, sample, analyse, report (a few minutes)"
 	@echo "make test     all tests but those of the studies"
 	@echo "make test-studies   the studies in miniature, against their exact answers, and every remedy for chains, followed"
 	@echo "make lint     format check, lint and type check"
+	@echo "make explorer the page of stagewise explore, of its TypeScript (needs Node)"
+	@echo "make docs     the documentation, docs/_build/html/index.html; its tutorials are run"
 	@echo "make bench    what chains cost and how near they come"
 	@echo "make accuracy every estimator against measured effects (hours)"
 	@echo "make peers    two other libraries against the same retraining, and what they cost, in an environment of their own (long)"
@@ -31,6 +33,10 @@ $(VENV)/.installed: pyproject.toml $(VENV)/constraints.txt
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/pip install --quiet -c $(VENV)/constraints.txt -e '.[test,lint,browser]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet -c $(VENV)/constraints.txt -e '.[docs]'
 	@touch $@
 
 # Estimators to compare with. kronfluence asks for torchvision, which it does not need here; a torchvision that was not
@@ -59,6 +65,13 @@ lint: $(VENV)/.installed-test
 format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The page of `stagewise explore` is shipped as it was built; only those who change it need Node.
+explorer:
+	cd explorer && npm ci --no-audit --no-fund --silent && npm run build
+
+docs: $(VENV)/.installed-docs
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/sphinx-build -M html docs docs/_build --jobs 2 --fail-on-warning --keep-going --quiet
 
 # What chains cost and how near they come, from the floor up.
 bench: $(VENV)/.installed-test
@@ -93,4 +106,4 @@ peers: $(VENV)/.installed-test $(PEERS)/.installed
 	$(BIN)/python benchmarks/accuracy_per_gradient.py --peers $(PEERS)/bin/python
 
 clean:
-	rm -rf $(VENV) $(PEERS) runs
+	rm -rf $(VENV) $(PEERS) runs docs/_build

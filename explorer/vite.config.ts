@@ -1,11 +1,45 @@
-import { defineConfig } from "vite";
+import { createHash } from "node:crypto";
+import { readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { defineConfig, type Plugin } from "vite";
+
+const BUNDLE = "../src/stagewise/explorer/bundle";
 
 // One script and one style sheet, which Python puts into a page. The store is not compressed: no codec is needed.
 const nothing = "data:text/javascript,export default undefined";
+
+// What the bundle was built from, which a test compares without Node; and the licences of what is in it.
+const beside: Plugin = {
+  name: "beside-the-bundle",
+  closeBundle() {
+    const own = readdirSync("src", { recursive: true, withFileTypes: true })
+      .filter((entry) => entry.isFile())
+      .map((entry) => `${entry.parentPath}/${entry.name}`);
+    const hash = createHash("sha256");
+    for (const file of ["package-lock.json", "vite.config.ts", ...own].sort()) hash.update(`${file}\0`).update(readFileSync(file)).update("\0");
+    writeFileSync(`${BUNDLE}/sources.sha256`, `${hash.digest("hex")}\n`);
+    writeFileSync(`${BUNDLE}/LICENSES.txt`, licences());
+  },
+};
+
+function licences(): string {
+  const { packages } = JSON.parse(readFileSync("package-lock.json", "utf8")) as {
+    packages: Record<string, { version: string; license?: string; dev?: boolean; optional?: boolean }>;
+  };
+  return Object.entries(packages)
+    .filter(([folder, { dev, optional }]) => folder && !dev && !optional)
+    .map(([folder, { version, license }]) => {
+      const file = readdirSync(folder).find((name) => /^licen[cs]e/i.test(name));
+      const text = file ? readFileSync(`${folder}/${file}`, "utf8").trim() : `Licence: ${license}`;
+      return `${folder.replace(/^.*node_modules\//, "")} ${version}\n\n${text}\n`;
+    })
+    .join(`\n${"-".repeat(80)}\n\n`);
+}
+
 export default defineConfig({
+  plugins: [beside],
   resolve: { alias: [{ find: /^numcodecs\/.*/, replacement: nothing }] },
   build: {
-    outDir: "../src/stagewise/explorer/bundle",
+    outDir: BUNDLE,
     emptyOutDir: true,
     cssCodeSplit: false,
     modulePreload: false,

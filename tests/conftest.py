@@ -33,10 +33,10 @@ LONGEST = (
 
 @pytest.fixture(scope="session", autouse=True)
 def wide_terminal():
-    from stagewise import cli
+    from stagewise.cli.application import console
 
     os.environ["COLUMNS"] = "1000"  # of processes that are started
-    cli.console.width = 1000
+    console.width = 1000
 
 
 @pytest.fixture(scope="module")

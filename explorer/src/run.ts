@@ -13,7 +13,7 @@ export type Event = {
   upper: number;
   detail: { value?: number; sign?: number; at_edge?: boolean };
 };
-export type Stage = { query: Label; name: string; step: number; lower: number; upper: number };
+export type Stage = { query: Label | null; name: string; step: number; lower: number; upper: number };
 export type Entry = {
   path: string;
   name: string;

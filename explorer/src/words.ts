@@ -1,7 +1,8 @@
 // Numbers as a reader wants to see them: rounded where the doubt begins, with a true minus sign.
 export function number(value: number | null | undefined, digits = 3): string {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
-  return minus(trimmed(value.toPrecision(digits)));
+  const small = value !== 0 && Math.abs(value) < 1e-3;
+  return minus(trimmed(small ? value.toExponential(digits - 1) : value.toPrecision(digits)));
 }
 
 export function plusMinus(value: number, stderr: number): string {

@@ -1,7 +1,6 @@
 """Losses of language models, whose logits are never held for more than a few tokens at a time.
 
->>> import stagewise as sw
->>> task = sw.Task(model, sw.losses.causal_lm, train=tokens, queries={"val": other})  # doctest: +SKIP
+One of them is the loss of a task: ``sw.Task(model, sw.losses.causal_lm, train=tokens, queries={"val": other})``.
 """
 
 from __future__ import annotations

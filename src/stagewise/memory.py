@@ -7,6 +7,7 @@ import errno
 import os
 
 import torch
+import xarray as xr
 
 # Of RuntimeErrors: CUDA and MPS, the CPU's allocator on Linux and on Windows, cuBLAS and cuDNN.
 _PHRASES = ("out of memory", "can't allocate memory", "not enough memory", "_alloc_failed")
@@ -26,3 +27,9 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
+
+
+def release(tree: xr.DataTree) -> None:
+    """Free a tree that is not needed any more: parents and children are cycles, which else stay for an unknown time."""
+    for node in list(tree.subtree):
+        node.orphan()

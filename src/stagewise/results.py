@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from stagewise.dynamics.curves import critical, degrees
 from stagewise.dynamics.events import Event
+from stagewise.dynamics.stages import Transition
 from stagewise.groups import same_label
 from stagewise.notebook import listed, table
 from stagewise.retraining.scores import LEVEL, agreement, coverage, predicted_effect
@@ -93,6 +94,7 @@ class Results:
         draws: (step, chain, draw) mean training loss along the draws of every chain, in nats.
         samples: what the training samples are: ``label`` and one of ``image`` (sample, height, width[, channel]) in 0
             to 255, ``row`` (sample, column) and ``text`` (sample), the JSON of a list of tokens.
+        stages: of the model as a whole, whatever the query.
         notes: sentences on what had to be left out.
         exemplars: single training samples that matter most.
         withheld: steps at which chains picked some that are not among them, as these chains cannot be trusted, and why.
@@ -117,6 +119,7 @@ class Results:
     in_two_times: xr.Dataset | None = None
     draws: xr.DataArray | None = None
     samples: xr.Dataset | None = None
+    stages: Sequence[Transition] = ()
     notes: Sequence[str] = ()
     exemplars: Sequence[Exemplar] = ()
     withheld: Mapping[int, str] = field(default_factory=dict)

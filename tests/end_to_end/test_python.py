@@ -1,4 +1,4 @@
-"""The way through in Python, as the guide shows it."""
+"""The way through in Python, as the documentation shows it."""
 
 from tiny import task, write_run
 

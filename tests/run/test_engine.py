@@ -1,7 +1,9 @@
 """How a run folder is filled: in one process or several, whole or continued, with or without usable checkpoints."""
 
+import gc
 import json
 import typing
+import weakref
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,7 @@ from stagewise.run import engine
 from stagewise.run.engine import ChainSettings, sample
 from stagewise.sampling.chains import Chains, sample_block
 from stagewise.sampling.posterior import LocalPosterior
+from stagewise.traces.cells import join_blocks, unpack
 from stagewise.traces.diagnostics import diagnose_run
 from stagewise.traces.store import RunMismatchError, TraceStore
 
@@ -142,6 +145,35 @@ def test_what_is_there_is_not_sampled_again(tmp_path, monkeypatch):
     totals = [total for done, total in steps if done == 1]
     assert len(totals) == 2
     assert steps == [(done + 1, total) for total in totals for done in range(total)]
+
+
+def test_no_cell_is_held_in_memory_while_the_next_is_computed(tmp_path, monkeypatch):
+    """Neither its traces nor what was written of them: trees are cycles, which reference counts do not free."""
+    arrays, held = [], []
+
+    def spy(of):
+        def seen(*given):
+            held.append(sum(array() is not None for array in arrays))
+            tree = of(*given)
+            arrays.append(weakref.ref(tree["train/loss"].values))
+            return tree
+
+        return seen
+
+    monkeypatch.setattr(engine, "sample_block", spy(sample_block))
+    gc.disable()
+    try:
+        store = sampled(tmp_path)
+        held.append(sum(array() is not None for array in arrays))
+        monkeypatch.setattr("stagewise.traces.store.unpack", spy(unpack))
+        monkeypatch.setattr("stagewise.traces.store.join_blocks", spy(join_blocks))
+        arrays.clear()
+        assert store.load(0)["train/loss"].sizes["draw"] == SHORT.draws
+        packed = arrays[0]
+    finally:
+        gc.enable()
+    assert held[:4] == [0, 0, 0, 0]
+    assert packed() is None
 
 
 def test_labels_are_there_before_the_first_cell_and_are_those_of_the_candidates(tmp_path, monkeypatch):

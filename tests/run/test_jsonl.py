@@ -3,9 +3,12 @@
 import json
 
 import pytest
+from typer.testing import CliRunner
 
 import stagewise as sw
+from stagewise.cli import app
 from stagewise.results import Exemplar
+from stagewise.run.attribution import Attribution
 from stagewise.run.folder import save_results
 from stagewise.traces.store import TraceStore
 
@@ -112,14 +115,14 @@ def test_files_of_others_are_read_with_the_fields_they_have(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"inputs_plaintext": 3}, "line 2: inputs_plaintext must be a text, got 3"),
-        ({"example_id": None}, "line 2: example_id must be a text"),
-        ({"proponents": "p"}, "line 2: proponents must be a list of texts"),
-        ({"proponent_scores": [1.0, 2.0]}, "line 2: proponent_scores has 2 entries, but another field .* has 1"),
-        ({"proponent_scores": ["1"]}, "line 2: proponent_scores must be a list of finite numbers"),
-        ({"proponent_scores": [True]}, "line 2: proponent_scores must be a list of finite numbers"),
+        ({"inputs_plaintext": 3}, r"line 2: inputs_plaintext: Input should be a valid string \(got 3\)"),
+        ({"example_id": None}, "line 2: example_id: Input should be a valid string"),
+        ({"proponents": "p"}, "line 2: proponents: Input should be a valid list"),
+        ({"proponent_scores": [1.0, 2.0]}, "line 2: .* different lengths: .*'proponents': 1, 'proponent_scores': 2"),
+        ({"proponent_scores": ["1"]}, "line 2: proponent_scores.0: Input should be a valid number"),
+        ({"proponent_scores": [True]}, "line 2: proponent_scores.0: Input should be a valid number"),
         ({"proponent_scores": [float("nan")]}, "line 2: NaN is no number"),
-        ({"opponent_scores": [1], "opponents": []}, "line 2: opponent_scores has 1 entries"),
+        ({"opponent_scores": [1], "opponents": []}, "line 2: .* different lengths: .*'opponent_scores': 1"),
     ],
 )
 def test_lines_that_are_no_attributions_are_refused_with_their_number(tmp_path, change, message):
@@ -133,15 +136,15 @@ def test_lines_that_are_no_attributions_are_refused_with_their_number(tmp_path, 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("[1]", "line 1: expected an object .* got list"),
+        ("[1]", "line 1: Input should be a valid dictionary"),
         ("{", "line 1: Expecting"),
         (
             '{"example_id": "e", "inputs_plaintext": "i", "targets_plaintext": "t"}',
-            "line 1: there is no field proponents",
+            "line 1: proponents: Field required",
         ),
         (
             '{"example_id":"e","inputs_plaintext":"i","targets_plaintext":"t","proponents":[],"opponent_scores":[1e999]}',
-            "line 1: opponent_scores must be a list of finite numbers",
+            "line 1: opponent_scores.0: Input should be a finite number",
         ),
     ],
 )
@@ -150,3 +153,21 @@ def test_what_is_no_record_at_all_is_refused(tmp_path, line, message):
     path.write_text(line)
     with pytest.raises(ValueError, match=message):
         sw.read_jsonl(path)
+
+
+def test_schema_of_a_line_accepts_what_is_exported_and_names_every_field_of_it(folder, tmp_path):
+    path = tmp_path / "a.jsonl"
+    sw.write_jsonl(folder(exemplar()), path)
+    (record,) = sw.read_jsonl(path)
+    assert set(record) <= set(Attribution.model_json_schema()["properties"])
+
+
+def test_validate_names_the_line_that_is_wrong_and_ends_with_code_1(tmp_path):
+    path = tmp_path / "a.jsonl"
+    good = {"example_id": "e", "inputs_plaintext": "in", "targets_plaintext": "out", "proponents": ["p"]}
+    path.write_text(json.dumps(good) + "\n")
+    assert CliRunner().invoke(app, ["validate", str(path)]).exit_code == 0
+    path.write_text(json.dumps(good) + "\n" + json.dumps(good | {"proponents": [1]}) + "\n")
+    result = CliRunner().invoke(app, ["validate", str(path)])
+    assert result.exit_code == 1
+    assert "line 2: proponents.0: Input should be a valid string" in result.output

@@ -7,10 +7,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import zarr
 from reading import assert_whole, check, plate, value
 from typer.testing import CliRunner
 
 from stagewise.cli import app
+from stagewise.explorer.page import write_explorer
 from stagewise.influence.bif import bif
 from stagewise.influence.llc import llc
 from stagewise.influence.trusted import NoTrustedCheckpointError
@@ -28,6 +30,7 @@ from stagewise.studies.induction.experiments.observables import observables
 from stagewise.studies.induction.experiments.stages import stages
 from stagewise.studies.induction.experiments.two_times import in_time, two_times
 from stagewise.studies.induction.experiments.windows import windows
+from stagewise.studies.induction.influence import exact
 from stagewise.studies.induction.lab import Lab
 from stagewise.studies.induction.observed import excess, influence, spectrum, traces
 from stagewise.studies.induction.settings import EIGHT, FULL, OBSERVED_SEQUENCES, REDUCED
@@ -165,6 +168,18 @@ def test_influence_in_two_times_is_what_the_change_does_that_is_made_and_nothing
     run = in_time(lab, 0).sel(asked=first)
     assert (run.sel(trained=slice(0, first - 1)) != 0).all()
     assert (run.sel(trained=slice(first, last)) == 0).all()
+
+
+def test_first_run_can_be_looked_around_in_with_what_the_experiments_keep(lab, tmp_path):
+    results = study_module.explored(lab)
+    assert set(results.agreements) == {"exact influence", "damped influence", "gradient product"}
+    assert results.events, "flips and peaks of exact influence are told"
+    write_explorer(results, tmp_path)
+    data = zarr.open_group(tmp_path / "explorer" / "data.zarr", mode="r")
+    exact_of_first = exact(lab, 0)["value"].transpose("step", "train", "query").values
+    np.testing.assert_allclose(data["influence/0/value"][...], exact_of_first, rtol=1e-6)
+    assert data.attrs["two_times"]["trained_stop"][-1] == lab.settings.bins[-1]
+    assert "induction" in [stage["name"] for stage in data.attrs["stages"]]
 
 
 def test_a_t_interval_is_that_of_the_tables_and_one_seed_has_none():

@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+import zarr
 from reading import assert_whole, check, value
 
+from stagewise.explorer.page import write_explorer
 from stagewise.studies.hierarchy.experiments.windows import gradient_products, window_kernel, windows
 from stagewise.studies.hierarchy.lab import slope
 from stagewise.studies.hierarchy.settings import RATE, REDUCED, WINDOW
+from stagewise.studies.hierarchy.study import explored
 from stagewise.studies.hierarchy.theory.tree import KINDS
 
 
@@ -67,3 +70,17 @@ def test_whole_run_influence_peaks_later_than_that_of_a_moment(in_windows):
 
 def test_no_target_is_missed_no_figure_empty_and_no_number_nan(in_windows):
     assert_whole(in_windows)
+
+
+def test_aligned_run_can_be_looked_around_in_with_the_three_measures_and_what_was_left_out(coarse, tmp_path):
+    results = explored(coarse)
+    assert {"exact influence", "BIF", "damped influence"} <= set(results.agreements)
+    write_explorer(results, tmp_path)
+    data = zarr.open_group(tmp_path / "explorer" / "data.zarr", mode="r")
+    for name in ("effect", "effect_stderr"):
+        if name in coarse.removed_windows:
+            effect = coarse.removed_windows[name].transpose("step", "train", "query").values
+            np.testing.assert_allclose(data[f"measured/{name}"][...], effect, rtol=1e-6)
+    two_times = data["two_times/value"]
+    assert two_times.shape[0] == two_times.shape[1] == len(coarse.items.names)
+    assert [entry["name"] for entry in data.attrs["influences"]] == ["exact influence", "BIF", "damped influence"]

@@ -28,7 +28,7 @@ export async function timeline(context: Context): Promise<Node> {
     (e) => MARKS[e.kind] && !e.detail.at_edge && String(e.query) === String(name) && shown.has(String(e.train)),
   );
   const steps = [...new Set([...labels.step, ...run.losses.step])].sort((a, b) => a - b);
-  const stages = run.stages.filter((stage) => String(stage.query) === String(name));
+  const stages = run.stages.filter((stage) => stage.query === null || String(stage.query) === String(name));
   const width = roomFor(960);
   const colour = (train: number) => ofLabel(train);
   const untrusted = entry.rung === "estimated" ? Object.keys(run.omitted).map(Number) : [];
@@ -43,9 +43,10 @@ export async function timeline(context: Context): Promise<Node> {
     y: { label: `${unit === 1 ? "" : `10${superscript(Math.round(Math.log10(unit)))} `}${entry.unit}; below zero = helpful`, labelArrow: "none", grid: true, nice: true },
     marks: [
       Plot.ruleX(untrusted, { stroke: "var(--shade)", strokeWidth: 8 }),
-      Plot.rectX(stages, { x1: "lower", x2: "upper", fill: "var(--rule)", fillOpacity: 0.5 }),
+      Plot.rectX(stages, { x1: "lower", x2: "upper", fill: "var(--rule)", fillOpacity: stages.length > 2 ? 0.2 : 0.5 }),
       Plot.ruleX(stages, { x: "step", stroke: "var(--muted)", strokeDasharray: "3,3" }),
-      Plot.text(stages, { x: "step", frameAnchor: "top", text: "name", dx: 4, textAnchor: "start", fill: "var(--muted)" }),
+      // One below the other, so that they do not cover each other.
+      ...stages.map((stage, k) => Plot.text([stage], { x: "step", frameAnchor: "top", text: "name", dx: 4, dy: LINE * k, textAnchor: "start", fill: "var(--muted)" })),
       Plot.ruleY([0], { stroke: "var(--muted)" }),
       Plot.areaY(points, { x: "step", y1: "low", y2: "high", z: "train", fill: (d) => colour(d.train), fillOpacity: 0.15 }),
       Plot.lineY(points, { x: "step", y: "value", z: "train", stroke: (d) => colour(d.train), strokeWidth: (d) => (d.train === context.train ? 2.6 : 1.3) }),
@@ -69,7 +70,7 @@ export async function timeline(context: Context): Promise<Node> {
     `Below zero is helpful: more weight lowers the loss. ${entry.noisy ? "Bands are pointwise 95 % intervals. " : "This estimator has no noise. "}` +
     "Diamonds are sign flips, triangles peaks that noise cannot have made, with the interval of their step. " +
     (run.measured ? "Open squares were measured by training again. " : "") +
-    (stages.length ? "Dashed: half of the query's loss is gone. " : "") +
+    (stages.length ? "Dashed: stages of the model, half learnt where half of the query's loss is gone. " : "") +
     (untrusted.length ? "Shaded: checkpoints whose chains cannot be trusted." : "");
   return h("div", {}, figure("timeline", "Over training", h("div", {}, picture, losses), caption, { columns, rows }), listed(context, events));
 }

@@ -52,6 +52,18 @@ class RecorderCallback(TrainerCallback):
     Raises:
         ValueError: steps are empty, negative or repeated.
         CheckpointError: the folder cannot be written to.
+
+    Example:
+        >>> from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Trainer, TrainingArguments
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=5, **sizes))
+        >>> rows = [{"input_ids": torch.arange(4), "labels": torch.arange(4)}] * 8
+        >>> settings = TrainingArguments("trainer", max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True)
+        >>> recorder = sw.RecorderCallback("checkpoints", steps=[0, 1, 2])
+        >>> _ = Trainer(model, settings, train_dataset=rows, callbacks=[recorder]).train()  # doctest: +ELLIPSIS
+        {'train_runtime': ...
+        >>> sw.Trajectory.from_directory("checkpoints").steps
+        (0, 1, 2)
     """
 
     def __init__(self, directory: str | Path, steps: Iterable[int], batch_size: int | None = None) -> None:

@@ -31,7 +31,7 @@ def alignment(
 ) -> xr.Dataset:
     """How far every event is from its transition, and whether a chance placement would be as near.
 
-    The statistic is the mean |distance|. The null hypothesis is that of cyclic shifts of all events together (a
+    The statistic is the mean ``|distance|``. The null hypothesis is that of cyclic shifts of all events together (a
     permutation test over rotations): the pattern of events could have happened at any time, and moves as a whole by one
     random shift around the circle that the span is bent into, so that events keep their distances. (Curves of related
     pairs rise and fall together; shuffled one by one they would look like many independent witnesses.) The p-value is

@@ -66,7 +66,7 @@ class Event:
 def events(influence: xr.Dataset, level: float = 0.95) -> list[Event]:
     """All flips, peaks and onsets that noise cannot have made, in the order of the curves.
 
-    A value has a sign if |value| > c stderr, with c the two-sided quantile of Student's t (R-1 degrees of
+    A value has a sign if ``|value| > c stderr``, with c the two-sided quantile of Student's t (R-1 degrees of
     freedom for R replicates, or R batch orders; normal without) at error (1 - level) / (steps * curves). By
     Bonferroni's inequality all signs of all curves passed in are right together with probability ``level``,
     however they depend.

@@ -31,8 +31,8 @@ def top_eigenvalue_share(influence: xr.Dataset) -> xr.Dataset:
             pairs of a sample with itself out, so that single samples among groups would be all that is seen.
 
     Returns:
-        Dataset with ``share`` and ``stderr`` ``(step)``, the largest |eigenvalue| over the sum of all, between 0 and 1
-        (0 for a matrix that is constant), and ``direction`` and ``direction_stderr`` ``(step, train)``, the
+        Dataset with ``share`` and ``stderr`` ``(step)``, the largest ``|eigenvalue|`` over the sum of all, between 0
+        and 1 (0 for a matrix that is constant), and ``direction`` and ``direction_stderr`` ``(step, train)``, the
         eigenvector of length 1 (0 for a constant). Its sign says nothing and is fixed: of the entries of at least
         half the largest size, the first is positive.
 

@@ -65,7 +65,8 @@ def _about(results: Results) -> dict[str, Any]:
             _stage(query, stage)
             for query in results.losses["query"].values.tolist()
             for stage in half_learnt(results.losses, query)
-        ],
+        ]
+        + [_stage(None, stage) for stage in results.stages],
         "omitted": results.omitted,
         "notes": list(results.notes),
         "configuration": results.config,

@@ -282,8 +282,14 @@ def _size_checks(results: Results) -> Iterator[Plate | Table]:
     yield tables.agreement_table(results.size_checks, "Agreement with exact influence at every checkpoint")
 
 
-def write_report(results: Results, folder: Path | str) -> Path:
-    """Write the report of a run into the folder; see :func:`stagewise.reporting.page.write_page`."""
+def write_report(results: Results, folder: Path | str, explorer: Path | None = None) -> Path:
+    """Write the report of a run into the folder; see :func:`stagewise.reporting.page.write_page`.
+
+    Args:
+        results: of the run.
+        folder: of the run.
+        explorer: the page to look around in, below the folder, if there is one.
+    """
     influence = results.answered
     window = None if influence is None else influence.attrs.get("window")
     page = Page(
@@ -294,5 +300,6 @@ def write_report(results: Results, folder: Path | str) -> Path:
         results.config,
         results.provenance,
         "sample" if influence is None else member_of(influence),
+        None if explorer is None else explorer.relative_to(folder).as_posix(),
     )
     return write_page(page, folder)

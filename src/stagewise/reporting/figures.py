@@ -90,7 +90,8 @@ def influence_curves(
         _influence_panel(ax, banded, query, events, scale, height - 0.55, beside)
         ax.tick_params(labelbottom=True)
     style.empty_axes_off(axes, len(shown))
-    named = f"{relative}; negative = helpful" if relative else f"influence ({unit}; negative = helpful)"
+    middle = " " if rows > 1 else "\n"  # one row is too low for all of it
+    named = f"{relative};{middle}negative = helpful" if relative else f"influence ({unit};{middle}negative = helpful)"
     style.name_axes(figure, style.STEPS, named)
     return figure
 

@@ -52,6 +52,7 @@ class Page:
         configuration: plain values.
         provenance: the same.
         member: of what unit weight is: a sample, or a token.
+        explorer: address, from this page, of the one to look around in; None if there is none.
     """
 
     title: str
@@ -61,6 +62,7 @@ class Page:
     configuration: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     member: str = "sample"
+    explorer: str | None = None
 
 
 def write_page(page: Page, folder: Path | str) -> Path:

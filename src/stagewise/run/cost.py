@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -12,6 +11,7 @@ from time import perf_counter
 import torch
 
 from stagewise.checkpoints.trajectory import Trajectory
+from stagewise.memory import give_back
 from stagewise.run.analysis import spread
 from stagewise.run.before import look
 from stagewise.run.closing_cost import NOT_PRICED, closing_costs
@@ -19,6 +19,7 @@ from stagewise.run.config import RunConfig
 from stagewise.run.engine import default_workers
 from stagewise.run.estimator_cost import duration, estimator_costs, results_note
 from stagewise.run.estimators import SAMPLED
+from stagewise.run.memory_cost import Room, losses, most, peak, resident
 from stagewise.run.preflight import preflight
 from stagewise.run.probe_cost import Probe, filled, probe, written
 from stagewise.run.source import trajectory_of
@@ -29,11 +30,6 @@ from stagewise.sampling.krylov import STORED
 from stagewise.sampling.posterior import LocalPosterior
 from stagewise.task import Task
 from stagewise.usable import chosen_steps
-
-try:
-    import resource
-except ImportError:  # not on Windows
-    resource = None  # type: ignore[assignment]
 
 _PROBES = 12  # checkpoints at which the sampler is tuned
 # Vectors of the parameters' length: of the model and the posterior, of one chain while it moves and while it waits.
@@ -49,7 +45,8 @@ class Cost:
     Attributes:
         cells: units of work.
         parts: wall-clock seconds by what they are spent on; sampling on ``workers`` processes, all else on one.
-        memory: bytes of one worker's chains and traces, and what a few steps and draws took on the CPU.
+        memory: most bytes of one worker on the CPU, while its chains move or while a cell is written; what chains take
+            is what a few steps and draws took.
         disk: bytes of all traces.
         workers: processes.
         steps: sampler steps over all cells.
@@ -75,7 +72,7 @@ class Cost:
             f"{self.cells} cells (checkpoint x chain block), {self.steps:,} sampler steps in all",
             f"time    about {duration(self.seconds)}, with {self.workers} worker(s) for the chains",
             *(f"        {duration(seconds):>12}  {what}" for what, seconds in self.parts.items()),
-            f"memory  about {self.memory / 2**20:,.0f} MiB for each worker, beside the libraries; more with many draws",
+            f"memory  about {self.memory / 2**20:,.0f} MiB for each worker, beside the libraries",
             f"disk    about {self.disk / 2**20:,.0f} MiB of traces",
         ]
         return "\n".join([*lines, *self.notes])
@@ -97,9 +94,8 @@ def estimate(config: RunConfig) -> Cost:
     workers, probes = config.workers or default_workers(task), list[Probe]()
     cost, notes = Cost(0, {}, 0.0, 0.0, workers, 0), [repr(task)]
     if SAMPLED in config.estimators:
-        before = _peak()
-        probes = _probes(task, trajectory, config.posterior, config.sampling, list(usable), workers)
-        cost = _sampling_cost(task, config.sampling, len(usable), workers, probes, _peak() - before)
+        probes, room = _measured(task, trajectory, config.posterior, config.sampling, list(usable), workers)
+        cost = _sampling_cost(task, config.sampling, len(usable), workers, probes, room)
         notes += answered(config.posterior, probes)
         if len(looks := config.sampling.looks) > 1:
             notes.append(f"draws: auto, priced as if each checkpoint took {looks[-1]:,}; many will end at {looks[0]:,}")
@@ -120,45 +116,37 @@ def sampling_cost(
     Raises:
         ValueError: the task, a checkpoint or the posterior cannot be used.
     """
-    before = _peak()
-    probes = _probes(task, trajectory, posterior, sampling, steps, workers)
-    return _sampling_cost(task, sampling, len(steps), workers, probes, _peak() - before)
+    probes, room = _measured(task, trajectory, posterior, sampling, steps, workers)
+    return _sampling_cost(task, sampling, len(steps), workers, probes, room)
 
 
-def _probes(
+def _measured(
     task: Task, trajectory: Trajectory, posterior: LocalPosterior, sampling: Chains, steps: Sequence[int], workers: int
-) -> list[Probe]:
+) -> tuple[list[Probe], Room]:
     """With the threads of one worker; the first of them twice, as its first time makes some things that are kept."""
     threads, chosen = torch.get_num_threads(), spread(steps, _PROBES)
     torch.set_num_threads(max(1, threads // workers))
+    before, held = peak(), resident()
     try:
-        return [probe(task, trajectory, posterior, sampling, step) for step in [chosen[0], *chosen]][1:]
+        probes = [probe(task, trajectory, posterior, sampling, step) for step in [chosen[0], *chosen]][1:]
     finally:
         torch.set_num_threads(threads)
-
-
-def _peak() -> float:
-    """Most bytes that this process has held; 0 where the system does not tell."""
-    if resource is None:
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
+    taken = peak() - before
+    give_back()
+    return probes, Room(taken, max(resident() - held, 0.0))
 
 
 def _sampling_cost(
-    task: Task, sampling: Chains, checkpoints: int, workers: int, probes: Sequence[Probe], rise: float
+    task: Task, sampling: Chains, checkpoints: int, workers: int, probes: Sequence[Probe], room: Room
 ) -> Cost:
     cells = checkpoints * sampling.blocks
     # Cells go to whoever is free: the last ones keep some workers busy while others have no more.
     rounds = math.ceil(cells / workers)
-    samples = len(task.candidates) + sum(len(data) for data in task.queries.values())
-    kept = _tokens(task) * (1 + sampling.reflect + sampling.linear)
-    traces = 4.0 * sampling.chains * sampling.looks[-1] * samples * kept
     parameters = sum(p.numel() for p in task.model.parameters())
-    # Traces are kept as float32 changes, and put together as float64 at the end.
-    counted = 4.0 * copies(sampling, parameters) * parameters
-    memory = 4 * traces + max(counted, rise)
+    chains = 4.0 * copies(sampling, parameters) * parameters
     drawn = [probe.seen for probe in probes if probe.seen is not None]
     writing, size = written(filled(drawn[-1], sampling, task)) if drawn else (0.0, 0.0)
+    memory = most(room, chains, losses(drawn[-1], sampling) if drawn else [], size)
     answered = len(drawn) / len(probes)
     return Cost(
         cells,
@@ -190,9 +178,3 @@ def answered(posterior: LocalPosterior, probes: Sequence[Probe]) -> list[str]:
     windows = sorted({max(1, posterior.window * times // 4) for times in (1, 2, 4, 8)})
     counts = ", ".join(f"{window} steps: {sum(most >= window for most in longest)}" for window in windows)
     return [f"checkpoints that can be answered, of {len(longest)} looked at, by the length of the window: {counts}"]
-
-
-def _tokens(task: Task) -> int:
-    with torch.no_grad():
-        losses = task.losses({}, task.train.batch(slice(0, 1), task.device))
-    return losses.shape[1] if losses.ndim == 2 else 1

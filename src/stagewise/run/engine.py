@@ -26,6 +26,7 @@ from stagewise.evaluate import in_any_mode
 from stagewise.identity import Probe, identity, probe
 from stagewise.influence.precision import relative_error
 from stagewise.labels import Labels, token_classes
+from stagewise.memory import give_back, release
 from stagewise.run.before import check_reusable, check_same_task, look
 from stagewise.run.progress import Progress, silent
 from stagewise.sampling.chains import Chains, sample_block, unusable_block
@@ -295,6 +296,8 @@ def _compute(work: Work, cell: Cell, task: Task, on_step: Callable[[int, int], o
 
     tree = sample_block(task, checkpoint, work.posterior, work.sampling, cell.block, on_step, underway, error)
     work.store.write(cell, tree, probe(task, task.fitted(checkpoint)))
+    release(tree)
+    give_back()  # or the next cell begins with what is left of this one
 
 
 _work: Work | None = None  # what this worker process computes with; set once when it starts

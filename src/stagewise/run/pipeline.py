@@ -45,12 +45,12 @@ from stagewise.run.samples import described
 from stagewise.run.source import trajectory_of
 from stagewise.run.task_file import load_task
 from stagewise.task import Task
+from stagewise.traces.draws import mean_losses_of_draws
 from stagewise.traces.store import TraceStore
 from stagewise.usable import chosen_steps
 from stagewise.varied import by_itself
 
 _MAPS, _MOST_MAPPED = 8, 2048  # checkpoints; and samples, whose pairs are all computed
-_ALONG = ("chain", "draw")
 _NOT_SAMPLED = xr.Dataset({name: ("step", np.array([], dtype=str)) for name in ("verdict", "advice")}, {"step": []})
 
 
@@ -148,6 +148,11 @@ def report(folder: str | Path) -> Results:
     Raises:
         RunFolderError: it is no run folder.
         FileNotFoundError: the run has not got as far as results.
+
+    Example:
+        >>> results = sw.report("runs/first")
+        >>> results.title, results.exact.step.values.tolist()
+        ('Two classes', [5, 20, 40])
     """
     traces = ReadOnce.of(TraceStore.read_only(folder))
     known = load_results(traces.root)[0].get(FIRST_ORDER)  # else it says how to get them, before anything is computed
@@ -182,7 +187,7 @@ def _report(traces: ReadOnce, influence: xr.Dataset | None) -> Results:
         measured=datasets.get("measured"),
         replay=datasets.get("replay"),
         in_two_times=datasets.get("in two times"),
-        draws=_draws(traces),
+        draws=mean_losses_of_draws(traces),
         samples=datasets.get("samples"),
         notes=json.loads(datasets["losses"].attrs.get("notes", "[]")) + unfit,
         exemplars=[exemplar for exemplar in picked if not from_untrusted(exemplar, reasons)],
@@ -192,20 +197,8 @@ def _report(traces: ReadOnce, influence: xr.Dataset | None) -> Results:
     )
     if results.answered is not None:
         results = replace(results, events=events(results.answered))
-    write_report(results, folder)
-    write_explorer(results, folder)
+    write_report(results, folder, explorer=write_explorer(results, folder))
     return results
-
-
-def _draws(traces: ReadOnce) -> xr.DataArray | None:
-    """Mean training loss along the draws of every chain (step, chain, draw); NaN where a step has fewer draws."""
-    found = {}
-    for step in traces.steps:
-        train = traces.load(step).children.get("train")
-        if train is not None and "loss" in train and "share" in train:
-            mean = (train["loss"] * train["share"]).sum([dim for dim in train["loss"].dims if dim not in _ALONG])
-            found[step] = mean.assign_coords(draw=range(mean.sizes["draw"]))
-    return xr.concat(list(found.values()), xr.Variable("step", list(found)), join="outer") if found else None
 
 
 def _positions(traces: ReadOnce, steps: list[int]) -> xr.Dataset | None:

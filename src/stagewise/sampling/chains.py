@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 
 from stagewise.checkpoint import Checkpoint
+from stagewise.memory import release
 from stagewise.sampling.drawing import Drawing, Underway
 from stagewise.sampling.posterior import LocalPosterior, largest_window, size_range
 from stagewise.sampling.tuning import LANGEVIN, SamplerName, Tuning, tune
@@ -201,8 +202,9 @@ def sample_block(
             break
         reached = error(tree)
         tree.attrs |= {"precision": sampling.precision, "relative_error": reached if isfinite(reached) else None}
-        if not reached > sampling.precision:
+        if not reached > sampling.precision or draws == sampling.looks[-1]:
             break
+        release(tree)
     return tree
 
 

@@ -70,7 +70,9 @@ class Drawing:
         self._coupled = None
         if sampling.linear and sampling.sampler != "window":  # whose draws have a law that is known
             self._coupled = Coupled(tuning, sampling, block, self.done)
-        self._watch = Watch(density, tuning.batching, sampling.reflect, sampling.single_tokens, sampling.linear)
+        self._watch = Watch(
+            density, tuning.batching, sampling.reflect, sampling.single_tokens, sampling.linear, sampling.looks
+        )
         self._along: list[Tensor] = []
         self._farthest = _farthest(density, tuning.slow)
         if kept is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from stagewise.data import Batch, Samples
 from stagewise.derivatives import directional_derivatives
 from stagewise.evaluate import Batching, chunks, sample_weights
 from stagewise.labels import TokenClasses
+from stagewise.sampling.draws import Draws
 from stagewise.sampling.posterior import LocalDensity
 from stagewise.task import Losses, Params
 
@@ -57,6 +59,7 @@ class Watch:
         reflect: also evaluate at the reflected points.
         single_tokens: keep the losses of single tokens, also of those that have labels.
         linear: also keep the losses to first order.
+        looks: numbers of draws up to which room is made at a time.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Watch:
         reflect: bool,
         single_tokens: bool = False,
         linear: bool = False,
+        looks: Sequence[int] = (),
     ) -> None:
         self._density, self._batching = density, batching
         task = density.task
@@ -83,7 +87,7 @@ class Watch:
         }
         self._sets = {self._key[name]: _Set(density, data, query, labels[name]) for name, (data, query) in sets.items()}
         self._signs, self._linear = (1.0, -1.0) if reflect else (1.0,), linear
-        self._draws: dict[str, list[Tensor]] = {key: [] for key in self._sets}
+        self._draws = {key: Draws(looks) for key in self._sets}
 
     def draw(self, u: Tensor | Sequence[Tensor], coupled: Tensor | Sequence[Tensor] | None = None) -> Tensor:
         """Record the losses at ``u (chain, parameters)``; returns whether they are finite ``(chain,)``.
@@ -102,7 +106,7 @@ class Watch:
             if self._linear:
                 along = data.kept(data.linear(u if coupled is None else coupled)).float().cpu()
                 seen = torch.cat([seen, along[None]])
-            self._draws[key].append(seen)
+            self._draws[key].add(seen)
         return finite
 
     @torch.no_grad()
@@ -117,21 +121,22 @@ class Watch:
         params = self._density.params(u)
         return tuple(data.losses(params) for data in self._sets.values())
 
-    def state(self) -> dict[str, list[Tensor]]:
+    def state(self) -> dict[str, Tensor]:
         """All draws of every set so far."""
-        return self._draws
+        return {key: draws.state() for key, draws in self._draws.items()}
 
-    def go_on(self, kept: dict[str, list[Tensor]]) -> None:
+    def go_on(self, kept: dict[str, Tensor]) -> None:
         """Take up what :meth:`state` gave."""
-        self._draws = {key: list(kept[key]) for key in self._sets}
+        for key, draws in self._draws.items():
+            draws.go_on(kept[key])
 
     def traces(self) -> dict[str, Seen]:
         """All that was recorded, by data set."""
         seen = {}
         for key, data in self._sets.items():
-            draws = torch.stack(self._draws[key], 2) + data.anchor.cpu()  # (sign or linear, chain, draw, ...)
-            reflected, linear = draws[1] if len(self._signs) > 1 else None, draws[-1] if self._linear else None
-            seen[key] = Seen(draws[0], reflected, linear, data.anchor.cpu(), data.share.cpu(), data.tokens)
+            kind = partial(self._draws[key].kind, anchor=data.anchor.cpu())  # of draws (sign or linear, chain, ...)
+            reflected, linear = kind(1) if len(self._signs) > 1 else None, kind(-1) if self._linear else None
+            seen[key] = Seen(kind(0), reflected, linear, data.anchor.cpu(), data.share.cpu(), data.tokens)
         total = float(sample_weights(self._density).sum())
         return {
             name: seen[key]._replace(share=seen[key].share / (total if name == "train" else seen[key].share.sum()))

@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from stagewise.explorer.page import write_explorer
 from stagewise.reporting.page import Page, Section, write_page
 from stagewise.reporting.tables import Table
+from stagewise.results import Results
 from stagewise.run.folder import provenance
 from stagewise.studies.experiment import Experiment
 from stagewise.studies.runs import Runs
@@ -16,7 +18,13 @@ from stagewise.studies.runs import Runs
 L = TypeVar("L", bound=Runs[Any])
 
 
-def carry_out(lab: L, title: str, experiments: Sequence[Callable[[L], Experiment]], page: Path) -> list[Experiment]:
+def carry_out(
+    lab: L,
+    title: str,
+    experiments: Sequence[Callable[[L], Experiment]],
+    page: Path,
+    explored: Callable[[L], Results] | None = None,
+) -> list[Experiment]:
     """Carry out experiments on influence of tokens, and write the report.
 
     Args:
@@ -24,13 +32,15 @@ def carry_out(lab: L, title: str, experiments: Sequence[Callable[[L], Experiment
         title: headline.
         experiments: what is carried out, in the order of the page.
         page: folder of the report.
+        explored: what there is to look around in, made of what the experiments keep.
     """
     parts = []
     for done, experiment in enumerate(experiments, start=1):
         parts.append(experiment(lab))
         lab.progress("experiments", done, len(experiments))
     when = f"during the {lab.settings.window} training steps after a checkpoint"
-    write_study(page, title, when, parts, lab.settings.as_plain(), "token")
+    results = None if explored is None else explored(lab)
+    write_study(page, title, when, parts, lab.settings.as_plain(), "token", results)
     return parts
 
 
@@ -41,8 +51,9 @@ def write_study(
     parts: Sequence[Experiment],
     settings: Mapping[str, Any],
     member: str = "sample",
+    explored: Results | None = None,
 ) -> None:
-    """Write ``checks.json`` and ``report.html``.
+    """Write ``checks.json``, ``report.html`` and, where there is something to look around in, ``explorer/``.
 
     Args:
         folder: is made if it is not there.
@@ -51,6 +62,7 @@ def write_study(
         parts: what the experiments have found, in the order of the page.
         settings: plain values.
         member: of what unit weight is.
+        explored: what there is to look around in.
     """
     folder.mkdir(parents=True, exist_ok=True)
     checks = [check.as_plain() for part in parts for check in part.checks]
@@ -59,7 +71,8 @@ def write_study(
     tables = [("What is claimed, and what is found here", claims_table(parts)), ("All checks", checks_table(parts))]
     sections = [*(part.section for part in parts), *(Section(name, [table]) for name, table in tables)]
     findings = [finding for part in parts for finding in part.findings]
-    write_page(Page(title, when, findings, sections, settings, provenance(), member), folder)
+    explorer = None if explored is None else write_explorer(explored, folder).relative_to(folder).as_posix()
+    write_page(Page(title, when, findings, sections, settings, provenance(), member, explorer), folder)
 
 
 def checks_table(parts: Sequence[Experiment]) -> Table:

@@ -24,6 +24,7 @@ import numpy as np
 import xarray as xr
 
 from stagewise.labels import Labels
+from stagewise.memory import release
 from stagewise.notebook import listed, table
 from stagewise.traces.cells import Cell, Facts, check_cell, join_blocks, join_facts, pack, unpack
 from stagewise.traces.files import PARTIAL, RunFolderError, explain_read, explain_write, fsync, write_text
@@ -154,7 +155,9 @@ class TraceStore:
         partial = self._cells / f"{PARTIAL}{cell.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         try:
             with self._writing():
-                write_tree(pack(tree), partial, asdict(cell) | {"probe": dict(probe or {})})
+                packed = pack(tree)
+                write_tree(packed, partial, asdict(cell) | {"probe": dict(probe or {})})
+                release(packed)
                 fsync(partial)
                 self._publish(partial, cell)
                 self._underway(cell.name).unlink(missing_ok=True)
@@ -214,7 +217,11 @@ class TraceStore:
                 check_cell(trees[-1])
         # Joined as they are: chains of all blocks are relative to one and the same anchor.
         with self._explain_blocks(step):
-            return unpack(join_blocks(trees))
+            joined = join_blocks(trees)
+            tree = unpack(joined)
+        for packed in (*trees, joined):
+            release(packed)
+        return tree
 
     def attrs(self, step: int) -> Facts:
         """The facts of a step, without reading its traces; raises like :meth:`load`."""

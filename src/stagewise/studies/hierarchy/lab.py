@@ -14,6 +14,7 @@ import xarray as xr
 from stagewise.influence.bif import bif
 from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.scores import measured_influence
+from stagewise.retraining.two_times import influence_in_time
 from stagewise.run.engine import sample
 from stagewise.run.progress import Progress, silent
 from stagewise.sampling.posterior import LocalPosterior
@@ -73,11 +74,21 @@ class Lab:
         return modes, mixed_strengths(modes.s, modes.initial(first[0], second[0]), times)
 
     @cached_property
-    def measured_windows(self) -> xr.Dataset:
-        """Influence measured by leaving each item out during a window from every checkpoint of the aligned run."""
+    def removed_windows(self) -> xr.Dataset:
+        """What leaving each item out during a window from every checkpoint of the aligned run does."""
         run = self.aligned
-        effects = window_ablation(run.task, run.trajectory, window=WINDOW, weight=0.0, order=run.order)
-        return measured_influence(effects)
+        return window_ablation(run.task, run.trajectory, window=WINDOW, weight=0.0, order=run.order)
+
+    @cached_property
+    def measured_windows(self) -> xr.Dataset:
+        """Influence as measured by that."""
+        return measured_influence(self.removed_windows)
+
+    @cached_property
+    def in_two_times(self) -> xr.Dataset:
+        """The exact derivative of the aligned run, by when items are shown and when it is asked for."""
+        run, steps = self.aligned, list(self.settings.two_times_steps)
+        return influence_in_time(run.task, run.start, run.order, steps[1:], bins=steps)
 
     @cached_property
     def sampled_windows(self) -> xr.Dataset:

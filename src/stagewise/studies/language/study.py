@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from stagewise.results import Results
 from stagewise.run.progress import Progress, silent
 from stagewise.studies.experiment import Experiment
+from stagewise.studies.explored import first_run
 from stagewise.studies.language.experiments.class_influence import class_influence
 from stagewise.studies.language.experiments.stages import stages
 from stagewise.studies.language.experiments.windows import windows
+from stagewise.studies.language.influence import exact
 from stagewise.studies.language.lab import Lab
 from stagewise.studies.language.settings import FULL, Settings
 from stagewise.studies.page import carry_out
@@ -37,4 +40,11 @@ def study(
     Raises:
         ValueError: the folder holds runs of other settings, or of another text.
     """
-    return carry_out(Lab(folder, settings, progress), TITLE, experiments, page or folder)
+    whole = explored if experiments == EXPERIMENTS else None
+    return carry_out(Lab(folder, settings, progress), TITLE, experiments, page or folder, whole)
+
+
+def explored(lab: Lab) -> Results:
+    """What there is to look around in: the first run."""
+    seed = lab.seeds[0]
+    return first_run(lab, TITLE, exact(lab, seed), lab.transitions(seed), False)

@@ -8,7 +8,6 @@ from matplotlib.figure import Figure
 
 from stagewise.reporting import style, triangle_figure
 from stagewise.reporting.page import Plate, Section
-from stagewise.retraining.two_times import influence_in_time
 from stagewise.studies.experiment import Check, Experiment
 from stagewise.studies.hierarchy import drawing
 from stagewise.studies.hierarchy.lab import Lab, correlation
@@ -20,8 +19,7 @@ from stagewise.studies.hierarchy.theory.two_times import binned_influence
 
 def two_times(lab: Lab) -> Experiment:
     """The exact derivative of the aligned run, resolved by when items are shown, against its closed form."""
-    run, steps = lab.aligned, list(lab.settings.two_times_steps)
-    exact = influence_in_time(run.task, run.start, run.order, steps[1:], bins=steps)
+    steps, exact = list(lab.settings.two_times_steps), lab.in_two_times
     names = lab.items.names
     value = exact["value"].transpose("trained", "asked", "train", "query").sel(train=names, query=names).values
     predicted, rises = _theory(lab, RATE * np.array(steps))

@@ -36,6 +36,12 @@ def in_time(lab: Lab, seed: int) -> xr.DataArray:
     Returns:
         ``(trained, asked, train)``, nats per unit weight of all tokens of a class; negative is helpful.
     """
+    found = between_bins(lab, seed)
+    return (found["value"] * found["train_size"]).sel(query=EXCESS, drop=True).transpose("trained", "asked", "train")
+
+
+def between_bins(lab: Lab, seed: int) -> xr.Dataset:
+    """The same per token, on every query: see :func:`stagewise.influence_in_time`."""
 
     def compute() -> xr.Dataset:
         settings = lab.settings
@@ -49,8 +55,7 @@ def in_time(lab: Lab, seed: int) -> xr.DataArray:
             progress=lab.told("influence in two times", seed),
         )
 
-    found = lab.kept("two-times", seed, compute)
-    return (found["value"] * found["train_size"]).sel(query=EXCESS, drop=True).transpose("trained", "asked", "train")
+    return lab.kept("two-times", seed, compute)
 
 
 def changed(lab: Lab, seed: int) -> xr.DataArray:

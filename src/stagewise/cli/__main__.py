@@ -1,0 +1,5 @@
+"""``python -m stagewise.cli``."""
+
+from stagewise.cli import app
+
+app()
