@@ -84,7 +84,7 @@ class Page {
     const wanted = Number.isFinite(this.state.step) ? this.state.step : labels.step[Math.floor(labels.step.length / 2)];
     const step = nearest(labels.step, wanted);
     let train = influence.place("train", this.state.train);
-    if (train < 0) train = furthest((await influence.ranking(step, query)).value, labels.train.map((label) => String(label) === String(labels.query[query])));
+    if (train < 0) train = furthest((await influence.ranking(step, query)).value, influence.place("train", labels.query[query]));
     this.state = { ...this.state, by: entry.path, query: String(labels.query[query]), step: labels.step[step], train: String(labels.train[train]) };
     return { run: this.run, store: this.store, state: this.state, influence, query, step, train, set: this.set };
   }
@@ -134,10 +134,10 @@ function described(entry: Entry): string {
   return `${entry.name} of ${entry.of}s (${entry.rung})`;
 }
 
-function furthest(value: Float32Array, own: boolean[]): number {
+function furthest(value: Float32Array, own: number): number {
   let best = -1;
   value.forEach((one, k) => {
-    if (!own[k] && Number.isFinite(one) && (best < 0 || Math.abs(one) > Math.abs(value[best]))) best = k;
+    if (k !== own && Number.isFinite(one) && (best < 0 || Math.abs(one) > Math.abs(value[best]))) best = k;
   });
   return Math.max(0, best);
 }

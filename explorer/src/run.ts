@@ -25,7 +25,8 @@ export type Entry = {
   reach: number; // of a 95 % interval, in standard errors
   largest: number; // between different labels
   step: number[];
-  large: boolean;
+  large: boolean; // and read piece by piece
+  by_step: boolean; // has pieces for rankings, too
   trains: number;
 };
 export type Scores = {
@@ -119,7 +120,8 @@ export class Influence {
   async ranking(step: number, query: number): Promise<Values> {
     const { train, query: queries } = this.labels;
     return this.both(async (name) => {
-      if (this.entry.large) return this.read(`by_step/${name}`, [step, query, null]);
+      if (this.entry.by_step) return this.read(`by_step/${name}`, [step, query, null]);
+      if (this.entry.large) return this.read(`by_query/${name}`, [query, null, step]);
       const all = await this.read(name);
       return Float32Array.from(train, (_, k) => all[(step * train.length + k) * queries.length + query]);
     });
@@ -129,7 +131,8 @@ export class Influence {
   async whole(step: number): Promise<Values> {
     const { train, query } = this.labels;
     return this.both(async (name) => {
-      if (this.entry.large) return this.read(`by_step/${name}`, [step, null, null]);
+      if (this.entry.by_step) return this.read(`by_step/${name}`, [step, null, null]);
+      if (this.entry.large) return this.read(`by_query/${name}`, [null, null, step]);
       const all = await this.read(name);
       const at = (k: number) => (step * train.length + (k % train.length)) * query.length + Math.floor(k / train.length);
       return Float32Array.from({ length: train.length * query.length }, (_, k) => all[at(k)]);

@@ -78,11 +78,15 @@ export async function timeline(context: Context): Promise<Node> {
 // The chosen training data first, then those of the largest influence at this step.
 async function strongest({ influence, step, query, train }: Context): Promise<number[]> {
   const { value } = await influence.ranking(step, query);
-  const name = String(influence.labels.query[query]);
-  const ranked = Array.from(value, (v, k) => [Math.abs(v), k] as const)
-    .filter(([v, k]) => k !== train && Number.isFinite(v) && String(influence.labels.train[k]) !== name)
-    .sort((a, b) => b[0] - a[0]);
-  return [train, ...ranked.slice(0, OTHERS).map(([, k]) => k)];
+  const own = influence.place("train", influence.labels.query[query]);
+  const best: number[] = [];
+  value.forEach((v, k) => {
+    if (k === train || k === own || !Number.isFinite(v)) return;
+    const place = best.findIndex((other) => Math.abs(v) > Math.abs(value[other]));
+    best.splice(place < 0 ? best.length : place, 0, k);
+    best.length = Math.min(best.length, OTHERS);
+  });
+  return [train, ...best];
 }
 
 function along(curve: Values, steps: number[], reach: number, unit: number, train: number) {

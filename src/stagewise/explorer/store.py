@@ -1,11 +1,12 @@
 """Arrays and documents that a browser reads piece by piece: one Zarr folder without compression.
 
 Numbers are little-endian float32, so that a browser needs no decoder. An influence ``(step, train, query)`` is one
-piece where it is small. A large one is written in three orders, each of which makes one question one short read:
+piece where it is small. A large one is written in orders that make every question one short read:
 
-by_step    (step, query, train), a piece is all training data of one query or a few at one step: a ranking
 by_query   (query, train, step), a piece is some training data of one query at all steps: curves
 strongest  (step, row, query), the rows of the training data ``row`` that reach furthest at each step: a matrix
+by_step    (step, query, train), a piece is all training data of one query or a few at one step: a ranking; only where
+           a query has so many numbers that those at all steps are too long a read
 
 Documents are JSON files beside the arrays.
 """
@@ -27,7 +28,7 @@ from scipy.spatial.distance import squareform
 LARGE = 2**15
 """Numbers, at most, in an influence that is read as a whole: with its standard errors half of what a first look may be."""
 
-_RANKED = 2**14  # numbers of rankings in one piece, at most, unless one is longer
+_TOGETHER = 2**14  # numbers, at most, in a piece of several queries
 _CURVES = 64  # training samples whose curves are one piece
 _STRONGEST = 64
 _ORDERED = 512  # labels, at most, that are put next to those like them
@@ -89,21 +90,33 @@ class Store:
         labels = {dim: influence[dim].values.tolist() for dim in ("step", "train", "query")}
         sizes = influence["train_size"].values.tolist() if "train_size" in influence.coords else None
         order = {"train": _alike(value.transpose(1, 0, 2)), "query": _alike(value.transpose(2, 0, 1))}
-        attrs = {**about, **labels, "train_size": sizes, "order": order, "large": large}
+        attrs = {**about, **labels, "train_size": sizes, "order": order}
         self.attributes(path, attrs)
-        for name, values in arrays.items():
-            if not large:
+        known = {"path": path, **about, "step": labels["step"], "trains": len(labels["train"]), "large": large}
+        if not large:
+            for name, values in arrays.items():
                 self.array(f"{path}/{name}", values)
-                continue
-            steps, trains, queries = values.shape
-            few = max(1, min(queries, _RANKED // trains))
-            file = (1, -(-queries // few) * few, trains)
-            self.array(f"{path}/by_step/{name}", values.transpose(0, 2, 1), (1, few, trains), file)
-            block = -(-trains // _CURVES) * _CURVES
-            self.array(f"{path}/by_query/{name}", values.transpose(2, 1, 0), (1, _CURVES, steps), (1, block, steps))
-        if large:
-            self._strongest(path, arrays)
-        return {"path": path, **about, "step": labels["step"], "large": large, "trains": len(labels["train"])}
+            return known | {"by_step": False}
+        by_step = value[:, :, 0].size > LARGE
+        for name, values in arrays.items():
+            self._by_query(f"{path}/by_query/{name}", values.transpose(2, 1, 0), in_parts=by_step)
+            if by_step:
+                self._by_step(f"{path}/by_step/{name}", values.transpose(0, 2, 1))
+        self._strongest(path, arrays)
+        return known | {"by_step": by_step}
+
+    def _by_query(self, path: str, values: NDArray[Any], in_parts: bool) -> None:
+        queries, trains, steps = values.shape
+        if in_parts:
+            self.array(path, values, (1, _CURVES, steps), (1, _multiple(trains, _CURVES), steps))
+        else:
+            few = max(1, min(queries, _TOGETHER // (trains * steps)))
+            self.array(path, values, (few, trains, steps), (_multiple(queries, few), trains, steps))
+
+    def _by_step(self, path: str, values: NDArray[Any]) -> None:
+        _, queries, trains = values.shape
+        few = max(1, min(queries, _TOGETHER // trains))
+        self.array(path, values, (1, few, trains), (1, _multiple(queries, few), trains))
 
     def _strongest(self, path: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         reach = np.nan_to_num(np.abs(arrays["value"])).max(2)
@@ -112,6 +125,11 @@ class Store:
         for name, values in arrays.items():
             chosen = np.take_along_axis(values, rows[:, :, None], 1)
             self.array(f"{path}/strongest/{name}", chosen, (1, *chosen.shape[1:]))
+
+
+def _multiple(size: int, part: int) -> int:
+    """The size of whole parts."""
+    return -(-size // part) * part
 
 
 def plain(value: Any) -> Any:
