@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import socket
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def listen(port: int = 0) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((HOST, port))
+        listener.listen()  # from now on a browser waits, and is not refused
     except OSError as error:
         listener.close()
         raise OSError(f"port {port} cannot be used ({error.strerror}); leave --port out for a free one") from None
@@ -78,7 +80,8 @@ def serve(app: Starlette, listener: socket.socket) -> None:
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=1
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    with suppress(KeyboardInterrupt):  # which is how it ends
+        uvicorn.Server(config).run(sockets=[listener])
 
 
 def new_token() -> str:
