@@ -99,7 +99,7 @@ def bare(trains, queries=None, **changes):
 
 def hierarchy(**changes):
     """Concepts of a tree, without chains or retraining."""
-    return bare(["animal", "bird", "canary", "plant"], title="Hierarchy", **changes)
+    return bare(["animal", "bird", "canary", "plant"], **{"title": "Hierarchy"} | changes)
 
 
 def texts(words, samples):
@@ -113,8 +113,9 @@ def induction(**changes):
     """Classes of tokens, and single tokens, of which some are not counted."""
     names = [f"{sample}/{token}" for sample in range(3) for token in range(1, 4)]
     classes = ["first of a pair", "second of a pair"]
-    made = {"single": {EXACT: single(names, classes)}, "samples": texts(["a", "b", "a", "c"], range(3))}
-    return bare(classes, title="Induction", **made | changes)
+    known = texts(["a", "b", "a", "c"], range(3))
+    made = {"title": "Induction", "single": {EXACT: single(names, classes)}, "samples": known}
+    return bare(classes, **made | changes)
 
 
 def language(words=("def ", "f", "():\n", "    pass"), **changes):
@@ -137,11 +138,12 @@ def language(words=("def ", "f", "():\n", "    pass"), **changes):
         for query in classes
         for step in STEPS
     ]
-    return bare(classes, title="Language", **{"exemplars": exemplars} | changes)
+    return bare(classes, **{"title": "Language", "exemplars": exemplars} | changes)
 
 
 def table(**changes):
     """Rows of numbers, looked at one by one."""
     rows = (("sample", "column"), np.random.default_rng(7).normal(size=(5, 3)).astype(np.float32))
     samples = xr.Dataset({"label": ("sample", list("abcde")), "row": rows}, {"sample": range(5)})
-    return bare(["0", "1"], title="Table", single={EXACT: single(list("01234"), ["0", "1"])}, samples=samples, **changes)
+    made = {"title": "Table", "single": {EXACT: single(list("01234"), ["0", "1"])}, "samples": samples}
+    return bare(["0", "1"], **made | changes)
