@@ -122,9 +122,7 @@ def made_up() -> Results:
         measured=measured,
         in_two_times=two_times,
         positions=positions,
-        draws=xr.DataArray(
-            generator.random((CHECKPOINTS, 4, 200)), {"step": steps()}, ("step", "chain", "draw")
-        ),
+        draws=xr.DataArray(generator.random((CHECKPOINTS, 4, 200)), {"step": steps()}, ("step", "chain", "draw")),
         samples=xr.Dataset(
             {"label": labels, "image": (("sample", "height", "width"), pictures)}, {"sample": np.arange(SAMPLES)}
         ),

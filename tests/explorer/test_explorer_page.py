@@ -28,7 +28,7 @@ class Page(HTMLParser):
         if known.get("http-equiv") == "Content-Security-Policy":
             self.policy = known["content"]
 
-    def handle_endtag(self, tag):
+    def handle_endtag(self, _tag):
         self._open = None
 
     def handle_data(self, data):
@@ -50,7 +50,19 @@ def store(tmp_path_factory):
 def test_nothing_that_the_data_say_is_markup_of_the_page(store):
     html = render(store, math.inf)
     page = Page(html)
-    assert page.tags == ["html", "head", *["meta"] * 4, "link", "title", "style", "body", "div", "p", "script", "script"]
+    assert page.tags == [
+        "html",
+        "head",
+        *["meta"] * 4,
+        "link",
+        "title",
+        "style",
+        "body",
+        "div",
+        "p",
+        "script",
+        "script",
+    ]
     assert html.count("</script") == 2
     assert page.texts["title"] == f"</title>{EVIL} – stagewise"
     assert EVIL in json.loads(page.baked["zarr.json"])["attributes"]["configuration"]["model"]

@@ -47,13 +47,23 @@ def test_the_page_and_its_data_are_below_the_token(run, url):
     assert ask(url, f"/{TOKEN}/data.zarr/zarr.json")[2] == kept
 
 
-@pytest.mark.parametrize("path", ["/", "/wrong/", "/wrong/data.zarr/zarr.json", "/data.zarr/zarr.json", f"/{TOKEN[:-1]}/"])
+@pytest.mark.parametrize(
+    "path", ["/", "/wrong/", "/wrong/data.zarr/zarr.json", "/data.zarr/zarr.json", f"/{TOKEN[:-1]}/"]
+)
 def test_without_the_token_there_is_nothing(url, path):
     assert ask(url, path)[0] == 404
 
 
 @pytest.mark.parametrize(
-    "path", ["../index.html", "../../config.yaml", "%2e%2e/%2e%2e/config.yaml", "..%2f..%2fconfig.yaml", "%2fetc/passwd", "/etc/passwd"]
+    "path",
+    [
+        "../index.html",
+        "../../config.yaml",
+        "%2e%2e/%2e%2e/config.yaml",
+        "..%2f..%2fconfig.yaml",
+        "%2fetc/passwd",
+        "/etc/passwd",
+    ],
 )
 def test_nothing_beside_the_store_can_be_read(url, path):
     status, _, body = ask(url, f"/{TOKEN}/data.zarr/{path}")

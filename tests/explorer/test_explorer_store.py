@@ -37,7 +37,11 @@ def root(results, tmp_path_factory):
 
 def test_every_array_is_the_dataset_it_was_made_of(root, results):
     entries = {(entry["name"], entry["of"]): entry["path"] for entry in root.attrs["influences"]}
-    kept = {(EXACT, "group"): results.exact, ("BIF", "group"): results.sampled, (EXACT, "sample"): results.single[EXACT]}
+    kept = {
+        (EXACT, "group"): results.exact,
+        ("BIF", "group"): results.sampled,
+        (EXACT, "sample"): results.single[EXACT],
+    }
     assert set(entries) == set(kept)
     for key, path in entries.items():
         for name in ("value", "stderr"):
@@ -45,7 +49,9 @@ def test_every_array_is_the_dataset_it_was_made_of(root, results):
         assert root[path].attrs["train"] == kept[key]["train"].values.tolist()
     np.testing.assert_array_equal(root["losses"][...], f4(results.losses["queries"], "query", "step"))
     for name in ("effect", "effect_stderr"):
-        np.testing.assert_array_equal(root[f"measured/{name}"][...], f4(results.measured[name], "step", "train", "query"))
+        np.testing.assert_array_equal(
+            root[f"measured/{name}"][...], f4(results.measured[name], "step", "train", "query")
+        )
     pairs = f4(results.in_two_times["value"], "train", "query", "asked", "trained")
     np.testing.assert_array_equal(root["two_times/value"][...], pairs)
     np.testing.assert_array_equal(root["map/value"][...], f4(results.positions["value"], "step", "sample", "axis"))
@@ -53,7 +59,10 @@ def test_every_array_is_the_dataset_it_was_made_of(root, results):
     np.testing.assert_array_equal(root["samples/image"][...], results.samples["image"].values)
     assert root["samples/image"].dtype == np.uint8
     names = document(root, "samples/names")
-    assert names == {"sample": results.samples["sample"].values.tolist(), "label": results.samples["label"].values.tolist()}
+    assert names == {
+        "sample": results.samples["sample"].values.tolist(),
+        "label": results.samples["label"].values.tolist(),
+    }
 
 
 @pytest.mark.parametrize(("large", "by_step"), [(40, True), (100, False)])

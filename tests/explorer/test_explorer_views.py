@@ -217,7 +217,9 @@ def test_a_large_run_is_read_piece_by_piece_and_says_the_same(viewer, results, t
         page = viewer(url).open(view="matrix", step=STEP, by=GROUPS, query="1")
         asked = [one.split("data.zarr/")[1] for one in page.asked if "data.zarr/" in one]
         assert any(path.startswith(f"{GROUPS}/by_query/") for path in asked)
-        assert not [path for path in asked if path.startswith((CHAINS, SAMPLES, "samples", "map", "two_times", "draws"))]
+        assert not [
+            path for path in asked if path.startswith((CHAINS, SAMPLES, "samples", "map", "two_times", "draws"))
+        ]
         page.open(view="data", step=STEP, by=SAMPLES, query="1")
         _, rows = page.table("histogram-step-100")
         assert len(rows) == 12

@@ -85,12 +85,13 @@ function order(all: number[], alike: number[] | null): number[] {
   return alike.filter((k) => there.has(k));
 }
 
-// One image for all cells, of one pixel each, or of a few with a dot in the middle: thousands of rectangles would be slow.
+// One image for all cells, of one pixel each, or of odd numbers of them with a dot in the middle: thousands of rectangles would be slow.
 function painted(rows: number[], columns: number[], dotted: boolean, at: (row: number, column: number) => [number, boolean]): Plot.Markish {
   return (_index, _scales, _channels, { width, height, marginLeft, marginRight, marginTop, marginBottom }) => {
     const [wide, high] = [width - marginLeft - marginRight, height - marginTop - marginBottom];
-    const side = !dotted ? 1 : rows.length * columns.length > 4096 ? 3 : 5;
-    const canvas = h("canvas", { width: columns.length * side, height: rows.length * side });
+    const down = !dotted ? 1 : rows.length * columns.length > 4096 ? 3 : 5;
+    const along = !dotted ? 1 : Math.max(3, 1 + 2 * Math.round((down * wide * rows.length) / (high * columns.length) / 2));
+    const canvas = h("canvas", { width: columns.length * along, height: rows.length * down });
     const brush = canvas.getContext("2d")!;
     const pixels = brush.createImageData(canvas.width, canvas.height);
     const whole = new Uint32Array(pixels.data.buffer);
@@ -99,9 +100,9 @@ function painted(rows: number[], columns: number[], dotted: boolean, at: (row: n
       columns.forEach((column, j) => {
         const [place, doubtful] = at(row, column);
         const colour = known[Math.round(LEVELS * (1 + Math.max(-1, Math.min(1, place || 0))))];
-        const corner = i * side * canvas.width + j * side;
-        for (let k = 0; k < side; k++) whole.fill(colour, corner + k * canvas.width, corner + k * canvas.width + side);
-        if (doubtful) whole[corner + ((side - 1) / 2) * (canvas.width + 1)] = DOT;
+        const corner = i * down * canvas.width + j * along;
+        for (let k = 0; k < down; k++) whole.fill(colour, corner + k * canvas.width, corner + k * canvas.width + along);
+        if (doubtful) whole[corner + ((down - 1) / 2) * canvas.width + (along - 1) / 2] = DOT;
       }),
     );
     brush.putImageData(pixels, 0, 0);

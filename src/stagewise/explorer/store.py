@@ -26,7 +26,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
 from scipy.spatial.distance import squareform
 
 LARGE = 2**15
-"""Numbers, at most, in an influence that is read as a whole: with its standard errors half of what a first look may be."""
+"""Numbers, at most, in an influence that is read as a whole: a first look has to be short."""
 
 _TOGETHER = 2**14  # numbers, at most, in a piece of several queries
 _CURVES = 64  # training samples whose curves are one piece
