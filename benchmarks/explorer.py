@@ -6,7 +6,7 @@ A made-up run of 100 checkpoints, 256 queries and 10,000 training samples (256 m
 FOLDER where one is given), written and served by what `stagewise explore` uses. Headless Chromium opens it, and the
 query, the step and the sample are changed in every view, by keys and by typing: the time is from the event of the
 input to the frame in which the page has changed, each piece of the data being read for the first time. Medians. It
-needs Chromium and `pip install stagewise[browser]`, 6 GB of memory, and a few minutes: no part of `make bench`.
+needs Chromium and `pip install stagewise[browser]`, 5 GB of memory, and a few minutes: no part of `make bench`.
 """
 
 from __future__ import annotations

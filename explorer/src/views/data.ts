@@ -5,6 +5,7 @@ import { diverging, ink } from "../colour";
 import type { Context } from "../context";
 import { h } from "../dom";
 import { figure } from "../figure";
+import { largest } from "../largest";
 import { Influence, type Exemplars, type Named } from "../run";
 import { nearest } from "../state";
 import { number, plusMinus, short, sign, step as stepText, superscript } from "../words";
@@ -42,19 +43,19 @@ async function ranked(context: Context, single: Influence, wanted: number): Prom
   const { value, stderr } = await single.ranking(at, query);
   // Where there is noise by value / stderr, so that what is large but doubtful does not lead.
   const weight = (k: number) => (entry.noisy ? (stderr[k] > 0 ? value[k] / stderr[k] : 0) : value[k]);
-  const order = Array.from(value.keys()).filter((k) => Number.isFinite(value[k])).sort((a, b) => weight(a) - weight(b));
-  const helpful = order.slice(0, PER_SIDE).filter((k) => value[k] < 0);
-  const harmful = order.slice(-PER_SIDE).reverse().filter((k) => value[k] > 0);
-  const known = (chosen: number[]) => Promise.all(chosen.map((k) => datum(context, String(labels.train[k]), value[k], stderr[k], entry.of === "token" ? { labels, value } : null)));
+  const known = Array.from(value.keys()).filter((k) => Number.isFinite(value[k]));
+  const helpful = largest(PER_SIDE, value.length, (k) => (value[k] < 0 ? -weight(k) : NaN));
+  const harmful = largest(PER_SIDE, value.length, (k) => (value[k] > 0 ? weight(k) : NaN));
+  const shown = (chosen: number[]) => Promise.all(chosen.map((k) => datum(context, String(labels.train[k]), value[k], stderr[k], entry.of === "token" ? { labels, value } : null)));
   const title = `Step ${stepText(labels.step[at])}`;
   const place = single.place("train", context.state.train);
   const histogram = spread(value, entry.unit, title, place >= 0 && context.influence.entry.of === entry.of ? value[place] : null, () => ({
     columns: ["step", entry.of, "query", `value (${entry.unit})`, "stderr"],
-    rows: order.map((k) => [labels.step[at], labels.train[k], labels.query[query], value[k], stderr[k]]),
+    rows: known.sort((a, b) => weight(a) - weight(b)).map((k) => [labels.step[at], labels.train[k], labels.query[query], value[k], stderr[k]]),
   }));
-  const clear = entry.noisy ? order.filter((k) => Math.abs(value[k]) > 2 * stderr[k]).length : order.filter((k) => value[k] !== 0).length;
-  const said = `${entry.name} of ${order.length.toLocaleString("en-US")} ${entry.of}s on ${short(labels.query[query], 40)}: ${clear.toLocaleString("en-US")} are ${entry.noisy ? "more than two standard errors from zero" : "not zero"}. Extremes picked from many look larger than they are.`;
-  return panel(context, title, said, histogram, await known(helpful), await known(harmful), entry.path, entry.unit);
+  const clear = known.filter((k) => (entry.noisy ? Math.abs(value[k]) > 2 * stderr[k] : value[k] !== 0)).length;
+  const said = `${entry.name} of ${known.length.toLocaleString("en-US")} ${entry.of}s on ${short(labels.query[query], 40)}: ${clear.toLocaleString("en-US")} are ${entry.noisy ? "more than two standard errors from zero" : "not zero"}. Extremes picked from many look larger than they are.`;
+  return panel(context, title, said, histogram, ...(await Promise.all([shown(helpful), shown(harmful)])), entry.path, entry.unit);
 }
 
 // Of runs that keep the samples that matter most alone.

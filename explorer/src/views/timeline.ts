@@ -5,6 +5,7 @@ import { ofLabel } from "../colour";
 import type { Context } from "../context";
 import { h } from "../dom";
 import { figure } from "../figure";
+import { largest } from "../largest";
 import type { Event, Values } from "../run";
 import { number, short, superscript } from "../words";
 
@@ -79,14 +80,7 @@ export async function timeline(context: Context): Promise<Node> {
 async function strongest({ influence, step, query, train }: Context): Promise<number[]> {
   const { value } = await influence.ranking(step, query);
   const own = influence.place("train", influence.labels.query[query]);
-  const best: number[] = [];
-  value.forEach((v, k) => {
-    if (k === train || k === own || !Number.isFinite(v)) return;
-    const place = best.findIndex((other) => Math.abs(v) > Math.abs(value[other]));
-    best.splice(place < 0 ? best.length : place, 0, k);
-    best.length = Math.min(best.length, OTHERS);
-  });
-  return [train, ...best];
+  return [train, ...largest(OTHERS, value.length, (k) => (k === train || k === own ? NaN : Math.abs(value[k])))];
 }
 
 function along(curve: Values, steps: number[], reach: number, unit: number, train: number) {
