@@ -7,7 +7,7 @@ PIP_VERSION := 26.3
 # Bytecode is kept whatever the environment says: tests start many processes, and each would compile all of it again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test test-studies lint format docs explorer bench accuracy peers clean
+.PHONY: help demo test test-studies lint format docs explorer bench kills accuracy peers clean
 
 help:
 	@echo "make demo     real handwritten digits: train, sample, analyse, report (a few minutes)"
@@ -17,6 +17,7 @@ help:
 	@echo "make explorer the page of stagewise explore, of its TypeScript (needs Node)"
 	@echo "make docs     the documentation, docs/_build/html/index.html; its tutorials are run"
 	@echo "make bench    what chains cost and how near they come"
+	@echo "make kills    a run that is killed fifty times, and goes on to the same bits"
 	@echo "make accuracy every estimator against measured effects (hours)"
 	@echo "make peers    two other libraries against the same retraining, and what they cost, in an environment of their own (long)"
 
@@ -81,11 +82,15 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/cost_model.py
 	$(BIN)/python benchmarks/learning_coefficient.py
 	$(BIN)/python benchmarks/chain_verdicts.py
-	$(BIN)/python benchmarks/accuracy_per_gradient.py
+	$(BIN)/python benchmarks/accuracy_per_gradient.py --problem digits --steps 1
+
+# A run that is killed at fifty moments.
+kills: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/kills.py
 
 # Every estimator against training made again.
 accuracy: $(VENV)/.installed-baselines
+	$(BIN)/python benchmarks/sampling_speed.py --minibatches
 	$(BIN)/python benchmarks/digits_accuracy.py
 	$(BIN)/python benchmarks/held_out.py
 	$(BIN)/python benchmarks/window_gaussian.py

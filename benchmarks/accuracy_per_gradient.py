@@ -1,8 +1,10 @@
 """Error of class-to-class influence per gradient, of samplers of one local posterior, against its exact covariance.
 
-    make peers      or      python benchmarks/accuracy_per_gradient.py [--peers PYTHON]
+    make peers      or      python benchmarks/accuracy_per_gradient.py [--peers PYTHON] [--problem NAME] [--steps N]
+                                                                       [--figure FILE]
 
-PYTHON is that of an environment with peers-requirements.txt, for `devinterp`. W = 30, n_beta as the package's pilot
+PYTHON is that of an environment with peers-requirements.txt, for `devinterp`; N are the first checkpoints alone; FILE
+is drawn, with a panel for every checkpoint of the last problem. W = 30, n_beta as the package's pilot
 finds it (in the titles), at three checkpoints of two runs with Adam:
 
 digits          the full batch; pairs of classes
@@ -27,6 +29,7 @@ SGLD           step size from the curvature, full batch; a fifth of the chain is
 underdamped    the defaults
 first order    the same with `Chains(linear=True)` and `bif(first_order=)` of the solve,
                `damped_influence(curvature="hessian")`, whose price for all classes of queries stands beside it
+draws="auto"   the defaults, until their own rule says that the error is 10 %: what they spent, and the error reached
 solve alone    without any draws: how far it is off is what there is to be sampled
 
 Below: draws of `sampler="window"`, whose law is another, alone and with first order: standard errors at equal draws.
@@ -42,6 +45,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accuracy_figure import ALONE, FIRST_ORDER, Compared, error_against_gradients
 from accuracy_problems import WINDOW, Place, Problem, digits, markov
 from accuracy_reference import Reference, references
 from accuracy_samplers import (
@@ -54,6 +58,7 @@ from accuracy_samplers import (
     by_budget,
     by_class,
     by_devinterp,
+    by_its_own_rule,
     by_this_package,
     chains_of,
     solved,
@@ -65,11 +70,13 @@ import stagewise as sw
 from stagewise.sampling import sample_block
 
 console = Console(width=120)
+PROBLEMS = {"digits": digits, "markov": markov}
 RATES = {
     "weights": ("3e-5", "1e-5", "3e-6", "1e-6", "3e-7"),
     "whitened": ("3e-7", "1e-7", "3e-8", "1e-8", "3e-9", "1e-9"),
 }
 SGLD = sw.Chains("sgld", burn_in=SLOW_CHAIN // 5, thinning=SLOW_CHAIN // 100)
+AUTO = 'draws="auto"'
 ROWS = {
     "SGLD": partial(chains_of, SGLD, SLOW_CHAIN, 1),
     "underdamped": partial(chains_of, sw.Chains(), CHAIN, 1),
@@ -86,7 +93,7 @@ def errors(found: ByBudget, exact: Reference) -> dict[int, float]:
     }
 
 
-def rmsprop_sgld(drawing: Drawing, name: str, place: Place, exact: Reference) -> dict[str, dict[int, float]]:
+def rmsprop_sgld(drawing: Drawing, place: Place, exact: Reference) -> dict[Setting, dict[int, float]]:
     """In both coordinates, each at its best learning rate."""
 
     def of(settings: list[Setting]) -> dict[Setting, dict[int, float]]:
@@ -99,22 +106,30 @@ def rmsprop_sgld(drawing: Drawing, name: str, place: Place, exact: Reference) ->
         found = {setting.rate: error[CHAIN] for setting, error in short.items() if setting.coordinates == kind}
         rate = min(found, key=lambda rate: np.nan_to_num(found[rate], nan=np.inf))
         best.append(Setting(kind, rate, BUDGETS[-1] // CHAIN))
-    return {f"{name}, {one.coordinates}, {one.rate}": error for one, error in of(best).items()}
+    return of(best)
 
 
-def compared(place: Place, drawing: Drawing, name: str) -> Table:
+def compared(place: Place, drawing: Drawing, name: str) -> Compared:
     """All samplers at one checkpoint."""
     (exact, judged), known = references(place), solved(place)
-    size = np.sqrt((exact.value**2).mean())
-    table = Table("error of", *(f"{budget:,} gradients" for budget in BUDGETS))
-    table.title = f"{place.problem.name}, step {place.step}, W = {WINDOW}, n_beta {place.density.n_beta:,.0f}\n{judged}"
-    found = rmsprop_sgld(drawing, name, place, exact)
+    theirs = rmsprop_sgld(drawing, place, exact)
+    remarks = {f"{name}, {setting.coordinates}": f" at {setting.rate}" for setting in theirs}
+    found = dict(zip(remarks, theirs.values(), strict=True))
     found |= {row: errors(sampler(place), exact) for row, sampler in ROWS.items()}
-    apart = float(np.sqrt(((by_class(known.influence) - exact.value) ** 2).mean()) / size)
-    found["solve alone"] = dict.fromkeys(BUDGETS, apart)
-    for row, error in found.items():
-        price = f" (solve: {known.gradients:,})" if row in ("solve alone", "underdamped, first order") else ""
-        table.add_row(row + price, *(f"{error[b]:.2g}" if b in error else "-" for b in BUDGETS))
+    found[AUTO] = errors(by_its_own_rule(place), exact)
+    found[ALONE] = errors({0: [by_class(known.influence)]}, exact)
+    title = f"{place.problem.name}, step {place.step}, W = {WINDOW}, n_beta {place.density.n_beta:,.0f}"
+    remarks |= {row: f" (and the solve's {known.gradients:,})" for row in found if row.endswith(FIRST_ORDER)}
+    return Compared(title, judged, found, known.gradients, remarks)
+
+
+def printed(found: Compared) -> Table:
+    table = Table("error of", *(f"{budget:,} gradients" for budget in BUDGETS), "its own number")
+    table.title = f"{found.title}\n{found.judged}"
+    for row, error in found.rows.items():
+        cells = [f"{error[budget]:.2g}" if budget in error else "-" for budget in BUDGETS]
+        own = [f"{of:.2g} by {found.spent(row, spent):,}" for spent, of in error.items() if spent not in BUDGETS]
+        table.add_row(row + found.remarks.get(row, ""), *cells, *own)
     return table
 
 
@@ -141,15 +156,24 @@ def window(problem: Problem) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Error of class-to-class influence per gradient.")
     parser.add_argument("--peers", metavar="PYTHON", help="of the environment with peers-requirements.txt")
-    peers = parser.parse_args().peers
+    parser.add_argument("--problem", choices=PROBLEMS, help="one of them alone")
+    parser.add_argument("--steps", type=int, metavar="N", help="the first checkpoints alone")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="to draw the last problem in")
+    options = parser.parse_args()
+    peers = options.peers
     drawing, name = (partial(by_devinterp, peers), "devinterp") if peers else (by_this_package, "RMSprop-SGLD")
     torch.set_num_threads(1)
     start = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        for problem in (digits(Path(folder)), markov(Path(folder))):
+        for make in (PROBLEMS[one] for one in PROBLEMS if options.problem in (None, one)):
+            problem, found = make(Path(folder)), list[Compared]()
+            problem = problem._replace(steps=problem.steps[: options.steps])
             for step in problem.steps:
-                console.print(compared(Place(problem, step), drawing, name))
+                found.append(compared(Place(problem, step), drawing, name))
+                console.print(printed(found[-1]))
             console.print(window(problem))
+    if options.figure:
+        error_against_gradients(found).savefig(options.figure, dpi=150)
     console.print(f"{time.process_time() - start:.0f} seconds of processor time, without those of other processes")
 
 

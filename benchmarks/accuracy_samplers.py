@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -22,6 +23,7 @@ import stagewise as sw
 from stagewise.derivatives import Product, hessian_product, mean_gradient
 from stagewise.influence import damped
 from stagewise.influence.covariance import covariance_replicates
+from stagewise.influence.precision import relative_error
 from stagewise.sampling import sample_block
 from stagewise.sampling.base import Gradient
 from stagewise.sampling.gradient import potential_gradient
@@ -171,6 +173,16 @@ def chains_of(sampling: sw.Chains, cost: int, price: int, place: Place) -> ByBud
         return by_class(sw.bif(traces, trusted_only=False, **known))
 
     return grouped(chains, cost, estimate)
+
+
+def by_its_own_rule(place: Place) -> ByBudget:
+    """Of the default chains with ``draws="auto"``: what they spent, and what they found."""
+    sampling, labels = sw.Chains(draws="auto", reflect=False, single_tokens=True), place.problem.labels
+    error = partial(relative_error, labels=labels)
+    tree = sample_block(place.problem.task, place.checkpoint, place.posterior, sampling, error=error)
+    steps = tree.attrs["burn_in"] + tree["train"].sizes["draw"] * tree.attrs["thinning"]
+    found = sw.bif(sw.TracesInMemory({place.step: tree}, labels), trusted_only=False)
+    return {sampling.chains * steps: [by_class(found)]}
 
 
 def by_class(found: xr.Dataset) -> Array:

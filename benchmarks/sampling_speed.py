@@ -1,14 +1,15 @@
 """What sampling costs against its floor, the forward and backward passes that it cannot do without.
 
-    python benchmarks/sampling_speed.py
+    python benchmarks/sampling_speed.py [--minibatches]
 
 On the digits network, all as ratios within one run: a block of chains stacked into one call and looped over, against
 the gradient of one model times the number of chains; the control variate; effective draws per gradient of the
-samplers at their own tuning; and what minibatches cost and give beside full batches.
+samplers at their own tuning; and, if asked for, what minibatches cost and give beside full batches (long).
 """
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -109,13 +110,17 @@ def minibatches(density: LocalDensity, trajectory: Trajectory) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="What sampling costs against its floor.")
+    parser.add_argument("--minibatches", action="store_true", help="beside full batches, many times over")
+    beside = parser.parse_args().minibatches
     with tempfile.TemporaryDirectory() as folder:
         record(Path(folder) / "checkpoints", 64, [STEP])
         trajectory = Trajectory.from_directory(Path(folder) / "checkpoints")
         density = LocalPosterior(window=30).at(task(), trajectory.load(STEP))
         gradients(density)
         samplers(density, trajectory)
-        minibatches(density, trajectory)
+        if beside:
+            minibatches(density, trajectory)
 
 
 if __name__ == "__main__":

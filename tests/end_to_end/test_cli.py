@@ -104,6 +104,12 @@ def test_doctor_on_a_folder_that_is_no_run_says_so(tmp_path):
     assert "no run folder" in result.output
 
 
+def test_config_says_what_the_default_is_where_it_is_a_new_object_each_time():
+    shown = cli.invoke(app, ["config"]).output
+    assert "object at" not in shown
+    assert "(default {})" in shown.split("options:")[1].splitlines()[0]
+
+
 def test_config_lists_every_setting_with_its_meaning():
     result = cli.invoke(app, ["config"])
     assert result.exit_code == 0

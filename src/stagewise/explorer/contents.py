@@ -82,7 +82,8 @@ def _influences(results: Results) -> Iterator[tuple[xr.Dataset, dict[str, Any]]]
     for name, data in [*curves, *single]:
         if not data.sizes["step"]:
             continue
-        member = _member(data)
+        grouped = results.losses.attrs.get("curves", "group") == "group" and any(data is one for one in seen)
+        member = "group" if grouped else _member(data)
         known = results.events if data is results.answered else _events(data)
         yield (
             data,
@@ -106,13 +107,8 @@ def _largest(influence: xr.Dataset) -> float:
 
 
 def _member(influence: xr.Dataset) -> str:
-    """Whether rows are groups, samples ("12") or tokens ("12/3")."""
-    if not all(size == 1 for size in influence.coords.get("train_size", xr.DataArray([2])).values.ravel()):
-        return "group"
-    labels = [str(label) for label in influence["train"].values.tolist()]
-    if all(label.isdecimal() for label in labels):
-        return "sample"
-    return "token" if all(label.replace("/", "").isdecimal() for label in labels) else "group"
+    """Of rows that are no groups: samples are called "12", tokens "12/3"."""
+    return "token" if all("/" in str(label) for label in influence["train"].values.tolist()) else "sample"
 
 
 def _events(influence: xr.Dataset) -> list[Event]:

@@ -6,7 +6,8 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
+from dataclasses import Field as DataField
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -218,8 +219,12 @@ def describe() -> str:
             lines += [f"  {key}: {f.description} (default {f.default})" for key, f in Retraining.model_fields.items()]
         elif section is not None:
             meanings = _documented(section.__doc__ or "")
-            lines += [f"  {f.name}: {meanings.get(f.name, '')} (default {f.default})" for f in fields(section)]
+            lines += [f"  {f.name}: {meanings.get(f.name, '')} (default {_default(f)})" for f in fields(section)]
     return "\n".join(lines)
+
+
+def _default(setting: DataField[Any]) -> Any:
+    return setting.default if setting.default_factory is MISSING else setting.default_factory()
 
 
 def _documented(docstring: str) -> dict[str, str]:

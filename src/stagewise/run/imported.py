@@ -63,8 +63,10 @@ def import_scores(folder: str | Path, scores: xr.DataArray, *, name: str, step: 
             tokens.
 
     Example:
-        >>> scores = sw.read_scores("bergson/scores")  # doctest: +SKIP
-        >>> sw.import_scores("runs/first", scores, name="bergson", step=1000)  # doctest: +SKIP
+        >>> np.save("scores.npy", np.eye(24, 16))
+        >>> scores = sw.read_scores("scores.npy", helpful="positive")
+        >>> sw.import_scores("runs/first", scores, name="TRAK", step=20).value.dims
+        ('step', 'train', 'query')
     """
     store = TraceStore.read_only(Path(folder).expanduser())
     losses = load_results(store.root)[0]["losses"]
