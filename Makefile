@@ -33,7 +33,7 @@ $(VENV)/.installed: pyproject.toml $(VENV)/constraints.txt
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/pip install --quiet -c $(VENV)/constraints.txt -e '.[test,lint]'
+	$(BIN)/pip install --quiet -c $(VENV)/constraints.txt -e '.[test,lint,browser]'
 	@touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed

@@ -30,9 +30,9 @@ export function figure(name: string, title: string, picture: Element, caption: s
     h("div", { class: "take", role: "group", "aria-label": `Take away: ${title}` }, buttons, said));
 }
 
-// Press a shape of a picture's first mark of a kind: the position of its datum, which Plot keeps with it.
-export function pressed(picture: Element, mark: "dot" | "rect", act: (k: number) => void): void {
-  picture.querySelector(`g[aria-label=${mark}]`)?.addEventListener("click", (event) => {
+// Press a rectangle of a picture: the position of its datum, which Plot keeps with it.
+export function pressed(picture: Element, act: (k: number) => void): void {
+  picture.querySelector("g[aria-label=rect]")?.addEventListener("click", (event) => {
     const k = (event.target as { __data__?: unknown }).__data__;
     if (typeof k === "number") act(k);
   });

@@ -25,7 +25,6 @@ const SHOWN: Record<(typeof VIEWS)[number], [string, View]> = {
 
 class Page {
   private state: State;
-  private opened = new Map<string, Promise<Influence>>();
   private drawing = 0;
   private readonly controls = h("section", { class: "controls", "aria-label": "what is looked at" });
   private readonly tabs = h("nav", { "aria-label": "views" });
@@ -79,14 +78,13 @@ class Page {
 
   private async context(): Promise<Context> {
     const entry = this.run.influences.find((one) => one.path === this.state.by) ?? this.run.influences[0];
-    if (!this.opened.has(entry.path)) this.opened.set(entry.path, Influence.open(this.store, entry));
-    const influence = await this.opened.get(entry.path)!;
+    const influence = await Influence.open(this.store, entry);
     const { labels } = influence;
-    const query = Math.max(0, labels.query.map(String).indexOf(this.state.query));
+    const query = Math.max(0, influence.place("query", this.state.query));
     const wanted = Number.isFinite(this.state.step) ? this.state.step : labels.step[Math.floor(labels.step.length / 2)];
     const step = nearest(labels.step, wanted);
-    let train = labels.train.map(String).indexOf(this.state.train);
-    if (train < 0) train = furthest((await influence.ranking(step, query)).value, labels.train.map((label) => String(label) === String(labels.query[query])));
+    let train = influence.place("train", this.state.train);
+    if (train < 0) train = furthest((await influence.ranking(step, query)).value, influence.place("train", labels.query[query]));
     this.state = { ...this.state, by: entry.path, query: String(labels.query[query]), step: labels.step[step], train: String(labels.train[train]) };
     return { run: this.run, store: this.store, state: this.state, influence, query, step, train, set: this.set };
   }
@@ -136,10 +134,10 @@ function described(entry: Entry): string {
   return `${entry.name} of ${entry.of}s (${entry.rung})`;
 }
 
-function furthest(value: Float32Array, own: boolean[]): number {
+function furthest(value: Float32Array, own: number): number {
   let best = -1;
   value.forEach((one, k) => {
-    if (!own[k] && Number.isFinite(one) && (best < 0 || Math.abs(one) > Math.abs(value[best]))) best = k;
+    if (k !== own && Number.isFinite(one) && (best < 0 || Math.abs(one) > Math.abs(value[best]))) best = k;
   });
   return Math.max(0, best);
 }

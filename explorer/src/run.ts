@@ -25,7 +25,8 @@ export type Entry = {
   reach: number; // of a 95 % interval, in standard errors
   largest: number; // between different labels
   step: number[];
-  large: boolean;
+  large: boolean; // and read piece by piece
+  by_step: boolean; // has pieces for rankings, too
   trains: number;
 };
 export type Scores = {
@@ -43,7 +44,7 @@ export type Run = {
   format: number;
   title: string;
   window: number | null;
-  losses: { step: number[]; query: Label[]; train: number[]; queries: number[][] };
+  losses: { step: number[]; query: Label[]; train: number[] };
   stages: Stage[];
   omitted: Record<string, string>;
   notes: string[];
@@ -52,7 +53,6 @@ export type Run = {
   influences: Entry[];
   agreements: Scores[];
   diagnostics: { step: number[]; columns: Record<string, unknown[]>; limits: Record<string, number> };
-  exemplars: { query: Label; step: number; estimator: string; document: number }[];
   measured?: {
     step: number[];
     train: Label[];
@@ -65,10 +65,14 @@ export type Run = {
   };
   replay?: string;
   two_times?: { trained: number[]; trained_stop: number[]; asked: number[]; train: Label[]; query: Label[]; unit: string };
-  map?: { step: number[]; share: number[][]; names: string[]; label: number[]; sample: number[]; errors: boolean };
+  map?: { step: number[]; share: number[][]; reach: number };
   draws?: { step: number[] };
-  samples?: { sample: number[]; label: string[]; image?: number[]; row?: number; text?: number };
+  samples?: { image?: number[]; row?: number; text?: number };
 };
+// Documents of their own, as there may be many samples.
+export type Exemplars = { query: Label; step: number; estimator: string; document: number }[];
+export type Mapped = { names: string[]; label: number[]; sample: number[] };
+export type Named = { sample: number[]; label: string[] };
 
 export type Values = { value: Float32Array; stderr: Float32Array };
 
@@ -77,14 +81,29 @@ type Orders = { order: { train: number[] | null; query: number[] | null } };
 
 // One influence, (step, train, query). Positions, not labels, go in and out.
 export class Influence {
+  private static readonly opened = new Map<string, Influence>();
+  private readonly places: { train: Map<string, number>; query: Map<string, number> };
+
   private constructor(
     private store: Store,
     readonly entry: Entry,
     readonly labels: Labels & Orders,
-  ) {}
+  ) {
+    const places = (all: Label[]) => new Map(all.map((label, k) => [String(label), k]));
+    this.places = { train: places(labels.train), query: places(labels.query) };
+  }
 
   static async open(store: Store, entry: Entry): Promise<Influence> {
-    return new Influence(store, entry, await store.attributes<Labels & Orders>(entry.path));
+    const known = this.opened.get(entry.path);
+    if (known) return known;
+    const influence = new Influence(store, entry, await store.attributes<Labels & Orders>(entry.path));
+    this.opened.set(entry.path, influence);
+    return influence;
+  }
+
+  // The position of a label, -1 if there is none.
+  place(of: "train" | "query", label: Label): number {
+    return this.places[of].get(String(label)) ?? -1;
   }
 
   // Of one training datum on one query, at every step.
@@ -101,9 +120,22 @@ export class Influence {
   async ranking(step: number, query: number): Promise<Values> {
     const { train, query: queries } = this.labels;
     return this.both(async (name) => {
-      if (this.entry.large) return this.read(`by_step/${name}`, [step, query, null]);
+      if (this.entry.by_step) return this.read(`by_step/${name}`, [step, query, null]);
+      if (this.entry.large) return this.read(`by_query/${name}`, [query, null, step]);
       const all = await this.read(name);
       return Float32Array.from(train, (_, k) => all[(step * train.length + k) * queries.length + query]);
+    });
+  }
+
+  // Of all training data on all queries at one step, (query, train).
+  async whole(step: number): Promise<Values> {
+    const { train, query } = this.labels;
+    return this.both(async (name) => {
+      if (this.entry.by_step) return this.read(`by_step/${name}`, [step, null, null]);
+      if (this.entry.large) return this.read(`by_query/${name}`, [null, null, step]);
+      const all = await this.read(name);
+      const at = (k: number) => (step * train.length + (k % train.length)) * query.length + Math.floor(k / train.length);
+      return Float32Array.from({ length: train.length * query.length }, (_, k) => all[at(k)]);
     });
   }
 

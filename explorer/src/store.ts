@@ -6,7 +6,27 @@ export const FROM_DISK =
   "This page reads its data over HTTP, which browsers refuse to pages opened from disk. Open it with " +
   "`stagewise explore RUN`, or make one file of it with `stagewise export RUN page.html`.";
 
+const KEPT = 256; // reads that are remembered: a slider goes back and forth
+
+type Remembered = <T>(key: string, read: () => Promise<T>) => Promise<T>;
+
+// What was read lately, or is being read, is not read again; failures are.
+function remembering(): Remembered {
+  const reads = new Map<string, Promise<unknown>>();
+  return <T>(key: string, read: () => Promise<T>) => {
+    const known = reads.get(key);
+    if (known) return known as Promise<T>;
+    const reading = read();
+    reading.catch(() => reads.delete(key));
+    reads.set(key, reading);
+    if (reads.size > KEPT) reads.delete(reads.keys().next().value!);
+    return reading;
+  };
+}
+
 export class Files implements AsyncReadable {
+  private once = remembering();
+
   constructor(
     private baked: Record<string, string>,
     private base: string,
@@ -29,7 +49,11 @@ export class Files implements AsyncReadable {
     return this.fetched(key, { Range: `bytes=${bytes}` }, range);
   }
 
-  private async fetched(key: string, headers = {}, range?: RangeQuery): Promise<Uint8Array | undefined> {
+  private fetched(key: string, headers = {}, range?: RangeQuery): Promise<Uint8Array | undefined> {
+    return this.once(`${key} ${JSON.stringify(headers)}`, () => this.asked(key, headers, range));
+  }
+
+  private async asked(key: string, headers: Record<string, string>, range?: RangeQuery): Promise<Uint8Array | undefined> {
     if (location.protocol === "file:") throw new Error(FROM_DISK);
     const response = await fetch(`${this.base}${key}`, { headers });
     if (response.status === 404) return undefined;
@@ -52,47 +76,36 @@ function decoded(text: string): Uint8Array {
 
 export type Numbers = { data: Float32Array | Uint8Array; shape: number[] };
 
-const KEPT = 256; // reads that are remembered: a slider goes back and forth
-
 export class Store {
   private arrays = new Map<string, Promise<zarr.Array<"float32" | "uint8", Files>>>();
-  private reads = new Map<string, Promise<Numbers>>();
+  private once = remembering();
 
   constructor(private files: Files) {}
 
-  async attributes<T>(path: string): Promise<T> {
-    const group = await zarr.open.v3(zarr.root(this.files).resolve(path), { kind: "group" });
-    return group.attrs as T;
+  attributes<T>(path: string): Promise<T> {
+    return this.once(`${path}/`, async () => (await zarr.open.v3(zarr.root(this.files).resolve(path), { kind: "group" })).attrs as T);
   }
 
   // A selection has an index, or null for all, for each dimension.
-  numbers(path: string, selection: (number | null | [number, number])[] = []): Promise<Numbers> {
-    const key = `${path} ${JSON.stringify(selection)}`;
-    const known = this.reads.get(key);
-    if (known) return known;
-    const reading = this.read(path, selection);
-    reading.catch(() => this.reads.delete(key));
-    this.reads.set(key, reading);
-    if (this.reads.size > KEPT) this.reads.delete(this.reads.keys().next().value!);
-    return reading;
+  numbers(path: string, selection: (number | null)[] = []): Promise<Numbers> {
+    return this.once(`${path} ${JSON.stringify(selection)}`, () => this.read(path, selection));
   }
 
-  async document<T>(path: string): Promise<T> {
-    const bytes = await this.files.get(`/${path}.json`);
-    if (!bytes) throw new Error(`${path}.json is not in the store`);
-    return JSON.parse(new TextDecoder().decode(bytes)) as T;
+  document<T>(path: string): Promise<T> {
+    return this.once(`${path}.json`, async () => {
+      const bytes = await this.files.get(`/${path}.json`);
+      if (!bytes) throw new Error(`${path}.json is not in the store`);
+      return JSON.parse(new TextDecoder().decode(bytes)) as T;
+    });
   }
 
-  private async read(path: string, selection: (number | null | [number, number])[]): Promise<Numbers> {
+  private async read(path: string, selection: (number | null)[]): Promise<Numbers> {
     if (!this.arrays.has(path)) {
       const opening = zarr.open.v3(zarr.root(this.files).resolve(path), { kind: "array" });
       this.arrays.set(path, opening as Promise<zarr.Array<"float32" | "uint8", Files>>);
     }
     const array = await this.arrays.get(path)!;
-    const chosen = selection.length
-      ? selection.map((part) => (Array.isArray(part) ? zarr.slice(part[0], part[1]) : part))
-      : null;
-    const found = await zarr.get(array, chosen);
+    const found = await zarr.get(array, selection.length ? selection : null);
     if (typeof found !== "object" || !("data" in found)) throw new Error(`${path}: a selection of one number`);
     return { data: found.data as Float32Array, shape: found.shape };
   }

@@ -5,7 +5,8 @@ import { diverging, ink } from "../colour";
 import type { Context } from "../context";
 import { h } from "../dom";
 import { figure } from "../figure";
-import { Influence } from "../run";
+import { largest } from "../largest";
+import { Influence, type Exemplars, type Named } from "../run";
 import { nearest } from "../state";
 import { number, plusMinus, short, sign, step as stepText, superscript } from "../words";
 
@@ -36,43 +37,44 @@ async function ofSingle({ run, store, influence }: Context): Promise<Influence |
 
 async function ranked(context: Context, single: Influence, wanted: number): Promise<Node> {
   const { labels, entry } = single;
-  const query = labels.query.map(String).indexOf(context.state.query);
+  const query = single.place("query", context.state.query);
   if (query < 0) return h("p", { class: "empty" }, `${entry.name} of single ${entry.of}s was not computed for this query.`);
   const at = nearest(labels.step, wanted);
   const { value, stderr } = await single.ranking(at, query);
   // Where there is noise by value / stderr, so that what is large but doubtful does not lead.
   const weight = (k: number) => (entry.noisy ? (stderr[k] > 0 ? value[k] / stderr[k] : 0) : value[k]);
-  const order = Array.from(value.keys()).filter((k) => Number.isFinite(value[k])).sort((a, b) => weight(a) - weight(b));
-  const helpful = order.slice(0, PER_SIDE).filter((k) => value[k] < 0);
-  const harmful = order.slice(-PER_SIDE).reverse().filter((k) => value[k] > 0);
-  const known = (chosen: number[]) => Promise.all(chosen.map((k) => datum(context, String(labels.train[k]), value[k], stderr[k], entry.of === "token" ? { labels, value } : null)));
+  const known = Array.from(value.keys()).filter((k) => Number.isFinite(value[k]));
+  const helpful = largest(PER_SIDE, value.length, (k) => (value[k] < 0 ? -weight(k) : NaN));
+  const harmful = largest(PER_SIDE, value.length, (k) => (value[k] > 0 ? weight(k) : NaN));
+  const shown = (chosen: number[]) => Promise.all(chosen.map((k) => datum(context, String(labels.train[k]), value[k], stderr[k], entry.of === "token" ? { labels, value } : null)));
   const title = `Step ${stepText(labels.step[at])}`;
-  const place = labels.train.map(String).indexOf(context.state.train);
+  const place = single.place("train", context.state.train);
   const histogram = spread(value, entry.unit, title, place >= 0 && context.influence.entry.of === entry.of ? value[place] : null, () => ({
     columns: ["step", entry.of, "query", `value (${entry.unit})`, "stderr"],
-    rows: order.map((k) => [labels.step[at], labels.train[k], labels.query[query], value[k], stderr[k]]),
+    rows: known.sort((a, b) => weight(a) - weight(b)).map((k) => [labels.step[at], labels.train[k], labels.query[query], value[k], stderr[k]]),
   }));
-  const clear = entry.noisy ? order.filter((k) => Math.abs(value[k]) > 2 * stderr[k]).length : order.filter((k) => value[k] !== 0).length;
-  const said = `${entry.name} of ${order.length.toLocaleString("en-US")} ${entry.of}s on ${short(labels.query[query], 40)}: ${clear.toLocaleString("en-US")} are ${entry.noisy ? "more than two standard errors from zero" : "not zero"}. Extremes picked from many look larger than they are.`;
-  return panel(context, title, said, histogram, await known(helpful), await known(harmful), entry.path, entry.unit);
+  const clear = known.filter((k) => (entry.noisy ? Math.abs(value[k]) > 2 * stderr[k] : value[k] !== 0)).length;
+  const said = `${entry.name} of ${known.length.toLocaleString("en-US")} ${entry.of}s on ${short(labels.query[query], 40)}: ${clear.toLocaleString("en-US")} are ${entry.noisy ? "more than two standard errors from zero" : "not zero"}. Extremes picked from many look larger than they are.`;
+  return panel(context, title, said, histogram, ...(await Promise.all([shown(helpful), shown(harmful)])), entry.path, entry.unit);
 }
 
 // Of runs that keep the samples that matter most alone.
 async function picked(context: Context, wanted: number): Promise<Node> {
-  const there = context.run.exemplars.filter((one) => String(one.query) === context.state.query);
+  const all = await context.store.document<Exemplars>("exemplars");
+  const there = all.filter((one) => String(one.query) === context.state.query);
   if (!there.length) {
-    const others = [...new Set(context.run.exemplars.map((one) => String(one.query)))];
+    const others = [...new Set(all.map((one) => String(one.query)))];
     const links = others.map((query) => h("li", {}, h("button", { type: "button", class: "link", click: () => context.set({ query }) }, short(query, 40))));
     return h("div", { class: "empty" }, h("p", {}, "Single training samples were not looked at for this query: set per: sample in the configuration."), others.length ? h("p", {}, "They were for:") : null, h("ul", {}, links));
   }
   const one = there[nearest(there.map((each) => each.step), wanted)];
   const found = await context.store.document<Document>(`exemplars/${one.document}`);
-  const all: Datum[] = found.samples.map((sample, k) => ({
+  const data: Datum[] = found.samples.map((sample, k) => ({
     sample, label: found.labels[k], value: found.values[k], stderr: found.stderrs[k],
     text: found.texts?.[k], tokens: found.token_values?.[k],
     image: found.images ? { shape: found.images[k].shape, bytes: Uint8Array.from(atob(found.images[k].bytes), (c) => c.charCodeAt(0)) } : undefined,
   }));
-  const once = [...new Map(all.map((each) => [each.sample, each])).values()].sort((a, b) => a.value - b.value);
+  const once = [...new Map(data.map((each) => [each.sample, each])).values()].sort((a, b) => a.value - b.value);
   const said = `The training samples that mattered most for ${short(one.query, 40)}, by ${one.estimator}. Extremes picked from many look larger than they are.`;
   return panel(context, `Step ${stepText(one.step)}`, said, null, once.filter((each) => each.value < 0).slice(0, PER_SIDE), once.filter((each) => each.value > 0).reverse().slice(0, PER_SIDE), null, "nats per unit weight");
 }
@@ -95,9 +97,11 @@ async function datum(context: Context, name: string, value: number, stderr: numb
   const [sample, token] = name.split("/").map(Number);
   const { run, store } = context;
   const one: Datum = { sample, token, label: "", value, stderr };
-  const place = run.samples?.sample.indexOf(sample) ?? -1;
-  if (!run.samples || place < 0) return one;
-  one.label = run.samples.label[place];
+  if (!run.samples) return one;
+  const names = await store.document<Named>("samples/names");
+  const place = names.sample.indexOf(sample);
+  if (place < 0) return one;
+  one.label = names.label[place];
   if (run.samples.image) {
     const { data, shape } = await store.numbers("samples/image", [place, ...run.samples.image.map(() => null)]);
     one.image = { shape, bytes: data as Uint8Array };

@@ -9,6 +9,8 @@ import { plusMinus, short, sign, step as stepText, superscript } from "../words"
 
 const DOUBT = 2; // standard errors
 const NAMED = 44;
+const LEVELS = 256; // of each colour
+const DOT = packed([138, 138, 138]);
 
 let byLabel = false;
 
@@ -35,7 +37,7 @@ export async function matrix(context: Context): Promise<Node> {
     x: { type: "band", domain: columns, padding: 0, ticks: named(columns), tickFormat: (k: number) => short(labels.query[k], 10), tickRotate: queries > 12 ? -45 : 0, label: "query", tickSize: 0 },
     y: { type: "band", domain: shown, padding: 0, ticks: named(shown), tickFormat: (k: number) => short(labels.train[k], 12), label: `training ${entry.of}`, labelArrow: "none", tickSize: 0 },
     marks: [
-      painted(shown, columns, (row, column) => [value[cell(row, column)] / limit, Math.abs(value[cell(row, column)]) < DOUBT * stderr[cell(row, column)]]),
+      painted(shown, columns, entry.noisy, (row, column) => [value[cell(row, column)] / limit, Math.abs(value[cell(row, column)]) < DOUBT * stderr[cell(row, column)]]),
       Plot.cell([[context.query, context.train]].filter(() => at.has(context.train)), { x: "0", y: "1", fill: "none", stroke: "var(--ink)", strokeWidth: 2 }),
     ],
   });
@@ -83,29 +85,37 @@ function order(all: number[], alike: number[] | null): number[] {
   return alike.filter((k) => there.has(k));
 }
 
-// One image for all cells: thousands of rectangles would be slow.
-function painted(rows: number[], columns: number[], at: (row: number, column: number) => [number, boolean]): Plot.Markish {
+// One image for all cells, of one pixel each, or of odd numbers of them with a dot in the middle: thousands of rectangles would be slow.
+function painted(rows: number[], columns: number[], dotted: boolean, at: (row: number, column: number) => [number, boolean]): Plot.Markish {
   return (_index, _scales, _channels, { width, height, marginLeft, marginRight, marginTop, marginBottom }) => {
     const [wide, high] = [width - marginLeft - marginRight, height - marginTop - marginBottom];
-    const sharp = Math.max(1, Math.min(8, Math.round((2 * wide) / columns.length)));
-    const canvas = h("canvas", { width: columns.length * sharp, height: rows.length * sharp });
+    const down = !dotted ? 1 : rows.length * columns.length > 4096 ? 3 : 5;
+    const along = !dotted ? 1 : Math.max(3, 1 + 2 * Math.round((down * wide * rows.length) / (high * columns.length) / 2));
+    const canvas = h("canvas", { width: columns.length * along, height: rows.length * down });
     const brush = canvas.getContext("2d")!;
+    const pixels = brush.createImageData(canvas.width, canvas.height);
+    const whole = new Uint32Array(pixels.data.buffer);
+    const known = Array.from({ length: 2 * LEVELS + 1 }, (_, k) => packed(components(k / LEVELS - 1)));
     rows.forEach((row, i) =>
       columns.forEach((column, j) => {
         const [place, doubtful] = at(row, column);
-        brush.fillStyle = `rgb(${components(place).join(",")})`;
-        brush.fillRect(j * sharp, i * sharp, sharp, sharp);
-        if (!doubtful) return;
-        brush.fillStyle = "#8a8a8a";
-        const dot = Math.max(1, sharp / 4);
-        brush.fillRect(j * sharp + (sharp - dot) / 2, i * sharp + (sharp - dot) / 2, dot, dot);
+        const colour = known[Math.round(LEVELS * (1 + Math.max(-1, Math.min(1, place || 0))))];
+        const corner = i * down * canvas.width + j * along;
+        for (let k = 0; k < down; k++) whole.fill(colour, corner + k * canvas.width, corner + k * canvas.width + along);
+        if (doubtful) whole[corner + ((down - 1) / 2) * canvas.width + (along - 1) / 2] = DOT;
       }),
     );
+    brush.putImageData(pixels, 0, 0);
     const image = document.createElementNS("http://www.w3.org/2000/svg", "image");
     const place = { href: canvas.toDataURL(), x: marginLeft, y: marginTop, width: wide, height: high, preserveAspectRatio: "none", style: "image-rendering:pixelated" };
     for (const [name, one] of Object.entries(place)) image.setAttribute(name, String(one));
     return image as unknown as SVGElement;
   };
+}
+
+// As a pixel stands in memory.
+function packed([red, green, blue]: [number, number, number]): number {
+  return new Uint32Array(new Uint8Array([red, green, blue, 255]).buffer)[0];
 }
 
 export function scale(limit: number, unit: string): Node {

@@ -3,7 +3,8 @@ import * as Plot from "@observablehq/plot";
 import { roomFor, stepAxis } from "../axes";
 import type { Context } from "../context";
 import { h, table } from "../dom";
-import { figure, pressed } from "../figure";
+import { figure } from "../figure";
+import { bars, dots, found, type Point } from "../many";
 import type { Scores } from "../run";
 import { nearest } from "../state";
 import { number, short, step as stepText } from "../words";
@@ -35,20 +36,19 @@ async function scatter({ run, store, influence, state, set }: Context): Promise<
   const shared = measured.step.filter((step) => influence.labels.step.includes(step));
   if (!shared.length) return h("p", { class: "muted" }, "This influence and what was measured have no checkpoint in common.");
   const step = shared[nearest(shared, state.step)];
-  const { value, stderr } = await influence.matrix(influence.labels.step.indexOf(step));
+  const { value, stderr } = await influence.whole(influence.labels.step.indexOf(step));
   const effect = (await store.numbers("measured/effect")).data;
   const errors = measured.errors ? (await store.numbers("measured/effect_stderr")).data : null;
   const start = measured.step.indexOf(step) * measured.train.length * measured.query.length;
-  const at = (all: (string | number)[], label: string | number) => all.map(String).indexOf(String(label));
   const points = measured.train.flatMap((train, i) => {
-    const row = at(influence.labels.train, train);
+    const row = influence.place("train", train);
     const change = measured.train_size[i] * (measured.weight - 1);
     return measured.query.flatMap((query, j) => {
-      const column = at(influence.labels.query, query);
+      const column = influence.place("query", query);
       if (row < 0 || column < 0 || !measured.other[i][j]) return [];
-      const k = row * influence.labels.query.length + column;
+      const k = column * influence.labels.train.length + row;
       const place = start + i * measured.query.length + j;
-      return [{ train, query, predicted: value[k] * change, doubt: Math.abs(stderr[k] * change), measured: effect[place], error: errors ? errors[place] : 0 }];
+      return [{ train, query, x: value[k] * change, doubt: Math.abs(stderr[k] * change), y: effect[place], error: errors ? errors[place] : 0 }];
     });
   });
   const chosen = points.filter((p) => String(p.train) === state.train && String(p.query) === state.query);
@@ -60,24 +60,25 @@ async function scatter({ run, store, influence, state, set }: Context): Promise<
     y: { label: "measured effect (nats)", labelArrow: "none", grid: true, ticks: 5 },
     marks: [
       Plot.line(diagonal(points), { x: "0", y: "1", stroke: "var(--muted)" }),
-      Plot.ruleY(points, { y: "measured", x1: (p) => p.predicted - p.doubt, x2: (p) => p.predicted + p.doubt, stroke: "var(--helpful)", strokeOpacity: 0.35 }),
-      Plot.ruleX(points, { x: "predicted", y1: (p) => p.measured - p.error, y2: (p) => p.measured + p.error, stroke: "var(--helpful)", strokeOpacity: 0.35 }),
-      Plot.dot(points, { x: "predicted", y: "measured", fill: "var(--helpful)", r: 3, title: (p) => `${short(p.train)} on ${short(p.query)}\npredicted ${number(p.predicted)}, measured ${number(p.measured)}` }),
-      Plot.dot(chosen, { x: "predicted", y: "measured", r: 7, stroke: "var(--ink)", strokeWidth: 2 }),
+      bars(points.flatMap((p) => [[p.x - p.doubt, p.y, p.x + p.doubt, p.y], [p.x, p.y - p.error, p.x, p.y + p.error]]), "var(--helpful)", 0.35),
+      dots(points, "var(--helpful)", 6),
+      Plot.dot(chosen, { x: "x", y: "y", r: 7, stroke: "var(--ink)", strokeWidth: 2 }),
     ],
   });
-  pressed(picture, "dot", (k) => set({ train: String(points[k].train), query: String(points[k].query) }));
+  const say = found(picture, points,
+    (k) => `${short(points[k].train)} on ${short(points[k].query)}: predicted ${number(points[k].x)}, measured ${number(points[k].y)} nats`,
+    (k) => set({ train: String(points[k].train), query: String(points[k].query) }));
   const own = points.length < measured.train.length * measured.query.length ? " Pairs of a group with itself are left out." : "";
   const caption =
     `Change of the query losses after ${measured.window} training steps from step ${stepText(step)} with one train group at weight ${measured.weight}: ` +
     `measured by training again (up) against predicted by ${influence.entry.name} (across). On the line a prediction is right in nats. Bars are one standard error.${own}`;
   const columns = ["step", "train", "query", "predicted (nats)", "stderr", "measured (nats)", "stderr of measured"];
-  const rows = points.map((p) => [step, p.train, p.query, p.predicted, p.doubt, p.measured, p.error]);
-  return figure("predicted-measured", "Predicted and measured", picture, caption, { columns, rows });
+  const rows = points.map((p) => [step, p.train, p.query, p.x, p.doubt, p.y, p.error]);
+  return figure("predicted-measured", "Predicted and measured", h("div", {}, picture, say), caption, { columns, rows });
 }
 
-function diagonal(points: { predicted: number; measured: number }[]): number[][] {
-  const reach = Math.max(...points.flatMap((p) => [Math.abs(p.predicted), Math.abs(p.measured)]), 1e-12);
+function diagonal(points: (Point & { doubt: number; error: number })[]): number[][] {
+  const reach = Math.max(...points.flatMap((p) => [Math.abs(p.x) + p.doubt, Math.abs(p.y) + p.error].filter(Number.isFinite)), 1e-12);
   return [[-reach, -reach], [reach, reach]];
 }
 

@@ -5,6 +5,7 @@ import { ofLabel } from "../colour";
 import type { Context } from "../context";
 import { h } from "../dom";
 import { figure } from "../figure";
+import { largest } from "../largest";
 import type { Event, Values } from "../run";
 import { number, short, superscript } from "../words";
 
@@ -52,8 +53,8 @@ export async function timeline(context: Context): Promise<Node> {
       Plot.lineY(points, { x: "step", y: "value", z: "train", stroke: (d) => colour(d.train), strokeWidth: (d) => (d.train === context.train ? 2.6 : 1.3) }),
       Plot.dot(points, { x: "step", y: "value", fill: (d) => colour(d.train), r: 2 }),
       Plot.dot(await measuredPoints(context, chosen, unit), { x: "step", y: "value", symbol: "square", stroke: (d) => colour(d.train), fill: "var(--paper)", r: 3 }),
-      Plot.ruleY(events, { x1: "lower", x2: "upper", y: (e) => level(e, unit), stroke: (e) => colour(position(labels.train, e)) }),
-      Plot.dot(events, { x: "step", y: (e: Event) => level(e, unit), symbol: "kind", stroke: (e: Event) => colour(position(labels.train, e)), fill: "var(--paper)", r: 5, title: described }),
+      Plot.ruleY(events, { x1: "lower", x2: "upper", y: (e) => level(e, unit), stroke: (e) => colour(influence.place("train", e.train)) }),
+      Plot.dot(events, { x: "step", y: (e: Event) => level(e, unit), symbol: "kind", stroke: (e: Event) => colour(influence.place("train", e.train)), fill: "var(--paper)", r: 5, title: described }),
       endLabels(ends.map((end) => ({ ...end, text: short(labels.train[end.train], 14), colour: colour(end.train) }))),
       Plot.ruleX([state.step], { stroke: "var(--ink)", strokeWidth: 1.5 }),
       Plot.tip(points, Plot.pointer({ x: "step", y: "value", title: (d) => `${short(labels.train[d.train])} at step ${d.step}\n${number(d.value)} [${number(d.low)}, ${number(d.high)}]`, fill: "var(--paper)" })),
@@ -61,7 +62,7 @@ export async function timeline(context: Context): Promise<Node> {
     symbol: { domain: Object.keys(MARKS), range: Object.values(MARKS) },
   });
   chooseStep(picture, labels.step, (step) => set({ step }));
-  const losses = lossCurves(context, steps, width);
+  const losses = await lossCurves(context, steps, width);
   chooseStep(losses, labels.step, (step) => set({ step }));
   const columns = ["step", "train", "query", `value (${entry.unit})`, "stderr"];
   const rows = curves.flatMap((curve, k) => labels.step.map((step, i) => [step, labels.train[chosen[k]], name, curve.value[i], curve.stderr[i]]));
@@ -78,11 +79,8 @@ export async function timeline(context: Context): Promise<Node> {
 // The chosen training data first, then those of the largest influence at this step.
 async function strongest({ influence, step, query, train }: Context): Promise<number[]> {
   const { value } = await influence.ranking(step, query);
-  const name = String(influence.labels.query[query]);
-  const ranked = Array.from(value, (v, k) => [Math.abs(v), k] as const)
-    .filter(([v, k]) => k !== train && Number.isFinite(v) && String(influence.labels.train[k]) !== name)
-    .sort((a, b) => b[0] - a[0]);
-  return [train, ...ranked.slice(0, OTHERS).map(([, k]) => k)];
+  const own = influence.place("train", influence.labels.query[query]);
+  return [train, ...largest(OTHERS, value.length, (k) => (k === train || k === own ? NaN : Math.abs(value[k])))];
 }
 
 function along(curve: Values, steps: number[], reach: number, unit: number, train: number) {
@@ -110,12 +108,12 @@ async function measuredPoints({ run, store, influence, query }: Context, chosen:
   });
 }
 
-function lossCurves({ run, influence, query, state }: Context, steps: number[], width: number) {
+async function lossCurves({ run, store, influence, query, state }: Context, steps: number[], width: number) {
   const { losses } = run;
   const at = losses.query.map(String).indexOf(String(influence.labels.query[query]));
   const lines = [
     { name: "training set", values: losses.train, colour: "var(--ink)" },
-    ...(at < 0 ? [] : [{ name: short(losses.query[at], 14), values: losses.queries[at], colour: "var(--harmful)" }]),
+    ...(at < 0 ? [] : [{ name: short(losses.query[at], 14), values: Array.from((await store.numbers("losses", [at, null])).data), colour: "var(--harmful)" }]),
   ];
   const points = lines.flatMap((line) => losses.step.map((step, k) => ({ step, loss: line.values[k], ...line })));
   return Plot.plot({
@@ -174,8 +172,4 @@ function described(e: Event): string {
 
 function level(e: Event, unit: number): number {
   return e.kind === "flip" ? 0 : (e.detail.value ?? 0) / unit;
-}
-
-function position(labels: (string | number)[], e: Event): number {
-  return labels.map(String).indexOf(String(e.train));
 }

@@ -44,7 +44,7 @@ export async function twoTimes(context: Context): Promise<Node> {
       Plot.ruleX([state.step], { stroke: "var(--ink)", strokeWidth: 1 }),
     ],
   });
-  pressed(picture, "rect", (k) => set({ step: cells[k].trained }));
+  pressed(picture, (k) => set({ step: cells[k].trained }));
   const caption =
     `When ${short(times.train[train], 40)} was trained on (across), and what that did to the loss on ${short(times.query[query], 40)} at a later step (up): exact, by differentiating the run itself. ` +
     "Read upwards what becomes of one lesson, across which lessons a loss is made of. Press a cell to go to its step. Grey: training again did not bear the number out.";

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from stagewise.dynamics.curves import critical, degrees
 from stagewise.dynamics.events import Event, events
 from stagewise.dynamics.stages import Transition, half_learnt
-from stagewise.explorer.store import LARGE, Store, plain
+from stagewise.explorer.store import Store, plain
 from stagewise.results import EXACT, Exemplar, Results, headline, others
 from stagewise.retraining.scores import LEVEL
 from stagewise.traces.verdicts import MAX_EVEN_SHARE, MAX_RHAT, MIN_ESS_PER_CHAIN, UNTRUSTED
@@ -25,6 +25,8 @@ FORMAT = 1
 """Of the store; a page of another number says that it cannot read it."""
 
 _TEXTS = 128  # samples whose texts are one document
+_IMAGES = 2**14  # bytes, at most, of images that are one piece, unless one is larger
+_SEARCHED = 2**16  # numbers in an influence, at most, of which events are looked for
 _SCORES = ("correlation", "slope")
 
 
@@ -58,7 +60,6 @@ def _about(results: Results) -> dict[str, Any]:
             "step": results.losses["step"].values,
             "query": results.losses["query"].values,
             "train": results.losses["train"].values,
-            "queries": results.losses["queries"].transpose("query", "step").values,
         },
         "stages": [
             _stage(query, stage)
@@ -111,7 +112,7 @@ def _member(influence: xr.Dataset) -> str:
 
 
 def _events(influence: xr.Dataset) -> list[Event]:
-    if influence["value"].size > LARGE // 16 or not np.isfinite(influence["value"].values).all():
+    if influence["value"].size > _SEARCHED or not np.isfinite(influence["value"].values).all():
         return []
     return events(influence)
 
@@ -127,6 +128,8 @@ def _stage(query: Any, stage: Transition) -> dict[str, Any]:
 def _parts(results: Results, store: Store) -> dict[str, Any]:
     """What not every run has."""
     parts: dict[str, Any] = {"agreements": _scores(results), "diagnostics": _diagnostics(results)}
+    losses = results.losses["queries"].transpose("query", "step").values
+    store.array("losses", losses, (1, losses.shape[1]), losses.shape)
     if results.measured is not None:
         parts["measured"] = _measured(results.measured, store)
     if results.replay is not None:
@@ -140,7 +143,7 @@ def _parts(results: Results, store: Store) -> dict[str, Any]:
         parts["draws"] = {"step": results.draws["step"].values}
     if results.samples is not None:
         parts["samples"] = _samples(results.samples, store)
-    parts["exemplars"] = _exemplars(results, store)
+    _exemplars(results, store)
     return parts
 
 
@@ -184,21 +187,24 @@ def _two_times(influence: xr.Dataset, store: Store) -> dict[str, Any]:
 
 
 def _map(positions: xr.Dataset, store: Store) -> dict[str, Any]:
-    for name in ("value", "stderr"):
-        if name in positions:
-            store.array(f"map/{name}", positions[name].transpose("step", "sample", "axis").values)
+    """One piece for a step, and a document of all samples, which may be many."""
+    values = positions["value"].transpose("step", "sample", "axis").values
+    store.array("map/value", values, (1, *values.shape[1:]))
     names, label = np.unique(positions["label"].values.astype(str), return_inverse=True)
     share = positions["share"].transpose("step", "axis").values
-    about = {"step": positions["step"].values, "share": share, "names": names, "label": label}
-    return about | {"sample": positions["sample"].values, "errors": "stderr" in positions}
+    store.document("map/samples", {"names": names, "label": label, "sample": positions["sample"].values})
+    reach = float(np.nan_to_num(np.abs(values)).max(initial=0.0))
+    return {"step": positions["step"].values, "share": share, "reach": reach}
 
 
 def _samples(samples: xr.Dataset, store: Store) -> dict[str, Any]:
-    """What the training samples are: images, texts or rows of a table."""
-    about: dict[str, Any] = {"sample": samples["sample"].values, "label": samples["label"].values}
+    """What the training samples are: images, texts or rows of a table; their names are a document."""
+    store.document("samples/names", {"sample": samples["sample"].values, "label": samples["label"].values})
+    about: dict[str, Any] = {}
     if "image" in samples:
         image = samples["image"].values
-        store.array("samples/image", image, (min(64, len(image)), *image.shape[1:]))
+        together = min(len(image), max(1, _IMAGES // image[0].size))
+        store.array("samples/image", image, (together, *image.shape[1:]))
         about["image"] = image.shape[1:]
     if "row" in samples:
         store.array("samples/row", samples["row"].values)
@@ -211,12 +217,12 @@ def _samples(samples: xr.Dataset, store: Store) -> dict[str, Any]:
     return about
 
 
-def _exemplars(results: Results, store: Store) -> list[dict[str, Any]]:
+def _exemplars(results: Results, store: Store) -> None:
     listed = []
     for k, exemplar in enumerate(results.exemplars):
         store.document(f"exemplars/{k}", _exemplar(exemplar))
         listed.append({"query": exemplar.query, "step": exemplar.step, "estimator": exemplar.estimator, "document": k})
-    return listed
+    store.document("exemplars", listed)
 
 
 def _exemplar(exemplar: Exemplar) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def store_of(folder: Path) -> Path:
 
 
 def render(store: Path, budget: float) -> str:
-    """The page, with the smallest files of the store baked in up to so many bytes."""
+    """The page, with the store's own description and its smallest files baked in up to so many bytes."""
     bundle = files("stagewise.explorer") / "bundle"
     script = (bundle / "explorer.js").read_text(encoding="utf-8").replace("</script", "<\\/script")
     style = (bundle / "explorer.css").read_text(encoding="utf-8")
@@ -111,7 +111,7 @@ def _baked(store: Path, budget: float) -> dict[str, str]:
     left = budget
     paths = sorted(
         (path for path in store.rglob("*") if path.is_file()),
-        key=lambda path: (path.name != "zarr.json", path.stat().st_size, path),
+        key=lambda path: (path.parent != store, path.name != "zarr.json", path.stat().st_size, path),
     )
     for path in paths:
         left -= path.stat().st_size * 4 / 3

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 import uvicorn
@@ -21,7 +23,7 @@ from stagewise.explorer.page import STORE, render, store_of
 
 HOST = "127.0.0.1"
 
-_FIRST = 96 * 1024  # bytes baked in, so that the page appears after one request; the rest is read when it is asked for
+_FIRST = 192 * 1024  # bytes baked in, so that the page appears after one request; the rest is read when it is asked for
 
 
 def application(folder: Path, token: str) -> Starlette:
@@ -36,14 +38,19 @@ def application(folder: Path, token: str) -> Starlette:
     """
     store = store_of(folder)
 
+    @lru_cache(maxsize=1)
+    def rendered(_: int) -> str:
+        return render(store, _FIRST)
+
     def page(_: Request) -> HTMLResponse:
         # A store that was written anew meanwhile is another page.
-        return HTMLResponse(render(store, _FIRST), headers={"Cache-Control": "no-store"})
+        written = (store / "zarr.json").stat().st_mtime_ns
+        return HTMLResponse(rendered(written), headers={"Cache-Control": "no-store"})
 
     routes = [Route(f"/{token}/", page), Mount(f"/{token}/{STORE}", StaticFiles(directory=store))]
     # A page of somebody else's that has this address under a name of its own gets nothing: DNS rebinding.
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
-    return Starlette(routes=routes, middleware=[hosts, Middleware(GZipMiddleware, minimum_size=2**16)])
+    return Starlette(routes=routes, middleware=[hosts, Middleware(GZipMiddleware, minimum_size=2**16, compresslevel=6)])
 
 
 def listen(port: int = 0) -> socket.socket:
@@ -52,11 +59,13 @@ def listen(port: int = 0) -> socket.socket:
     Raises:
         OSError: the port is taken.
     """
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    # Named as TCP, or asyncio leaves Nagle's algorithm on, and every answer in two parts waits 40 ms for the second.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     if os.name == "posix":  # elsewhere it would let another process listen at the same port
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((HOST, port))
+        listener.listen()  # from now on a browser waits, and is not refused
     except OSError as error:
         listener.close()
         raise OSError(f"port {port} cannot be used ({error.strerror}); leave --port out for a free one") from None
@@ -73,7 +82,8 @@ def serve(app: Starlette, listener: socket.socket) -> None:
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=1
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    with suppress(KeyboardInterrupt):  # which is how it ends
+        uvicorn.Server(config).run(sockets=[listener])
 
 
 def new_token() -> str:

@@ -1,11 +1,12 @@
 """Arrays and documents that a browser reads piece by piece: one Zarr folder without compression.
 
 Numbers are little-endian float32, so that a browser needs no decoder. An influence ``(step, train, query)`` is one
-piece where it is small. A large one is written in three orders, each of which makes one question one short read:
+piece where it is small. A large one is written in orders that make every question one short read:
 
-by_step    (step, query, train), a piece is all training data of one query at one step: a ranking
 by_query   (query, train, step), a piece is some training data of one query at all steps: curves
 strongest  (step, row, query), the rows of the training data ``row`` that reach furthest at each step: a matrix
+by_step    (step, query, train), a piece is all training data of one query or a few at one step: a ranking; only where
+           a query has so many numbers that those at all steps are too long a read
 
 Documents are JSON files beside the arrays.
 """
@@ -13,7 +14,7 @@ Documents are JSON files beside the arrays.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ import xarray as xr
 import zarr
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
+from scipy.spatial.distance import squareform
 
-LARGE = 2**20
-"""Numbers in an influence that is read piece by piece."""
+LARGE = 2**15
+"""Numbers, at most, in an influence that is read as a whole: a first look has to be short."""
 
+_TOGETHER = 2**14  # numbers, at most, in a piece of several queries
 _CURVES = 64  # training samples whose curves are one piece
 _STRONGEST = 64
 _ORDERED = 512  # labels, at most, that are put next to those like them
@@ -87,19 +90,33 @@ class Store:
         labels = {dim: influence[dim].values.tolist() for dim in ("step", "train", "query")}
         sizes = influence["train_size"].values.tolist() if "train_size" in influence.coords else None
         order = {"train": _alike(value.transpose(1, 0, 2)), "query": _alike(value.transpose(2, 0, 1))}
-        attrs = {**about, **labels, "train_size": sizes, "order": order, "large": large}
+        attrs = {**about, **labels, "train_size": sizes, "order": order}
         self.attributes(path, attrs)
-        for name, values in arrays.items():
-            if not large:
+        known = {"path": path, **about, "step": labels["step"], "trains": len(labels["train"]), "large": large}
+        if not large:
+            for name, values in arrays.items():
                 self.array(f"{path}/{name}", values)
-                continue
-            steps, trains, queries = values.shape
-            self.array(f"{path}/by_step/{name}", values.transpose(0, 2, 1), (1, 1, trains), (1, queries, trains))
-            block = -(-trains // _CURVES) * _CURVES
-            self.array(f"{path}/by_query/{name}", values.transpose(2, 1, 0), (1, _CURVES, steps), (1, block, steps))
-        if large:
-            self._strongest(path, arrays)
-        return {"path": path, **about, "step": labels["step"], "large": large, "trains": len(labels["train"])}
+            return known | {"by_step": False}
+        by_step = value[:, :, 0].size > LARGE
+        for name, values in arrays.items():
+            self._by_query(f"{path}/by_query/{name}", values.transpose(2, 1, 0), in_parts=by_step)
+            if by_step:
+                self._by_step(f"{path}/by_step/{name}", values.transpose(0, 2, 1))
+        self._strongest(path, arrays)
+        return known | {"by_step": by_step}
+
+    def _by_query(self, path: str, values: NDArray[Any], in_parts: bool) -> None:
+        queries, trains, steps = values.shape
+        if in_parts:
+            self.array(path, values, (1, _CURVES, steps), (1, _multiple(trains, _CURVES), steps))
+        else:
+            few = max(1, min(queries, _TOGETHER // (trains * steps)))
+            self.array(path, values, (few, trains, steps), (_multiple(queries, few), trains, steps))
+
+    def _by_step(self, path: str, values: NDArray[Any]) -> None:
+        _, queries, trains = values.shape
+        few = max(1, min(queries, _TOGETHER // trains))
+        self.array(path, values, (1, few, trains), (1, _multiple(queries, few), trains))
 
     def _strongest(self, path: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         reach = np.nan_to_num(np.abs(arrays["value"])).max(2)
@@ -110,13 +127,18 @@ class Store:
             self.array(f"{path}/strongest/{name}", chosen, (1, *chosen.shape[1:]))
 
 
+def _multiple(size: int, part: int) -> int:
+    """The size of whole parts."""
+    return -(-size // part) * part
+
+
 def plain(value: Any) -> Any:
     """As JSON knows it: numpy's numbers are Python's, what is not finite is None."""
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, np.ndarray | np.generic):
         return plain(value.tolist())
-    if isinstance(value, list | tuple):
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return [plain(entry) for entry in value]
     if isinstance(value, float) and not np.isfinite(value):
         return None
@@ -127,6 +149,9 @@ def _alike(rows: NDArray[Any]) -> list[int] | None:
     """An order in which rows that are alike over all of training stand side by side; None where there are too many."""
     if not 2 < len(rows) <= _ORDERED:
         return None
-    flat = np.nan_to_num(rows.reshape(len(rows), -1).astype(float))
-    tree = linkage(flat, "average")
-    return [int(k) for k in leaves_list(optimal_leaf_ordering(tree, flat))]
+    flat = np.nan_to_num(rows.reshape(len(rows), -1))
+    products = flat @ flat.T
+    squares = np.diag(products)
+    between = np.sqrt(np.maximum(0, squares[:, None] + squares - 2 * products).astype(float))
+    distances = squareform(between, checks=False)
+    return [int(k) for k in leaves_list(optimal_leaf_ordering(linkage(distances, "average"), distances))]
