@@ -84,7 +84,7 @@ class Page {
     const wanted = Number.isFinite(this.state.step) ? this.state.step : labels.step[Math.floor(labels.step.length / 2)];
     const step = nearest(labels.step, wanted);
     let train = influence.place("train", this.state.train);
-    if (train < 0) train = furthest((await influence.ranking(step, query)).value, influence.place("train", labels.query[query]));
+    if (train < 0) train = furthest((await influence.ranking(step, query)).value, labels.own[query]);
     this.state = { ...this.state, by: entry.path, query: String(labels.query[query]), step: labels.step[step], train: String(labels.train[train]) };
     return { run: this.run, store: this.store, state: this.state, influence, query, step, train, set: this.set };
   }
@@ -134,10 +134,10 @@ function described(entry: Entry): string {
   return `${entry.name} of ${entry.of}s (${entry.rung})`;
 }
 
-function furthest(value: Float32Array, own: number): number {
+function furthest(value: Float32Array, own: number[]): number {
   let best = -1;
   value.forEach((one, k) => {
-    if (k !== own && Number.isFinite(one) && (best < 0 || Math.abs(one) > Math.abs(value[best]))) best = k;
+    if (!own.includes(k) && Number.isFinite(one) && (best < 0 || Math.abs(one) > Math.abs(value[best]))) best = k;
   });
   return Math.max(0, best);
 }
@@ -163,8 +163,10 @@ async function start(): Promise<void> {
   const root = document.getElementById("app")!;
   try {
     const baked = JSON.parse(document.getElementById("baked")!.textContent!);
-    const store = new Store(new Files(baked, "data.zarr"));
+    const files = new Files(baked, "data.zarr");
+    const store = new Store(files);
     const run = await store.attributes<Run>("");
+    files.version = run.id;
     if (run.format !== FORMAT) throw new Error(`this page reads data of format ${FORMAT}, and these are of format ${run.format}: write them again with \`stagewise report RUN\``);
     if (!run.influences.length) throw new Error("no checkpoint of this run could be answered; the report says why");
     await new Page(run, store, root).show({});

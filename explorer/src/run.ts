@@ -17,7 +17,8 @@ export type Stage = { query: Label | null; name: string; step: number; lower: nu
 export type Entry = {
   path: string;
   name: string;
-  rung: "exact" | "estimated";
+  rung: "exact" | "estimated" | "imported";
+  checked: boolean; // what was measured is of these rows, in nats
   unit: string;
   of: "group" | "sample" | "token";
   events: Event[];
@@ -42,9 +43,10 @@ export type Scores = {
 };
 export type Run = {
   format: number;
+  id: string; // of this writing of the store
   title: string;
   window: number | null;
-  losses: { step: number[]; query: Label[]; train: number[] };
+  losses: { step: number[]; query: Label[]; train: number[]; of: number | null };
   stages: Stage[];
   omitted: Record<string, string>;
   notes: string[];
@@ -58,7 +60,6 @@ export type Run = {
     train: Label[];
     query: Label[];
     other: boolean[][];
-    train_size: number[];
     weight: number;
     window: number;
     errors: boolean;
@@ -77,7 +78,7 @@ export type Named = { sample: number[]; label: string[] };
 export type Values = { value: Float32Array; stderr: Float32Array };
 
 type Labels = { step: number[]; train: Label[]; query: Label[]; train_size: number[] | null };
-type Orders = { order: { train: number[] | null; query: number[] | null } };
+type Orders = { order: { train: number[] | null; query: number[] | null }; own: number[][] };
 
 // One influence, (step, train, query). Positions, not labels, go in and out.
 export class Influence {

@@ -26,6 +26,7 @@ function remembering(): Remembered {
 
 export class Files implements AsyncReadable {
   private once = remembering();
+  version = ""; // of the store; a server refuses another, and a cache does not mix them up
 
   constructor(
     private baked: Record<string, string>,
@@ -55,8 +56,9 @@ export class Files implements AsyncReadable {
 
   private async asked(key: string, headers: Record<string, string>, range?: RangeQuery): Promise<Uint8Array | undefined> {
     if (location.protocol === "file:") throw new Error(FROM_DISK);
-    const response = await fetch(`${this.base}${key}`, { headers });
+    const response = await fetch(`${this.base}${key}${this.version && `?v=${this.version}`}`, { headers });
     if (response.status === 404) return undefined;
+    if (response.status === 409) throw new Error("The results were written anew meanwhile: reload the page.");
     if (!response.ok) throw new Error(`reading ${key} failed: ${response.status} ${response.statusText}`);
     const bytes = new Uint8Array(await response.arrayBuffer());
     if (!range || response.status === 206) return bytes;

@@ -20,7 +20,11 @@ export async function proof(context: Context): Promise<Node> {
 // On which rung the numbers stand, and what the rung above says of them.
 function standing({ run, influence, state }: Context): string {
   const { entry } = influence;
-  const rung = entry.rung === "exact" ? "exact: the derivative of the window, by replaying it" : "estimated from the checkpoint alone";
+  const rung = {
+    exact: "exact: the derivative of the window, by replaying it",
+    estimated: "estimated from the checkpoint alone",
+    imported: "what another tool says, imported",
+  }[entry.rung];
   const tests = run.agreements.filter((one) => one.name === entry.name);
   const said = tests.map((one) => {
     const k = nearest(one.step, state.step);
@@ -32,7 +36,7 @@ function standing({ run, influence, state }: Context): string {
 async function scatter({ run, store, influence, state, set }: Context): Promise<Node | null> {
   const { measured } = run;
   if (!measured) return h("p", { class: "muted" }, "No effect was measured by training again in this run.");
-  if (influence.entry.of !== "group") return h("p", { class: "muted" }, "Effects of whole groups were measured: choose an influence of groups above to hold it against them.");
+  if (!influence.entry.checked) return h("p", { class: "muted" }, "What was measured is of other rows, or this influence is not in nats: choose another above to hold it against effects.");
   const shared = measured.step.filter((step) => influence.labels.step.includes(step));
   if (!shared.length) return h("p", { class: "muted" }, "This influence and what was measured have no checkpoint in common.");
   const step = shared[nearest(shared, state.step)];
@@ -42,7 +46,7 @@ async function scatter({ run, store, influence, state, set }: Context): Promise<
   const start = measured.step.indexOf(step) * measured.train.length * measured.query.length;
   const points = measured.train.flatMap((train, i) => {
     const row = influence.place("train", train);
-    const change = measured.train_size[i] * (measured.weight - 1);
+    const change = influence.labels.train_size![row] * (measured.weight - 1);
     return measured.query.flatMap((query, j) => {
       const column = influence.place("query", query);
       if (row < 0 || column < 0 || !measured.other[i][j]) return [];
@@ -100,7 +104,7 @@ function agreement({ run, state, influence, set }: Context, against: string): No
     ],
   });
   const rows = scores.map((one) => row(one, colour.get(one.name)!, state.step, () => {
-    const found = run.influences.find((entry) => entry.name === one.name && entry.of === "group");
+    const found = run.influences.find((entry) => entry.name === one.name);
     if (found) set({ by: found.path });
   }));
   const columns = ["estimator", "step", "correlation", "lower", "upper", "slope", "lower", "upper"];

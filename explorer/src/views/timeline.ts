@@ -7,9 +7,10 @@ import { h } from "../dom";
 import { figure } from "../figure";
 import { largest } from "../largest";
 import type { Event, Values } from "../run";
-import { number, short, superscript } from "../words";
+import { number, short, step as stepText, superscript } from "../words";
 
 const OTHERS = 3;
+const SAMPLED = "BIF"; // the estimator that rests on chains
 const MARKS: Record<string, "diamond" | "triangle" | "triangle2"> = {
   flip: "diamond",
   "helpful peak": "triangle2",
@@ -32,8 +33,9 @@ export async function timeline(context: Context): Promise<Node> {
   const stages = run.stages.filter((stage) => stage.query === null || String(stage.query) === String(name));
   const width = roomFor(960);
   const colour = (train: number) => ofLabel(train);
-  const untrusted = entry.rung === "estimated" ? Object.keys(run.omitted).map(Number) : [];
+  const untrusted = entry.name === SAMPLED ? Object.keys(run.omitted).map(Number) : [];
   const ends = curves.map((curve, k) => ({ step: labels.step.at(-1)!, value: curve.value.at(-1)! / unit, train: chosen[k] }));
+  const measured = await measuredPoints(context, chosen, unit);
   const picture = Plot.plot({
     width,
     height: 300,
@@ -52,7 +54,7 @@ export async function timeline(context: Context): Promise<Node> {
       Plot.areaY(points, { x: "step", y1: "low", y2: "high", z: "train", fill: (d) => colour(d.train), fillOpacity: 0.15 }),
       Plot.lineY(points, { x: "step", y: "value", z: "train", stroke: (d) => colour(d.train), strokeWidth: (d) => (d.train === context.train ? 2.6 : 1.3) }),
       Plot.dot(points, { x: "step", y: "value", fill: (d) => colour(d.train), r: 2 }),
-      Plot.dot(await measuredPoints(context, chosen, unit), { x: "step", y: "value", symbol: "square", stroke: (d) => colour(d.train), fill: "var(--paper)", r: 3 }),
+      Plot.dot(measured, { x: "step", y: "value", symbol: "square", stroke: (d) => colour(d.train), fill: "var(--paper)", r: 3 }),
       Plot.ruleY(events, { x1: "lower", x2: "upper", y: (e) => level(e, unit), stroke: (e) => colour(influence.place("train", e.train)) }),
       Plot.dot(events, { x: "step", y: (e: Event) => level(e, unit), symbol: "kind", stroke: (e: Event) => colour(influence.place("train", e.train)), fill: "var(--paper)", r: 5, title: described }),
       endLabels(ends.map((end) => ({ ...end, text: short(labels.train[end.train], 14), colour: colour(end.train) }))),
@@ -68,9 +70,9 @@ export async function timeline(context: Context): Promise<Node> {
   const rows = curves.flatMap((curve, k) => labels.step.map((step, i) => [step, labels.train[chosen[k]], name, curve.value[i], curve.stderr[i]]));
   const caption =
     `Influence on ${short(name, 40)} of ${short(labels.train[context.train], 40)} (bold) and of the ${entry.of}s that reach furthest at this step. ` +
-    `Below zero is helpful: more weight lowers the loss. ${entry.noisy ? "Bands are pointwise 95 % intervals. " : "This estimator has no noise. "}` +
-    "Diamonds are sign flips, triangles peaks that noise cannot have made, with the interval of their step. " +
-    (run.measured ? "Open squares were measured by training again. " : "") +
+    `Below zero is helpful: more weight lowers the loss. ${entry.noisy ? "Bands are pointwise 95 % intervals. " : entry.rung === "imported" ? "Imported scores, whose errors are not known. " : "This estimator has no noise. "}` +
+    (events.length ? "Diamonds are sign flips, triangles peaks that noise cannot have made, with the interval of their step. " : "") +
+    (measured.length ? "Open squares were measured by training again. " : "") +
     (stages.length ? "Dashed: stages of the model, half learnt where half of the query's loss is gone. " : "") +
     (untrusted.length ? "Shaded: checkpoints whose chains cannot be trusted." : "");
   return h("div", {}, figure("timeline", "Over training", h("div", {}, picture, losses), caption, { columns, rows }), listed(context, events));
@@ -79,8 +81,8 @@ export async function timeline(context: Context): Promise<Node> {
 // The chosen training data first, then those of the largest influence at this step.
 async function strongest({ influence, step, query, train }: Context): Promise<number[]> {
   const { value } = await influence.ranking(step, query);
-  const own = influence.place("train", influence.labels.query[query]);
-  return [train, ...largest(OTHERS, value.length, (k) => (k === train || k === own ? NaN : Math.abs(value[k])))];
+  const own = influence.labels.own[query];
+  return [train, ...largest(OTHERS, value.length, (k) => (k === train || own.includes(k) ? NaN : Math.abs(value[k])))];
 }
 
 function along(curve: Values, steps: number[], reach: number, unit: number, train: number) {
@@ -93,13 +95,13 @@ function along(curve: Values, steps: number[], reach: number, unit: number, trai
 
 async function measuredPoints({ run, store, influence, query }: Context, chosen: number[], unit: number) {
   const measured = run.measured;
-  if (!measured || influence.entry.of !== "group" || measured.weight === 1) return [];
+  if (!measured || !influence.entry.checked || measured.weight === 1) return [];
   const column = measured.query.map(String).indexOf(String(influence.labels.query[query]));
   const effect = (await store.numbers("measured/effect")).data;
   return chosen.flatMap((train) => {
     const row = measured.train.map(String).indexOf(String(influence.labels.train[train]));
     if (row < 0 || column < 0) return [];
-    const change = measured.train_size[row] * (measured.weight - 1);
+    const change = influence.labels.train_size![train] * (measured.weight - 1);
     return measured.step.map((step, k) => ({
       step,
       train,
@@ -112,7 +114,7 @@ async function lossCurves({ run, store, influence, query, state }: Context, step
   const { losses } = run;
   const at = losses.query.map(String).indexOf(String(influence.labels.query[query]));
   const lines = [
-    { name: "training set", values: losses.train, colour: "var(--ink)" },
+    { name: losses.of === null ? "training set" : `${stepText(losses.of)} of training`, values: losses.train, colour: "var(--ink)" },
     ...(at < 0 ? [] : [{ name: short(losses.query[at], 14), values: Array.from((await store.numbers("losses", [at, null])).data), colour: "var(--harmful)" }]),
   ];
   const points = lines.flatMap((line) => losses.step.map((step, k) => ({ step, loss: line.values[k], ...line })));

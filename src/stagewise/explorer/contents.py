@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import xarray as xr
@@ -17,7 +18,7 @@ from stagewise.dynamics.curves import critical, degrees
 from stagewise.dynamics.events import Event, events
 from stagewise.dynamics.stages import Transition, half_learnt
 from stagewise.explorer.store import Store, plain
-from stagewise.results import EXACT, Exemplar, Results, headline, others
+from stagewise.results import ARBITRARY, EXACT, Exemplar, Results, headline, others
 from stagewise.retraining.scores import LEVEL
 from stagewise.traces.verdicts import MAX_EVEN_SHARE, MAX_RHAT, MIN_ESS_PER_CHAIN, UNTRUSTED
 
@@ -54,12 +55,14 @@ def _about(results: Results) -> dict[str, Any]:
     window = None if answered is None else answered.attrs.get("window")
     return {
         "format": FORMAT,
+        "id": uuid4().hex,
         "title": results.title,
         "window": window,
         "losses": {
             "step": results.losses["step"].values,
             "query": results.losses["query"].values,
             "train": results.losses["train"].values,
+            "of": results.losses.attrs.get("train_samples"),
         },
         "stages": [
             _stage(query, stage)
@@ -84,12 +87,14 @@ def _influences(results: Results) -> Iterator[tuple[xr.Dataset, dict[str, Any]]]
             continue
         grouped = results.losses.attrs.get("curves", "group") == "group" and any(data is one for one in seen)
         member = "group" if grouped else _member(data)
-        known = results.events if data is results.answered else _events(data)
+        imported = "imported" in data.attrs
+        known = results.events if data is results.answered else [] if imported else _events(data)
         yield (
             data,
             {
                 "name": name,
-                "rung": "exact" if name == EXACT else "estimated",
+                "rung": "imported" if imported else "exact" if name == EXACT else "estimated",
+                "checked": any(data is one for one in seen) and _checked(data, results.measured),
                 "unit": data.attrs.get("units", "nats per unit weight"),
                 "of": member,
                 "events": [_event(event) for event in known],
@@ -98,6 +103,13 @@ def _influences(results: Results) -> Iterator[tuple[xr.Dataset, dict[str, Any]]]
                 "noisy": bool("stderr" in data and np.nan_to_num(data["stderr"].values).any()),
             },
         )
+
+
+def _checked(curves: xr.Dataset, measured: xr.Dataset | None) -> bool:
+    """Whether effects can be predicted by it, in nats, of the rows whose effects were measured."""
+    if measured is None or curves.attrs.get("units") == ARBITRARY or "train_size" not in curves.coords:
+        return False
+    return {*curves["train"].values.tolist()} == {*measured["train"].values.tolist()}
 
 
 def _largest(influence: xr.Dataset) -> float:
@@ -174,7 +186,7 @@ def _measured(measured: xr.Dataset, store: Store) -> dict[str, Any]:
         if name in measured:
             store.array(f"measured/{name}", measured[name].transpose("step", "train", "query").values)
     labels = {dim: measured[dim].values for dim in ("step", "train", "query")}
-    pairs = {"other": others(measured), "train_size": measured["train_size"].values}
+    pairs = {"other": others(measured)}
     known = {name: measured.attrs[name] for name in ("weight", "window")}
     return labels | pairs | known | {"errors": "effect_stderr" in measured}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import socket
@@ -15,9 +16,10 @@ from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
 from stagewise.explorer.page import STORE, render, store_of
 
@@ -47,10 +49,21 @@ def application(folder: Path, token: str) -> Starlette:
         written = (store / "zarr.json").stat().st_mtime_ns
         return HTMLResponse(rendered(written), headers={"Cache-Control": "no-store"})
 
-    routes = [Route(f"/{token}/", page), Mount(f"/{token}/{STORE}", StaticFiles(directory=store))]
+    routes = [Route(f"/{token}/", page), Mount(f"/{token}/{STORE}", _Store(directory=store))]
     # A page of somebody else's that has this address under a name of its own gets nothing: DNS rebinding.
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
     return Starlette(routes=routes, middleware=[hosts, Middleware(GZipMiddleware, minimum_size=2**16, compresslevel=6)])
+
+
+class _Store(StaticFiles):
+    """The store's files, as long as they are those of the page that asks (``?v=`` and their id)."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        asked = Request(scope).query_params.get("v")
+        about = json.loads((Path(str(self.directory)) / "zarr.json").read_text(encoding="utf-8"))["attributes"]
+        if asked is not None and asked != about["id"]:
+            return PlainTextResponse("the results were written anew", status_code=409)
+        return await super().get_response(path, scope)
 
 
 def listen(port: int = 0) -> socket.socket:

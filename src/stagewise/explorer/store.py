@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
 from scipy.spatial.distance import squareform
 
+from stagewise.results import others
+
 LARGE = 2**15
 """Numbers, at most, in an influence that is read as a whole: a first look has to be short."""
 
@@ -61,7 +63,13 @@ class Store:
         values = values if values.dtype == np.uint8 else np.asarray(values, dtype="<f4")
         whole = tuple(max(1, size) for size in values.shape)
         array = self._root.create_array(
-            path, shape=values.shape, dtype=values.dtype, chunks=piece or whole, shards=file, compressors=None
+            path,
+            shape=values.shape,
+            dtype=values.dtype,
+            chunks=piece or whole,
+            shards=file,
+            compressors=None,
+            config={"write_empty_chunks": True},  # a page from disk cannot tell what is 0 from what is not there
         )
         array[...] = values
 
@@ -90,7 +98,8 @@ class Store:
         labels = {dim: influence[dim].values.tolist() for dim in ("step", "train", "query")}
         sizes = influence["train_size"].values.tolist() if "train_size" in influence.coords else None
         order = {"train": _alike(value.transpose(1, 0, 2)), "query": _alike(value.transpose(2, 0, 1))}
-        attrs = {**about, **labels, "train_size": sizes, "order": order}
+        own = [np.flatnonzero(~column) for column in others(influence).T]  # by query: groups of the same label
+        attrs = {**about, **labels, "train_size": sizes, "order": order, "own": own}
         self.attributes(path, attrs)
         known = {"path": path, **about, "step": labels["step"], "trains": len(labels["train"]), "large": large}
         if not large:
