@@ -1,4 +1,5 @@
 import http.client
+import json
 import re
 import signal
 import socket
@@ -147,3 +148,10 @@ def test_a_folder_that_is_no_run_is_refused_in_a_line(tmp_path):
     assert shown.stderr.startswith("error: ")
     assert len(shown.stderr.splitlines()) == 1
     assert "stagewise report" in shown.stderr
+
+
+def test_a_page_of_another_writing_of_the_store_gets_none_of_its_numbers(run, url):
+    about = json.loads((run / "explorer" / "data.zarr" / "zarr.json").read_text())["attributes"]
+    path = f"/{TOKEN}/data.zarr/influence/0/zarr.json"
+    assert ask(url, f"{path}?v={about['id']}")[0] == 200
+    assert ask(url, f"{path}?v=of-before")[0] == 409

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import made_runs
 import numpy as np
@@ -193,3 +194,39 @@ def test_scores_are_those_of_the_report(root, results):
 def test_chains_that_kept_no_draws_are_no_fault(tmp_path):
     empty = xr.DataArray(np.zeros((0, 4, 6)), {"step": []}, ("step", "chain", "draw"))
     assert written(made_runs.digits(draws=empty), tmp_path)["draws"].shape == (0, 4, 6)
+
+
+def test_imported_scores_claim_neither_nats_nor_events(tmp_path):
+    scores = made_runs.influence(made_runs.CLASSES, made_runs.CLASSES, seed=8, imported="{}", units="arbitrary unit")
+    results = made_runs.digits()
+    root = written(replace(results, baselines={**results.baselines, "TRAK": scores}), tmp_path)
+    entries = {entry["name"]: entry for entry in root.attrs["influences"] if entry["of"] == "group"}
+    trak = entries["TRAK"]
+    assert (trak["rung"], trak["unit"], trak["checked"], trak["events"]) == ("imported", "arbitrary unit", False, [])
+    assert entries["exact influence"]["checked"]
+    assert entries["exact influence"]["events"]
+
+
+def test_samples_are_held_against_what_was_measured_of_samples_and_groups_are_not(tmp_path):
+    names = [str(k) for k in range(6)]
+    exact = made_runs.influence(names, ["a"], sizes=1)
+    measured = xr.Dataset({"effect": -exact["value"]}, attrs={"window": 30, "weight": 0.0})
+    changes = {"baselines": {"exact influence": exact}, "measured": measured, "single": {"other": exact * 2}}
+    results = made_runs.bare(names, ["a"], **changes)
+    results.losses.attrs["curves"] = "sample"
+    root = written(results, tmp_path)
+    checked = {entry["name"]: (entry["of"], entry["checked"]) for entry in root.attrs["influences"]}
+    assert checked == {"exact influence": ("sample", True), "other": ("sample", False)}
+
+
+def test_groups_of_the_querys_own_label_are_named_for_every_query(tmp_path):
+    labels = ["cat", "dog"]
+    root = written(made_runs.bare(labels, ["val:dog", "val:cat", "val:all"]), tmp_path)
+    assert root["influence/0"].attrs["own"] == [[1], [0], []]
+
+
+def test_what_is_all_zero_is_written_too(tmp_path):
+    results = made_runs.hierarchy()
+    zero = {name: 0 * data for name, data in results.baselines.items()}
+    root = written(replace(results, baselines=zero), tmp_path)
+    assert (root.store.root / "influence" / "0" / "value" / "c" / "0" / "0" / "0").is_file()
