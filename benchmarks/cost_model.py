@@ -45,7 +45,7 @@ SEEN: dict[str, dict[str, Any]] = {
     "12 checkpoints, linear": {"chains": 8, "draws": 24, "checkpoints": 12, "linear": True},
     "looped, no reflection, two blocks": {"chains": 6, "draws": 24, "batching": "loop", "reflect": False, "blocks": 2},
     "tokens, without a posterior": {"words": 200, "chains": 4, "draws": 12, "checkpoints": 3},
-    "tokens, the window's own draws": {"words": 200, "chains": 4, "draws": 40, "checkpoints": 3, "sampler": "window"},
+    "tokens, the window's own draws": {"words": 200, "chains": 4, "draws": 12, "checkpoints": 2, "sampler": "window"},
 }
 UNSEEN: dict[str, dict[str, Any]] = {
     "300 draws, no reflection": {"chains": 8, "draws": 300, "reflect": False, "checkpoints": 3},
