@@ -7,19 +7,24 @@ const BUNDLE = "../src/stagewise/explorer/bundle";
 // One script and one style sheet, which Python puts into a page. The store is not compressed: no codec is needed.
 const nothing = "data:text/javascript,export default undefined";
 
-// What the bundle was built from, which a test compares without Node; and the licences of what is in it.
+// Hashes of what the bundle was built from and of what was built, which a test compares without Node; and licences.
 const beside: Plugin = {
   name: "beside-the-bundle",
   closeBundle() {
     const own = readdirSync("src", { recursive: true, withFileTypes: true })
       .filter((entry) => entry.isFile())
       .map((entry) => `${entry.parentPath}/${entry.name}`);
-    const hash = createHash("sha256");
-    for (const file of ["package-lock.json", "vite.config.ts", ...own].sort()) hash.update(`${file}\0`).update(readFileSync(file)).update("\0");
-    writeFileSync(`${BUNDLE}/sources.sha256`, `${hash.digest("hex")}\n`);
+    const sources = digest(".", ["package-lock.json", "vite.config.ts", ...own]);
+    writeFileSync(`${BUNDLE}/sha256.txt`, `sources ${sources}\nbundle ${digest(BUNDLE, ["explorer.js", "explorer.css"])}\n`);
     writeFileSync(`${BUNDLE}/LICENSES.txt`, licences());
   },
 };
+
+function digest(folder: string, files: string[]): string {
+  const hash = createHash("sha256");
+  for (const file of files.sort()) hash.update(`${file}\0`).update(readFileSync(`${folder}/${file}`)).update("\0");
+  return hash.digest("hex");
+}
 
 function licences(): string {
   const { packages } = JSON.parse(readFileSync("package-lock.json", "utf8")) as {

@@ -9,13 +9,21 @@ SOURCES = Path(__file__).parents[2] / "explorer"
 BUNDLE = Path(stagewise.__file__).parent / "explorer" / "bundle"
 
 
-def test_bundle_was_built_from_the_sources_that_are_there():
+def digest(folder, names):
+    found = hashlib.sha256()
+    for name in sorted(names):
+        found.update(f"{name}\0".encode() + (folder / name).read_bytes() + b"\0")
+    return found.hexdigest()
+
+
+def test_bundle_is_what_was_built_from_the_sources_that_are_there():
     own = [path.relative_to(SOURCES).as_posix() for path in (SOURCES / "src").rglob("*") if path.is_file()]
-    digest = hashlib.sha256()
-    for name in sorted(["package-lock.json", "vite.config.ts", *own]):
-        digest.update(f"{name}\0".encode() + (SOURCES / name).read_bytes() + b"\0")
-    stamp = (BUNDLE / "sources.sha256").read_text().strip()
-    assert stamp == digest.hexdigest(), "explorer/ was changed: build it again with `make explorer`, and commit"
+    stamp = dict(line.split() for line in (BUNDLE / "sha256.txt").read_text().splitlines())
+    there = {
+        "sources": digest(SOURCES, ["package-lock.json", "vite.config.ts", *own]),
+        "bundle": digest(BUNDLE, ["explorer.js", "explorer.css"]),
+    }
+    assert stamp == there, "explorer/ was changed: build it again with `make explorer`, and commit"
 
 
 def test_licences_of_what_is_in_the_bundle_come_with_it():
