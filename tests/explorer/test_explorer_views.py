@@ -100,6 +100,7 @@ def test_the_data_are_ranked_and_drawn_as_they_are(opened, results):
     helpful = int((single["value"] < 0).sum())
     shown = page.page.eval_on_selector_all(".datum button", "all => all.map(one => one.textContent.trim())")
     assert shown == [f"sample {name}" for name in order[:helpful] + order[helpful:][::-1]]
+    page.page.wait_for_selector(".datum canvas[data-painted]")
     pixels = page.page.eval_on_selector(
         ".datum canvas", "one => Array.from(one.getContext('2d').getImageData(0, 0, 5, 4).data)"
     )

@@ -14,7 +14,7 @@ const PER_SIDE = 8;
 const TOKENS = 400;
 
 type Image = { shape: number[]; bytes: Uint8Array };
-type Datum = { sample: number; token?: number; label: string; value: number; stderr: number; text?: string[]; tokens?: (number | null)[]; image?: Image; row?: number[] };
+type Datum = { sample: number; token?: number; label: string; value: number; stderr: number; text?: string[]; tokens?: (number | null)[]; image?: Promise<Image>; row?: number[] };
 type Document = { samples: number[]; labels: string[]; values: number[]; stderrs: number[]; texts: string[][] | null; token_values: (number | null)[][] | null; images: { shape: number[]; bytes: string }[] | null };
 
 export async function data(context: Context): Promise<Node> {
@@ -72,7 +72,7 @@ async function picked(context: Context, wanted: number): Promise<Node> {
   const data: Datum[] = found.samples.map((sample, k) => ({
     sample, label: found.labels[k], value: found.values[k], stderr: found.stderrs[k],
     text: found.texts?.[k], tokens: found.token_values?.[k],
-    image: found.images ? { shape: found.images[k].shape, bytes: Uint8Array.from(atob(found.images[k].bytes), (c) => c.charCodeAt(0)) } : undefined,
+    image: found.images ? Promise.resolve({ shape: found.images[k].shape, bytes: Uint8Array.from(atob(found.images[k].bytes), (c) => c.charCodeAt(0)) }) : undefined,
   }));
   const once = [...new Map(data.map((each) => [each.sample, each])).values()].sort((a, b) => a.value - b.value);
   const said = `The training samples that mattered most for ${short(one.query, 40)}, by ${one.estimator}. Extremes picked from many look larger than they are.`;
@@ -103,8 +103,8 @@ async function datum(context: Context, name: string, value: number, stderr: numb
   if (place < 0) return one;
   one.label = names.label[place];
   if (run.samples.image) {
-    const { data, shape } = await store.numbers("samples/image", [place, ...run.samples.image.map(() => null)]);
-    one.image = { shape, bytes: data as Uint8Array };
+    const reading = store.numbers("samples/image", [place, ...run.samples.image.map(() => null)]);
+    one.image = reading.then(({ data, shape }) => ({ shape, bytes: data as Uint8Array }));
   } else if (run.samples.row) {
     one.row = Array.from((await store.numbers("samples/row", [place, null])).data);
   } else if (run.samples.text) {
@@ -136,9 +136,19 @@ function passage(one: Datum, limit: number): Node {
   }));
 }
 
-function drawn({ shape, bytes }: Image, name: string): Node {
+// Numbers do not wait for pictures, which come in as they are read.
+function drawn(image: Promise<Image>, name: string): Node {
+  const canvas = h("canvas", { width: 1, height: 1, class: "image", role: "img", "aria-label": name });
+  image.then(
+    (read) => painted(canvas, read),
+    (error) => (canvas.title = `the picture cannot be read: ${error}`),
+  );
+  return canvas;
+}
+
+function painted(canvas: HTMLCanvasElement, { shape, bytes }: Image): void {
   const [high, wide, channels = 1] = shape;
-  const canvas = h("canvas", { width: wide, height: high, class: "image", role: "img", "aria-label": name });
+  [canvas.width, canvas.height] = [wide, high];
   const brush = canvas.getContext("2d")!;
   const pixels = brush.createImageData(wide, high);
   for (let k = 0; k < wide * high; k++) {
@@ -146,7 +156,7 @@ function drawn({ shape, bytes }: Image, name: string): Node {
     pixels.data[4 * k + 3] = 255;
   }
   brush.putImageData(pixels, 0, 0);
-  return canvas;
+  canvas.dataset.painted = "";
 }
 
 function cells(row: number[]): Node {
