@@ -162,7 +162,10 @@ def _run(settings: RunConfig, dry_run: bool) -> None:
 
 
 def _show(found: Sequence[str], report: Path) -> None:
-    """Findings, and where the report is."""
+    """Findings, where the report is, and how to look around."""
     for sentence in found:
         console.print(f"- {sentence}", highlight=False, markup=False)
     console.print(f"\nreport: {report}", highlight=False, markup=False, soft_wrap=True)
+    if (report.parent / "explorer").is_dir():
+        line = f"look around: stagewise explore {report.parent}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
