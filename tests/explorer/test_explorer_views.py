@@ -89,6 +89,19 @@ def test_influence_in_two_times_is_that_of_the_chosen_pair(opened, results):
     assert sum("did not bear" in title for title in titles) == 1
 
 
+def test_samples_are_ranked_by_size_at_a_step_without_noise_although_others_have_some(viewer, tmp_path):
+    single = made_runs.single([str(k) for k in range(100, 112)], noise=3e-4)
+    single["stderr"].loc[{"step": int(STEP)}] = 0.0
+    write_explorer(made_runs.digits(single={EXACT: single}), tmp_path)
+    with served(tmp_path) as url:
+        page = viewer(url).open(view="data", step=STEP, query="1", train="2")
+        shown = page.page.eval_on_selector(".sides .helpful", "side => side.querySelector('button').textContent.trim()")
+        said = page.page.inner_text(".panel > p")
+    column = single["value"].sel(step=int(STEP), query="1")
+    assert shown == f"sample {column['train'].values[int(column.argmin())]}"
+    assert "12 are not zero" in said
+
+
 def test_the_data_are_ranked_and_drawn_as_they_are(opened, results):
     page = opened("data")
     single = results.single[EXACT].sel(step=int(STEP), query="1")

@@ -42,7 +42,8 @@ async function ranked(context: Context, single: Influence, wanted: number): Prom
   const at = nearest(labels.step, wanted);
   const { value, stderr } = await single.ranking(at, query);
   // Where there is noise by value / stderr, so that what is large but doubtful does not lead.
-  const weight = (k: number) => (entry.noisy ? (stderr[k] > 0 ? value[k] / stderr[k] : 0) : value[k]);
+  const noisy = stderr.some((one) => one > 0); // at this step: others may be without noise
+  const weight = (k: number) => (noisy ? (stderr[k] > 0 ? value[k] / stderr[k] : 0) : value[k]);
   const known = Array.from(value.keys()).filter((k) => Number.isFinite(value[k]));
   const helpful = largest(PER_SIDE, value.length, (k) => (value[k] < 0 ? -weight(k) : NaN));
   const harmful = largest(PER_SIDE, value.length, (k) => (value[k] > 0 ? weight(k) : NaN));
@@ -53,8 +54,8 @@ async function ranked(context: Context, single: Influence, wanted: number): Prom
     columns: ["step", entry.of, "query", `value (${entry.unit})`, "stderr"],
     rows: known.sort((a, b) => weight(a) - weight(b)).map((k) => [labels.step[at], labels.train[k], labels.query[query], value[k], stderr[k]]),
   }));
-  const clear = known.filter((k) => (entry.noisy ? Math.abs(value[k]) > 2 * stderr[k] : value[k] !== 0)).length;
-  const said = `${entry.name} of ${known.length.toLocaleString("en-US")} ${entry.of}s on ${short(labels.query[query], 40)}: ${clear.toLocaleString("en-US")} are ${entry.noisy ? "more than two standard errors from zero" : "not zero"}. Extremes picked from many look larger than they are.`;
+  const clear = known.filter((k) => (noisy ? Math.abs(value[k]) > 2 * stderr[k] : value[k] !== 0)).length;
+  const said = `${entry.name} of ${known.length.toLocaleString("en-US")} ${entry.of}s on ${short(labels.query[query], 40)}: ${clear.toLocaleString("en-US")} are ${noisy ? "more than two standard errors from zero" : "not zero"}. Extremes picked from many look larger than they are.`;
   return panel(context, title, said, histogram, ...(await Promise.all([shown(helpful), shown(harmful)])), entry.path, entry.unit);
 }
 
