@@ -28,7 +28,6 @@ export type Entry = {
   step: number[];
   large: boolean; // and read piece by piece
   by_step: boolean; // has pieces for rankings, too
-  trains: number;
 };
 export type Scores = {
   against: string;

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from stagewise.dynamics.curves import critical, degrees
 from stagewise.dynamics.events import Event, events
 from stagewise.dynamics.stages import Transition, half_learnt
-from stagewise.explorer.store import Store, plain
+from stagewise.explorer.store import Store
 from stagewise.results import ARBITRARY, EXACT, Exemplar, Results, headline, others
 from stagewise.retraining.scores import LEVEL
 from stagewise.traces.verdicts import MAX_EVEN_SHARE, MAX_RHAT, MIN_ESS_PER_CHAIN, UNTRUSTED
@@ -78,15 +78,16 @@ def _about(results: Results) -> dict[str, Any]:
 
 
 def _influences(results: Results) -> Iterator[tuple[xr.Dataset, dict[str, Any]]]:
-    """Of groups first, by the best estimator, then those of single samples or tokens."""
+    """The curves first, by the best estimator first, then what is of single samples or tokens beside them."""
     curves = list(results.estimators.items())
     seen = [data for _, data in curves]
     single = [(name, data) for name, data in results.single.items() if not any(data is other for other in seen)]
-    for name, data in [*curves, *single]:
+    of_groups = results.losses.attrs.get("curves", "group") == "group"
+    for k, (name, data) in enumerate([*curves, *single]):
         if not data.sizes["step"]:
             continue
-        grouped = results.losses.attrs.get("curves", "group") == "group" and any(data is one for one in seen)
-        member = "group" if grouped else _member(data)
+        is_curve = k < len(curves)
+        member = "group" if is_curve and of_groups else _member(data)
         imported = "imported" in data.attrs
         known = results.events if data is results.answered else [] if imported else _events(data)
         yield (
@@ -94,7 +95,7 @@ def _influences(results: Results) -> Iterator[tuple[xr.Dataset, dict[str, Any]]]
             {
                 "name": name,
                 "rung": "imported" if imported else "exact" if name == EXACT else "estimated",
-                "checked": any(data is one for one in seen) and _checked(data, results.measured),
+                "checked": is_curve and _checked(data, results.measured),
                 "unit": data.attrs.get("units", "nats per unit weight"),
                 "of": member,
                 "events": [_event(event) for event in known],
@@ -240,7 +241,7 @@ def _exemplars(results: Results, store: Store) -> None:
 def _exemplar(exemplar: Exemplar) -> dict[str, Any]:
     images = None if exemplar.images is None else [_packed(image) for image in exemplar.images]
     known = {name: getattr(exemplar, name) for name in ("samples", "labels", "values", "stderrs", "texts")}
-    return plain(known | {"token_values": exemplar.token_values, "images": images})  # type: ignore[no-any-return]
+    return known | {"token_values": exemplar.token_values, "images": images}
 
 
 def _packed(image: NDArray[Any]) -> dict[str, Any]:

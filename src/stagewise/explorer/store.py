@@ -101,7 +101,7 @@ class Store:
         own = [np.flatnonzero(~column) for column in others(influence).T]  # by query: groups of the same label
         attrs = {**about, **labels, "train_size": sizes, "order": order, "own": own}
         self.attributes(path, attrs)
-        known = {"path": path, **about, "step": labels["step"], "trains": len(labels["train"]), "large": large}
+        known = {"path": path, **about, "step": labels["step"], "large": large}
         if not large:
             for name, values in arrays.items():
                 self.array(f"{path}/{name}", values)
