@@ -17,7 +17,7 @@ from stagewise.checkpoint import Checkpoint, CheckpointError, Optimizer
 from stagewise.checkpoints.directory import write_checkpoint
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.influence.bif import bif
-from stagewise.run import engine
+from stagewise.run import engine, work
 from stagewise.run.engine import ChainSettings, sample
 from stagewise.sampling.chains import Chains, sample_block
 from stagewise.sampling.posterior import LocalPosterior
@@ -86,8 +86,8 @@ def test_workers_give_the_bits_that_one_process_gives(tmp_path):
 
 def test_cells_are_the_same_in_whatever_order_they_are_computed(tmp_path, monkeypatch):
     ascending = sampled(tmp_path / "a", steps=[0, 5], blocks=2)
-    cells = engine.Work.cells.fget
-    monkeypatch.setattr(engine.Work, "cells", property(lambda work: cells(work)[::-1]))
+    cells = work.Work.cells.fget
+    monkeypatch.setattr(work.Work, "cells", property(lambda all_of: cells(all_of)[::-1]))
     descending = sampled(tmp_path / "b", steps=[0, 5], blocks=2)
     for name in ("00000000-0000.zip", "00000000-0001.zip", "00000005-0000.zip", "00000005-0001.zip"):
         first, second = (store.root / "cells" / name for store in (ascending, descending))
@@ -135,7 +135,7 @@ def test_what_is_there_is_not_sampled_again(tmp_path, monkeypatch):
         visited.append(checkpoint.step)
         return sample_block(task, checkpoint, *rest)
 
-    monkeypatch.setattr(engine, "sample_block", spy)
+    monkeypatch.setattr(work, "sample_block", spy)
     sampled(tmp_path, steps=[5])
     seen = []
     sampled(tmp_path, progress=lambda *state: seen.append(state))
@@ -160,7 +160,7 @@ def test_no_cell_is_held_in_memory_while_the_next_is_computed(tmp_path, monkeypa
 
         return seen
 
-    monkeypatch.setattr(engine, "sample_block", spy(sample_block))
+    monkeypatch.setattr(work, "sample_block", spy(sample_block))
     gc.disable()
     try:
         store = sampled(tmp_path)
@@ -180,7 +180,7 @@ def test_labels_are_there_before_the_first_cell_and_are_those_of_the_candidates(
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "sample_block", killed)
+    monkeypatch.setattr(work, "sample_block", killed)
     task = make_task(candidates=[3, 7])
     with pytest.raises(KeyboardInterrupt):
         sampled(tmp_path, task)

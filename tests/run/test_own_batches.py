@@ -63,7 +63,7 @@ def test_what_was_kept_is_computed_again_where_other_batches_were_recorded_withi
     windows = [cause["retraining windows"] for cause in causes]
     assert len({window[0] for window in windows}) == 3
     assert len({window[1] for window in windows}) == 1  # from step 10 on nothing is known
-    assert len({cause["replay"][0] for cause in causes}) == 3
+    assert len({cause["repeating the run"][0] for cause in causes}) == 3
 
 
 def test_trying_retraining_on_a_few_samples_does_not_ask_them_for_the_batches_of_all(monkeypatch):

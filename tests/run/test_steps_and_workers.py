@@ -7,7 +7,7 @@ import pytest
 import springs
 import torch
 
-from stagewise.run.engine import default_workers
+from stagewise.run.crew import default_workers
 from stagewise.usable import chosen_steps
 
 

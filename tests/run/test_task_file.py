@@ -6,16 +6,15 @@ import sys
 import types
 from concurrent.futures.process import _ExceptionWithTraceback
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from stagewise.checkpoint import Checkpoint
 from stagewise.checkpoints.trajectory import Trajectory
-from stagewise.run import engine
 from stagewise.run.config import ConfigError
 from stagewise.run.engine import sample
+from stagewise.run.executors.base import Worker
 from stagewise.run.task_file import load_task, place_in_task_file
 from stagewise.sampling.posterior import LocalPosterior
 from stagewise.traces.store import Cell
@@ -146,13 +145,12 @@ def test_workers_sample_a_task_beside_files_that_are_called_like_what_they_need_
     assert store.steps == (1, 2)
 
 
-def test_a_task_that_fails_in_a_worker_is_an_error_of_the_cell_and_not_a_dead_worker(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "_work", None)
-    monkeypatch.setattr(engine.signal, "signal", lambda *_: None)  # this process goes on hearing Ctrl-C
+def test_a_task_that_fails_in_a_worker_is_told_as_what_keeps_it_from_starting_and_not_a_dead_worker(tmp_path):
     make_task = partial(load_task, put(tmp_path, "t.py", "raise OSError('no data here')\n"), {})
-    engine._start_worker(SimpleNamespace(make_task=make_task), torch.get_num_threads())
+    told = Worker(pickle.dumps(make_task))(Cell(1, 0, "key"))
+    assert not told.started
     with pytest.raises(ConfigError, match=r"t\.py:1: OSError: no data here"):
-        engine._work_on(Cell(1, 0, "key"))
+        raise told.error
 
 
 # Mistakes

@@ -68,7 +68,7 @@ def study(
 
     `language`: the same of classes of tokens in a small GPT-NeoX on the source of Python's standard library.
     """
-    from stagewise.run.engine import quiet_vmap
+    from stagewise.run.executors.base import quiet_vmap
     from stagewise.run.progress import progress_bars
     from stagewise.studies import STUDIES
 
@@ -147,7 +147,7 @@ def _run(settings: RunConfig, dry_run: bool) -> None:
     """Predict the cost of a configuration or carry it out, and say what was found."""
     from stagewise.reporting.findings import findings
     from stagewise.run.cost import estimate
-    from stagewise.run.engine import quiet_vmap
+    from stagewise.run.executors.base import quiet_vmap
     from stagewise.run.pipeline import run as carry_out
     from stagewise.run.progress import progress_bars
 

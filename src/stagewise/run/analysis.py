@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import numpy as np
 import torch
@@ -35,6 +36,31 @@ _MOST_BINS = 24  # of time, in a picture
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A kind of result, one for every checkpoint or one for the whole run.
+
+    Attributes:
+        name: of the estimator; it names its files and its progress.
+        cause: what the numbers depend on beside the task and the checkpoint: settings.
+        digests: the content hash of every checkpoint that it is wanted at, by step; under None for the whole run.
+        compute: ``compute(steps=[step])``, or ``compute()`` for the whole run.
+        sure: whether it is needed whatever other stages give.
+        as_cells: whether any worker can make it again from its name; else it is computed where it is asked for.
+    """
+
+    name: str
+    cause: str
+    digests: Mapping[int, str] | Mapping[None, str]
+    compute: Callable[..., xr.Dataset]
+    sure: bool = True
+    as_cells: bool = True
+
+    def key(self, step: int | None) -> str:
+        """All that the result at a step depends on beside the task."""
+        return f"{self.cause} {step} {cast(dict[int | None, str], self.digests)[step]}"
+
+
+@dataclass(frozen=True)
 class Analysis:
     """What all results of a run depend on.
 
@@ -45,6 +71,7 @@ class Analysis:
         digests: the content hash of every checkpoint that is asked for and can be used, by step.
         kept: results that are there already.
         progress: is told of every checkpoint.
+        fill: computes what is not kept yet of a stage that workers can make, and tells of it.
     """
 
     task: Task
@@ -53,6 +80,7 @@ class Analysis:
     digests: Mapping[int, str]
     kept: Kept
     progress: Progress
+    fill: Callable[[Stage], object] | None = None
 
     def of_windows(self, window: int) -> dict[int, str]:
         """The hashes, with all else that windows from a checkpoint depend on."""
@@ -63,15 +91,13 @@ class Analysis:
         """What depends on all checkpoints depends on this."""
         return " ".join(_facts(checkpoint) for checkpoint in map(self.trajectory.load, self.trajectory.steps))
 
-    def step_by_step(
-        self, name: str, cause: str, estimate: Callable[..., xr.Dataset], digests: Mapping[int, str]
-    ) -> xr.Dataset:
-        """``estimate(steps=[step])`` of every checkpoint, along ``step``; what is kept is not computed again.
+    def step_by_step(self, stage: Stage) -> xr.Dataset:
+        """A stage at every checkpoint, along ``step``; what is kept is not computed again.
 
         Raises:
             ValueError: no checkpoint can be used, with the reasons.
         """
-        rows, reasons = self.each(name, cause, estimate, digests)
+        rows, reasons = self.each(stage)
         if not rows:
             raise ValueError(none_usable(reasons))
         result = xr.concat(rows, "step", combine_attrs="override")
@@ -85,18 +111,43 @@ class Analysis:
         result.attrs["omitted"] = json.dumps({str(step): reason for step, reason in reasons.items()})
         return result
 
-    def each(
-        self, name: str, cause: str, estimate: Callable[..., xr.Dataset], digests: Mapping[int, str]
-    ) -> tuple[list[xr.Dataset], dict[int, str]]:
-        """``estimate(steps=[step])`` of every checkpoint that can be used, and why others cannot, by step."""
+    def each(self, stage: Stage) -> tuple[list[xr.Dataset], dict[int, str]]:
+        """A stage at every checkpoint that can be used, and why others cannot, by step."""
         rows, reasons = [], {}
-        for done, (step, digest) in enumerate(digests.items(), start=1):
+        filled = self._filled(stage)
+        for done, step in enumerate(cast(Mapping[int, str], stage.digests), start=1):
             try:
-                rows.append(self.kept.get(name, f"{cause} {step} {digest}", partial(estimate, steps=[step])))
+                rows.append(self.result(stage, step))
             except ValueError as error:
                 reasons[step] = str(error)
-            self.progress(name, done, len(digests))
+            if not filled:
+                self.progress(stage.name, done, len(stage.digests))
         return rows, reasons
+
+    def once(self, stage: Stage) -> xr.Dataset:
+        """A stage of the whole run.
+
+        Raises:
+            ValueError: it cannot be computed.
+        """
+        self._filled(stage)
+        return self.result(stage, None)
+
+    def result(self, stage: Stage, step: int | None) -> xr.Dataset:
+        """Of one stage, at one checkpoint or of the whole run.
+
+        Raises:
+            ValueError: it cannot be computed.
+        """
+        compute = stage.compute if step is None else partial(stage.compute, steps=[step])
+        return self.kept.get(stage.name, stage.key(step), compute)
+
+    def _filled(self, stage: Stage) -> bool:
+        """Whether workers have computed what was missing."""
+        if self.fill is None or not stage.as_cells:
+            return False
+        self.fill(stage)
+        return True
 
 
 def mean_losses(task: Task, trajectory: Trajectory, steps: Sequence[int]) -> xr.Dataset:
@@ -135,13 +186,15 @@ def mean_losses(task: Task, trajectory: Trajectory, steps: Sequence[int]) -> xr.
     return found.assign(rates=("step", np.cumsum(sums), {"of": "sum of the learning rates of the updates before"}))
 
 
-def in_two_times(analysis: Analysis) -> xr.Dataset:
-    """Influence in two times, from the first checkpoint on, asked at some of the others.
+def two_times_stage(analysis: Analysis) -> Stage | None:
+    """Influence in two times, from the first checkpoint on, asked at some of the others; None if it is not asked for.
 
     Raises:
         ValueError: the run's own batches are not known, or as :func:`stagewise.influence_in_time`.
     """
     task, trajectory, config = analysis.task, analysis.trajectory, analysis.config
+    if not config.two_times:
+        return None
     steps = sorted(analysis.digests)
     if len(steps) < 2:
         raise ValueError("two checkpoints or more are needed: one to start from, and one at which to ask")
@@ -152,43 +205,62 @@ def in_two_times(analysis: Analysis) -> xr.Dataset:
         raise ValueError("the run's own batches are not known: record them, recorder(step, indices)")
     edges = [step for step in steps if step <= asked[-1]]
     bins = sorted({*spread(edges, _MOST_BINS), *asked})
+    name = "influence in two times"
 
     def compute() -> xr.Dataset:
-        bar = partial(analysis.progress, "influence in two times")
+        bar = partial(analysis.progress, name)
         first = orders.orders[0]
         return influence_in_time(task, start, first, asked, bins=bins, scratch=config.out, progress=bar)
 
-    cause = f"{asked} {bins} {config.retraining!r} {analysis.of_run()}"
-    return analysis.kept.get("influence in two times", cause, compute)
+    return Stage(name, f"{asked} {bins} {config.retraining!r}", {None: analysis.of_run()}, compute)
+
+
+def in_two_times(analysis: Analysis) -> xr.Dataset | None:
+    """Influence in two times, if it is asked for; raises as :func:`two_times_stage`."""
+    stage = two_times_stage(analysis)
+    return None if stage is None else analysis.once(stage)
+
+
+def ablation_stage(analysis: Analysis) -> Stage | None:
+    """Measured window effects at every checkpoint; None if they are not asked for."""
+    settings, window = analysis.config.retraining, retraining_window(analysis.config)
+    if settings is None or window is None:
+        return None
+    ablation = partial(
+        window_ablation,
+        analysis.task,
+        analysis.trajectory,
+        window=window,
+        weight=settings.weight,
+        repeats=settings.repeats,
+        order=recorded_order(analysis.task, analysis.trajectory, analysis.config),
+    )
+    return Stage("retraining windows", f"{window} {settings!r}", analysis.of_windows(window), ablation)
+
+
+def replay_stage(analysis: Analysis) -> Stage | None:
+    """How well retraining repeats the run; None where nothing is retrained."""
+    task, trajectory, config = analysis.task, analysis.trajectory, analysis.config
+    if (window := retraining_window(config)) is None:
+        return None
+    name, steps = "repeating the run", list(analysis.digests)
+
+    def repeat() -> xr.Dataset:
+        bar = partial(analysis.progress, name)
+        return replay(task, trajectory, recorded_order(task, trajectory, config), steps, progress=bar)
+
+    return Stage(name, f"{window} {config.retraining!r} {steps}", {None: analysis.of_run()}, repeat)
 
 
 def measure(analysis: Analysis) -> dict[str, xr.Dataset]:
     """Measured window effects, if asked for, and how well retraining repeats the run that they are to prove."""
-    task, trajectory, config = analysis.task, analysis.trajectory, analysis.config
-    settings, window = config.retraining, retraining_window(config)
-    if settings is None or window is None:
+    windows, repeat = ablation_stage(analysis), replay_stage(analysis)
+    if windows is None or repeat is None:
         return {}
-    order = recorded_order(task, trajectory, config)
-    ablation = partial(
-        window_ablation,
-        task,
-        trajectory,
-        window=window,
-        weight=settings.weight,
-        repeats=settings.repeats,
-        order=order,
-    )
-    cause, digests = f"{window} {settings!r}", analysis.of_windows(window)
-    measured = analysis.step_by_step("retraining windows", cause, ablation, digests)
+    measured = analysis.step_by_step(windows)
     if "effect_stderr" in measured:  # where the run's own batches alone were replayed there is nothing to average over
         measured["effect_stderr"] = measured["effect_stderr"].fillna(0.0)
-
-    def repeat() -> xr.Dataset:
-        bar = partial(analysis.progress, "repeating the run")
-        return replay(task, trajectory, order, list(digests), progress=bar)
-
-    repeated = analysis.kept.get("replay", f"{cause} {list(digests)} {analysis.of_run()}", repeat)
-    return {"measured": measured, "replay": repeated}
+    return {"measured": measured, "replay": analysis.once(repeat)}
 
 
 def retraining_window(config: RunConfig) -> int | None:

@@ -14,9 +14,9 @@ from stagewise.results import EXACT
 from stagewise.retraining.ablation import window_ablation
 from stagewise.run.analysis import recorded_order, retraining_window
 from stagewise.run.config import RunConfig
-from stagewise.run.engine import traced_labels
 from stagewise.run.estimator_cost import Window, orders_of
 from stagewise.run.probe_cost import Probe, filled
+from stagewise.run.work import traced_labels
 from stagewise.task import Task
 from stagewise.traces.diagnostics import diagnose
 from stagewise.traces.store import label_words

@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from stagewise.run import yaml12
+from stagewise.run.executors import Local
 from stagewise.run.places import expanded, placed, portable, portable_task, task_place
 from stagewise.run.source import HUB, HubName
 from stagewise.sampling.chains import Chains
@@ -101,8 +102,9 @@ class RunConfig(_Settings):
         0, ge=0, description="at how many later steps to ask what earlier training did to the queries; 0: at none"
     )
     exemplars: int = Field(6, ge=0, description="most helpful and harmful samples shown per query and step")
+    executor: Local = Field(default_factory=Local, description="where cells are computed")
     workers: int | None = Field(
-        None, gt=0, description="processes; default one per core, or one if the model lives on a GPU"
+        None, gt=0, description="cells at the same time; default one per core, or per GPU if the model lives on GPUs"
     )
 
     @field_validator("task", "checkpoints", "out", mode="before")

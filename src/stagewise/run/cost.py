@@ -16,7 +16,7 @@ from stagewise.run.analysis import spread
 from stagewise.run.before import look
 from stagewise.run.closing_cost import NOT_PRICED, closing_costs
 from stagewise.run.config import RunConfig
-from stagewise.run.engine import default_workers
+from stagewise.run.crew import default_workers
 from stagewise.run.estimator_cost import duration, estimator_costs, results_note
 from stagewise.run.estimators import SAMPLED
 from stagewise.run.memory_cost import Room, losses, most, peak, resident

@@ -17,7 +17,7 @@ from stagewise.influence.damped import damped_influence
 from stagewise.influence.gradients import gradient_product
 from stagewise.results import BIF, DAMPED, EXACT, FIRST_ORDER
 from stagewise.retraining.window_influence import window_influence
-from stagewise.run.analysis import Analysis, recorded_order
+from stagewise.run.analysis import Analysis, Stage, recorded_order
 from stagewise.run.config import RunConfig
 from stagewise.run.first_order import completed, first_order
 from stagewise.run.per import asked, curves_of
@@ -78,11 +78,13 @@ def without_chains(analysis: Analysis) -> Found:
     task, per, found = analysis.task, asked(analysis.task, analysis.config), Found({}, {}, {})
     for name in (name for name in analysis.config.estimators if name in NAMES):
         try:
-            first = _influence(analysis, name, per)
+            first = analysis.step_by_step(influence_stage(analysis, name, per))
             curves = first if per == by_itself(task) else curves_of(task, first)
             if curves is not None and "miss" in first:
                 curves = curves.assign(miss=first["miss"])
-            found.curves[NAMES[name]] = _influence(analysis, name, by_itself(task)) if curves is None else curves
+            if curves is None:
+                curves = analysis.step_by_step(influence_stage(analysis, name, by_itself(task)))
+            found.curves[NAMES[name]] = curves
             if per != "group":
                 found.single[NAMES[name]] = first
         except ValueError as error:
@@ -90,19 +92,19 @@ def without_chains(analysis: Analysis) -> Found:
     return found
 
 
-def _influence(analysis: Analysis, name: str, per: Per) -> xr.Dataset:
-    """By one of them, at every checkpoint.
+def influence_stage(analysis: Analysis, name: str, per: Per) -> Stage:
+    """One of the estimators without chains, at every checkpoint.
 
     Raises:
-        ValueError: no checkpoint can be used, with the reasons.
+        ValueError: the exact influence is asked for, and no window is given.
     """
     task, config = analysis.task, analysis.config
     called = NAMES[name] if per == by_itself(task) else f"{NAMES[name]} of {per}s"
-    compute, cause, digests = estimate(name, task, analysis.trajectory, config, per), "", analysis.digests
-    if name == "exact":
-        compute = partial(compute, check=unproved(config))
-        cause, digests = _window_cause(config), analysis.of_windows(config.posterior.window or 0)
-    return analysis.step_by_step(called, cause, compute, digests)
+    compute = estimate(name, task, analysis.trajectory, config, per)
+    if name != "exact":
+        return Stage(called, "", analysis.digests, compute)
+    digests = analysis.of_windows(config.posterior.window or 0)
+    return Stage(called, _window_cause(config), digests, partial(compute, check=unproved(config)))
 
 
 def unproved(config: RunConfig) -> bool:
@@ -127,7 +129,7 @@ def of_chains(analysis: Analysis, store: TraceStore) -> xr.Dataset:
         return completed(drawn, first_order(analysis, per, steps)).drop_dims("replicate", errors="ignore")
 
     cause = f"{analysis.config.sampling.blocks}{f' {FIRST_ORDER}' if analysis.config.sampling.linear else ''}"
-    return analysis.step_by_step(f"{BIF} of {per}s", cause, compute, analysis.digests)
+    return analysis.step_by_step(Stage(f"{BIF} of {per}s", cause, analysis.digests, compute, as_cells=False))
 
 
 def sampled_samples(analysis: Analysis, store: TraceStore, steps: list[int], queries: list[Any]) -> xr.Dataset:
@@ -153,7 +155,8 @@ def exact_samples(analysis: Analysis, steps: list[int], queries: list[Any]) -> x
     of_samples = estimate("exact", few, analysis.trajectory, config, "sample")
     seen = analysis.of_windows(config.posterior.window or 0)
     name, cause = "exact influence of samples", f"{_window_cause(config)} {queries}"
-    return analysis.step_by_step(name, cause, of_samples, {step: seen[step] for step in steps})
+    digests = {step: seen[step] for step in steps}
+    return analysis.step_by_step(Stage(name, cause, digests, of_samples, as_cells=False))
 
 
 def exact_tokens(analysis: Analysis, picked: Mapping[int, Sequence[int]], queries: list[Any]) -> dict[int, xr.Dataset]:

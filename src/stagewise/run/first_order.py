@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -18,7 +19,7 @@ from stagewise.influence.damped import damped_influence
 from stagewise.influence.remainder import NoFirstOrderError
 from stagewise.influence.response import response_influence
 from stagewise.results import FIRST_ORDER
-from stagewise.run.analysis import Analysis
+from stagewise.run.analysis import Analysis, Stage
 from stagewise.run.config import RunConfig
 from stagewise.task import Task
 from stagewise.varied import Per, by_itself
@@ -29,6 +30,14 @@ def solver(task: Task, trajectory: Trajectory, config: RunConfig, per: Per) -> C
     if config.sampling.sampler == "window":
         return partial(response_influence, task, trajectory, config.posterior, at="checkpoint", per=per)
     return partial(damped_influence, task, trajectory, config.posterior, curvature="hessian", per=per)
+
+
+def first_order_stage(analysis: Analysis, per: Per) -> Stage | None:
+    """Influence to first order of groups, samples or tokens; None where the losses were not recorded to it."""
+    if not analysis.config.sampling.linear:
+        return None
+    name = FIRST_ORDER if per == by_itself(analysis.task) else f"{FIRST_ORDER} of {per}s"
+    return Stage(name, "", analysis.digests, solver(analysis.task, analysis.trajectory, analysis.config, per))
 
 
 def first_order(analysis: Analysis, per: Per | None = None, steps: Sequence[int] | None = None) -> xr.Dataset | None:
@@ -42,14 +51,12 @@ def first_order(analysis: Analysis, per: Per | None = None, steps: Sequence[int]
     Returns:
         As of :func:`stagewise.damped_influence`, of no steps if need be: ``omitted`` says where it does not exist.
     """
-    if not analysis.config.sampling.linear:
+    stage = first_order_stage(analysis, per or by_itself(analysis.task))
+    if stage is None:
         return None
-    own = by_itself(analysis.task)
-    per = per or own
-    solve = solver(analysis.task, analysis.trajectory, analysis.config, per)
     wanted = analysis.digests if steps is None else steps
     digests = {step: analysis.digests[step] for step in wanted if step in analysis.digests}
-    rows, reasons = analysis.each(FIRST_ORDER if per == own else f"{FIRST_ORDER} of {per}s", "", solve, digests)
+    rows, reasons = analysis.each(replace(stage, digests=digests))
     found = (
         xr.concat(rows, "step", combine_attrs="override") if rows else xr.Dataset(coords={"step": np.array([], int)})
     )

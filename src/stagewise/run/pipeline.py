@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,10 +20,11 @@ from stagewise.influence.trusted import ReadOnce, untrusted
 from stagewise.reporting.contents import write_report
 from stagewise.results import BIF, EXACT, FIRST_ORDER, Exemplar, Results, headline, size_check
 from stagewise.run import yaml12
-from stagewise.run.analysis import Analysis, in_two_times, mean_losses, measure, spread
+from stagewise.run.analysis import Analysis, Stage, in_two_times, mean_losses, measure, spread
 from stagewise.run.before import look
 from stagewise.run.config import RunConfig, save_config
-from stagewise.run.engine import Work, compute, default_workers, prepare
+from stagewise.run.crew import Crew
+from stagewise.run.engine import begin, prepare
 from stagewise.run.estimators import (
     NAMES,
     SAMPLED,
@@ -43,8 +45,8 @@ from stagewise.run.preflight import preflight
 from stagewise.run.progress import Progress, silent
 from stagewise.run.samples import described
 from stagewise.run.source import trajectory_of
+from stagewise.run.stages import RunWork, cells_of, stages
 from stagewise.run.task_file import load_task
-from stagewise.task import Task
 from stagewise.traces.draws import mean_losses_of_draws
 from stagewise.traces.store import TraceStore
 from stagewise.usable import chosen_steps
@@ -69,30 +71,34 @@ def run(config: RunConfig, progress: Progress = silent) -> Results:
     sampled = SAMPLED in config.estimators
     looked = look(task, trajectory, config.posterior, chosen_steps(trajectory, config.steps), sampled)
     left_out = preflight(task, trajectory, config, list(looked[0]))
-    work = prepare(task, trajectory, config.posterior, config.sampling, config.out, looked, make_task)
+    possible = tuple(name for name in config.estimators if NAMES.get(name) not in left_out)
+    prepared = prepare(task, trajectory, config.posterior, config.sampling, config.out, looked, make_task)
+    work = RunWork(**vars(prepared), config=config.model_copy(update={"estimators": possible}))
     with work.store.lock():
         save_config(config, config.out / "config.yaml")  # a killed run goes on from it
         (config.out / "provenance.json").write_text(json.dumps(provenance(), indent=1), encoding="utf-8")
-        if sampled:
-            compute(work, task, config.workers or default_workers(task), progress)
+        begin(work, task)
+        kept = Kept(work.store, task)
+        kept.forget_refusals()
+        crew = Crew(work, task, config.executor, config.workers, progress)
+
+        def fill(stage: Stage) -> None:
+            crew.compute(cells_of(stage, kept))
+
+        analysis = Analysis(task, trajectory, work.config, work.usable, kept, progress, fill)
+        sure = [stage for stage in stages(analysis).values() if stage.sure]
+        crew.compute([*(work.cells if sampled else ()), *(cell for stage in sure for cell in cells_of(stage, kept))])
         traces = ReadOnce.of(work.store)
-        return _report(traces, _analyse(work, task, config, traces, left_out, progress))
+        return _report(traces, _analyse(analysis, traces, left_out, work.unusable))
 
 
 def _analyse(
-    work: Work,
-    task: Task,
-    config: RunConfig,
-    traces: ReadOnce,
-    left_out: dict[str, str],
-    progress: Progress,
+    analysis: Analysis, traces: ReadOnce, left_out: dict[str, str], unusable: Mapping[int, str]
 ) -> xr.Dataset | None:
     """All that the report shows beside the traces, into the run folder; and the influence that the chains show."""
-    possible = tuple(name for name in config.estimators if NAMES.get(name) not in left_out)
-    given = config.model_copy(update={"estimators": possible})
-    analysis = Analysis(task, work.trajectory, given, work.usable, Kept(work.store, task), progress)
-    datasets = {"losses": mean_losses(task, work.trajectory, sorted({*work.usable, *work.unusable}))}
-    known = first_order(analysis) if SAMPLED in possible else None
+    task, config = analysis.task, analysis.config
+    datasets = {"losses": mean_losses(task, analysis.trajectory, sorted({*analysis.digests, *unusable}))}
+    known = first_order(analysis) if SAMPLED in config.estimators else None
     if known is not None:
         datasets[FIRST_ORDER] = known
     influence, found = _influence(traces, known), without_chains(analysis)
@@ -102,21 +108,21 @@ def _analyse(
         datasets["losses"].attrs["curves"] = per  # those of samples are not kept twice
     else:
         single = found.single
-        if influence is not None and SAMPLED in possible and f"{BIF} of {per}s" not in left_out:
+        if influence is not None and SAMPLED in config.estimators and f"{BIF} of {per}s" not in left_out:
             single = single | {BIF: of_chains(analysis, traces)}
         datasets |= {f"single {name}": values for name, values in single.items()}
     try:
         datasets |= measure(analysis)
     except ValueError as error:
         failed["retraining"] = str(error)
-    if config.two_times:
-        try:
-            datasets["in two times"] = in_two_times(analysis)
-        except ValueError as error:
-            failed["influence in two times"] = str(error)
+    try:
+        two_times = in_two_times(analysis)
+        datasets |= {} if two_times is None else {"in two times": two_times}
+    except ValueError as error:
+        failed["influence in two times"] = str(error)
     datasets["samples"] = described(task)
     notes = [f"Without {name}: {reason}" for name, reason in (left_out | failed).items()]
-    of_run = {"groups": groups_digest(task), "checkpoints": json.dumps(work.usable)}
+    of_run = {"groups": groups_digest(task), "checkpoints": json.dumps(analysis.digests)}
     datasets["losses"].attrs |= {"task": repr(task), "notes": json.dumps(notes)} | of_run
     save_results(config.out, datasets, _exemplars(analysis, found, influence, traces))
     return influence

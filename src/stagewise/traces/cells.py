@@ -50,6 +50,14 @@ class Cell:
         if self.step < 0 or self.block < 0 or not self.key:
             raise ValueError(f"a cell needs step >= 0, block >= 0 and a key, got {self}")
 
+    def __str__(self) -> str:
+        return f"{self.stage} at step {self.step}, block {self.block}"
+
+    @property
+    def stage(self) -> str:
+        """Of what it is a result."""
+        return "sampling"
+
     @property
     def name(self) -> str:
         """Name of the cell's file; names sort by step, then block."""

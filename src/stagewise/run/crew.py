@@ -1,0 +1,93 @@
+"""Cells computed by whoever is there, told of as they come, and seen to be in the run folder in the end."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stagewise.run.executors import Executor, Local
+from stagewise.run.executors.base import Ends, finish
+from stagewise.run.executors.local import cores, gpus
+from stagewise.run.progress import Progress
+from stagewise.run.work import Work
+from stagewise.task import Task
+from stagewise.traces.files import RunFolderError
+
+_PATIENCE = 60.0
+"""Seconds until a file that another machine has written must be seen here: network file systems may show old folders
+for so long."""
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Who computes the cells of a run.
+
+    Attributes:
+        work: what workers need.
+        task: the task, for cells that are computed in this process.
+        executor: where workers are; None for this machine.
+        workers: how many; None for as many as there is room for.
+        progress: is told of every cell, by its stage.
+    """
+
+    work: Work
+    task: Task
+    executor: Executor | None
+    workers: int | None
+    progress: Progress
+
+    def compute(self, cells: Sequence[Any]) -> None:
+        """Compute those of the cells that the run folder lacks.
+
+        Raises:
+            CellsFailedError: some could not be computed, and are named.
+            Exception: no worker can be set up, or the first cells to end failed.
+        """
+        todo = [cell for cell in cells if not self.work.is_complete(cell)]
+        counts = Counter(cell.stage for cell in cells)
+        done = counts - Counter(cell.stage for cell in todo)
+        for stage, total in counts.items():
+            self.progress(stage, done[stage], total)
+
+        def tell(cell: Any) -> None:
+            done[cell.stage] += 1
+            self.progress(cell.stage, done[cell.stage], counts[cell.stage])
+
+        finish(self._ended(todo), tell)
+        for cell in todo:
+            self._see(cell)
+
+    def _ended(self, cells: Sequence[Any]) -> Ends[Any]:
+        executor, workers = self.executor or Local(), self.workers
+        if isinstance(executor, Local):
+            workers = workers or default_workers(self.task)
+            if workers == 1 or len(cells) <= 1:
+                return self._here(cells)
+        return executor.map(self.work, cells, workers)
+
+    def _here(self, cells: Sequence[Any]) -> Ends[Any]:
+        """One after another in this process."""
+        for cell in cells:
+            self.work.compute(self.task, cell, self.progress)
+            yield cell, None
+
+    def _see(self, cell: Any) -> None:
+        """Whatever a worker has said, what counts is what is in the folder."""
+        until = time.monotonic() + _PATIENCE
+        while not self.work.is_complete(cell):
+            if time.monotonic() > until:
+                raise RunFolderError(
+                    f"{cell} was computed, but {self.work.store.root} does not hold it: a worker sees another folder, "
+                    "or another task or checkpoints, than this process"
+                )
+            time.sleep(0.1)
+
+
+def default_workers(task: Task) -> int:
+    """One process for every core that this one may use, or where the model lives on GPUs, for each of them."""
+    if task.device.type == "cpu":
+        return cores()
+    return max(1, len(gpus())) if task.device.type == "cuda" else 1

@@ -1,0 +1,10 @@
+"""Where cells are computed: processes of this machine, a Ray cluster, jobs of Slurm. Nothing here knows what a cell is.
+
+All give a cell to some worker, once more if the worker dies, and tell how it ended. What a worker needs it makes
+itself, once, from what is sent to it; results go to the run folder and not through here.
+"""
+
+from stagewise.run.executors.base import CellsFailedError, Executor, WorkerDiedError
+from stagewise.run.executors.local import Local
+
+__all__ = ["CellsFailedError", "Executor", "Local", "WorkerDiedError"]

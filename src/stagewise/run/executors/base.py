@@ -1,0 +1,163 @@
+"""What an executor is, how workers tell of a cell, and what becomes of cells that fail."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import socket
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Generator, Hashable, Sequence
+from contextlib import closing
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+C = TypeVar("C", bound=Hashable)
+
+Setup = Callable[[], Callable[[C], object]]
+"""Called once in every worker: gives what computes a cell there. It is sent to the workers pickled."""
+
+Ended = tuple[C, Exception | None]
+"""A cell that is computed, or the error with which it ended for good."""
+
+Ends = Generator[Ended[C], None, None]
+"""The cells as they end. To be closed by whoever does not wait for all of them."""
+
+
+class WorkerDiedError(RuntimeError):
+    """The process that computed a cell came to its end without a word: it was killed, or its machine was lost."""
+
+
+class CellsFailedError(RuntimeError):
+    """Some cells could not be computed, and all others are complete; the message names each with its error."""
+
+
+class Executor(Protocol):
+    """Where cells are computed."""
+
+    def map(self, setup: Setup[C], cells: Sequence[C], workers: int | None = None) -> Ends[C]:
+        """Compute cells, in any order, and yield each when it has ended.
+
+        A cell whose worker dies, or that ends with an error that may not come again, is computed again, a bounded
+        number of times. When the generator is closed the workers end, and what they are at is lost.
+
+        Args:
+            setup: makes what computes a cell, in every worker.
+            cells: all different.
+            workers: how many at the same time; default as many as there is room for.
+
+        Raises:
+            Exception: of ``setup``: with it nothing can work.
+        """
+        ...
+
+
+class Told(NamedTuple):
+    """What a worker says of a cell.
+
+    Attributes:
+        error: how it failed; None if it is complete.
+        started: whether the worker could be set up at all.
+    """
+
+    error: Exception | None = None
+    started: bool = True
+
+
+class Tries:
+    """How often each cell was begun.
+
+    Args:
+        most: retries; a cell is begun once more than that.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._failed = most, Counter[Any]()
+
+    def again(self, cell: Hashable, error: Exception) -> bool:
+        """Whether to try once more. A ``ValueError`` is about what was given, and comes again."""
+        self._failed[cell] += 1
+        return not isinstance(error, ValueError) and self._failed[cell] <= self._most
+
+
+def finish(ends: Ends[C], tell: Callable[[C], object]) -> None:
+    """Go through the cells as they end; ``tell`` is called for each that is complete.
+
+    Raises:
+        CellsFailedError: some failed; the others are complete.
+        Exception: the first cells to end failed, with this error: nothing suggests that others would not.
+    """
+    complete, failed = 0, dict[C, Exception]()
+    with closing(ends):
+        for cell, error in ends:
+            if error is None:
+                complete += 1
+                tell(cell)
+            elif complete:
+                failed[cell] = error
+            else:
+                raise error
+    if failed:
+        named = "\n".join(f"  {cell}: {in_words(error)}" for cell, error in failed.items())
+        raise CellsFailedError(
+            f"{len(failed)} cells failed and {complete} are complete; the same command tries again what is missing:\n"
+            f"{named}"
+        ) from next(iter(failed.values()))
+
+
+def in_words(error: Exception) -> str:
+    """Kind and message of an error; those of faults in what was given speak for themselves."""
+    return str(error) if isinstance(error, ValueError | WorkerDiedError) else f"{type(error).__name__}: {error}"
+
+
+class Worker:
+    """In a worker: what computes cells, made with the first of them.
+
+    Not before, where an error would not reach whoever waits for the cells.
+
+    Args:
+        setup: the pickled :data:`Setup`.
+    """
+
+    def __init__(self, setup: bytes) -> None:
+        self._setup = setup
+        self._compute: Callable[[Any], object] | None = None
+
+    def __call__(self, cell: Any) -> Told:
+        """Compute one."""
+        try:
+            if self._compute is None:
+                self._compute = pickle.loads(self._setup)()
+        except Exception as error:
+            return Told(_portable(error), started=False)
+        try:
+            self._compute(cell)
+        except Exception as error:
+            return Told(_portable(error))
+        return Told()
+
+
+def begin_worker(threads: int) -> None:
+    """What holds in every worker process, before anything is computed in it."""
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+    torch.set_num_threads(threads)
+    quiet_vmap()
+
+
+def quiet_vmap() -> None:
+    """Silence torch's notes on operations it cannot stack: stacking is tried, and not used where it does not pay."""
+    warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented")
+
+
+def _portable(error: Exception) -> Exception:
+    """As it is if another process can read it, with where it happened; else its words."""
+    where = "".join(traceback.format_exception(error))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(f"In worker {os.getpid()} on {socket.gethostname()}:\n{where}")
+    return error

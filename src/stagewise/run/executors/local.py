@@ -1,0 +1,148 @@
+"""Cells in processes of this machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import threading
+from collections import deque
+from collections.abc import Hashable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
+from multiprocessing.context import BaseContext
+from typing import Any, Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from stagewise.run.executors.base import Ends, Setup, Told, Tries, Worker, WorkerDiedError, begin_worker
+
+C = TypeVar("C", bound=Hashable)
+
+_DEVICES = "CUDA_VISIBLE_DEVICES"
+
+
+class Local(BaseModel):
+    """Processes of this machine: one per GPU where the model lives on GPUs, else one per core."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["local"] = "local"
+    threads: int | None = Field(
+        None, gt=0, description="threads of PyTorch in each worker; default the cores divided by the workers"
+    )
+    retries: int = Field(2, ge=0, description="how often a cell is tried again whose worker was killed, or failed")
+
+    def map(self, setup: Setup[C], cells: Sequence[C], workers: int | None = None) -> Ends[C]:
+        """See :class:`stagewise.run.executors.base.Executor`.
+
+        Every process has a pool of its own: when one dies it is known at which cell, and the others go on.
+        """
+        workers = workers or cores()
+        threads = self.threads or max(1, torch.get_num_threads() // workers)
+        context, devices, pickled = _processes(setup), gpus(), pickle.dumps(setup)
+        free = [
+            _Process(context, (pickled, threads, devices[k % len(devices)] if devices else None))
+            for k in range(min(workers, len(cells)))
+        ]
+        busy, waiting, tries = dict[Future[Told], tuple[_Process, C]](), deque(cells), Tries(self.retries)
+        try:
+            while waiting or busy:
+                while free and waiting:
+                    process, cell = free.pop(), waiting.popleft()
+                    busy[process.pool.submit(_work_on, cell)] = process, cell
+                for future in wait(busy, return_when=FIRST_COMPLETED).done:
+                    process, cell = busy.pop(future)
+                    free.append(process)
+                    told = process.result(future)
+                    if told.error is None:
+                        yield cell, None
+                    elif not told.started:
+                        raise told.error
+                    elif tries.again(cell, told.error):
+                        waiting.append(cell)
+                    else:
+                        yield cell, told.error
+        finally:
+            # Nobody waits for the cells that are under way, which may take hours: they are absent, and computed again.
+            for process in [*free, *(process for process, _ in busy.values())]:
+                process.end()
+
+
+class _Process:
+    """One worker process, and another in its place when it has died."""
+
+    def __init__(self, context: BaseContext, given: tuple[bytes, int, str | None]) -> None:
+        self._context, self._given = context, given
+        self.pool = self._started()
+
+    def result(self, future: Future[Told]) -> Told:
+        """What it says of a cell, or that it died."""
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            self.end()
+            self.pool = self._started()
+            return Told(WorkerDiedError("a worker process was killed, most likely because memory ran out"))
+
+    def end(self) -> None:
+        """Whatever it is at."""
+        for process in list((self.pool._processes or {}).values()):
+            process.kill()
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def _started(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, self._context, _start_worker, self._given)
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """The names of the GPUs that this process may use."""
+    if not (count := torch.cuda.device_count()):
+        return []
+    given = environment.get(_DEVICES, "")
+    return [name.strip() for name in given.split(",") if name.strip()][:count] or [str(k) for k in range(count)]
+
+
+def _processes(setup: Setup[Any]) -> BaseContext:
+    """How workers start. A process that has used torch's threads must not be forked; one that has only imported it may.
+
+    So all workers are forked from a server that imports once what they need, where the system has such a thing.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, type(setup).__module__])
+    return context
+
+
+_worker: Worker | None = None  # what this process computes with; set once when it starts
+
+
+def _start_worker(setup: bytes, threads: int, device: str | None) -> None:
+    global _worker
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if device is not None:
+        os.environ[_DEVICES] = device  # before anything asks for a GPU
+    begin_worker(threads)
+    _worker = Worker(setup)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for another cell for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _work_on(cell: Any) -> Told:
+    if _worker is None:
+        raise RuntimeError("a worker was given a cell before it was started")
+    return _worker(cell)
