@@ -12,10 +12,18 @@ from stagewise.cli.application import RunFolder, app, console, readable_errors
 
 if TYPE_CHECKING:
     from stagewise.run.config import RunConfig
+    from stagewise.run.slices import Slice
+    from stagewise.run.status import Status
 
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change a setting, e.g. `-s sampling.draws=200`."),
+]
+ExecutorName = Annotated[
+    str | None,
+    typer.Option(
+        "--executor", metavar="NAME", help="Where cells are computed: `local`, `ray` or `slurm`; `-s executor.KEY=...`."
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only predict time, memory and disk; sample nothing.")]
 
@@ -36,6 +44,11 @@ def demo(
 def run(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML configuration; see examples/.")],
     overrides: Overrides = None,
+    executor: ExecutorName = None,
+    cells: Annotated[
+        str | None,
+        typer.Option(metavar="K/N", help="Compute a slice of the cells alone, `3/16`, and no report: then `merge`."),
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Study your own model: sample at every checkpoint, analyse, retrain if asked to, report.
@@ -43,9 +56,57 @@ def run(
     A run that was interrupted continues where it was. A run folder's own `config.yaml` runs again.
     """
     from stagewise.run.config import load_config
+    from stagewise.run.slices import Slice
 
     with readable_errors():
-        _run(load_config(config, overrides or ()), dry_run)
+        settings = load_config(config, _with_executor(overrides, executor))
+        part = None if cells is None else Slice.parse(cells)
+        if part is None or dry_run:
+            _run(settings, dry_run)
+        else:
+            _run_slice(settings, part)
+
+
+@app.command()
+def merge(
+    folder: RunFolder,
+    others: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[SLICES]...", help="Folders of other slices, where they did not work in one."),
+    ] = None,
+) -> None:
+    """Report of a run whose slices were computed by `stagewise run --cells`; names the cells that are missing."""
+    from stagewise.reporting.findings import findings
+    from stagewise.run.pipeline import merge as carry_out
+    from stagewise.run.progress import progress_bars
+
+    with readable_errors():
+        with progress_bars(console) as progress:
+            results = carry_out(folder, others or (), progress)
+        _show(findings(results), folder / "report.html")
+
+
+@app.command()
+def status(folder: RunFolder) -> None:
+    """How far a run is, who works on it and what failed. Exit code 1: something is missing still."""
+    from rich.table import Table
+
+    from stagewise.run.status import status as look
+
+    with readable_errors(code=2):
+        found = look(folder)
+        table = Table("stage", "complete", "of", box=None)
+        for stage, (done, total) in found.stages.items():
+            table.add_row(stage, str(done), str(total))
+        console.print(table)
+        lines = [f"at work: {who}" for who in found.at_work]
+        lines += [f"under way: {cell}, kept {age:.0f} s ago" for cell, age in found.underway.items()]
+        lines += [f"{who}: {what}" for who, what in found.failures.items()]
+        lines.append(_what_is_next(found, folder))
+        for line in lines:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if found.missing or not found.reported:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -141,6 +202,32 @@ def config(
         else:
             settings = plain(load_config(path, overrides or ()))
             console.print(yaml12.dump(settings), highlight=False, markup=False)
+
+
+def _with_executor(overrides: Sequence[str] | None, executor: str | None) -> list[str]:
+    """An executor named on the command line takes the place of the configuration's, unless it is the same."""
+    return [*([f"executor={executor}"] if executor else []), *(overrides or ())]
+
+
+def _what_is_next(found: Status, folder: Path) -> str:
+    if found.missing:
+        return f"{found.missing} cells are missing: `stagewise run {folder / 'config.yaml'}` computes them"
+    if found.reported:
+        return f"complete; report: {folder / 'report.html'}"
+    return f"all cells are complete: `stagewise merge {folder}` makes the report"
+
+
+def _run_slice(settings: RunConfig, part: Slice) -> None:
+    """Compute a slice, and say what comes then."""
+    from stagewise.run.executors.base import quiet_vmap
+    from stagewise.run.pipeline import run_slice
+    from stagewise.run.progress import progress_bars
+
+    quiet_vmap()
+    with progress_bars(console) as progress:
+        count = run_slice(settings, part, progress)
+    line = f"slice {part}: its {count} cells are complete; when all slices are, `stagewise merge {settings.out}`"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _run(settings: RunConfig, dry_run: bool) -> None:

@@ -154,9 +154,10 @@ def prepare(
     return work
 
 
-def begin(work: Work, task: Task) -> None:
-    """Make a run folder ready for its cells. Call it under the store's lock."""
-    work.store.sweep()
+def begin(work: Work, task: Task, sweep: bool = True) -> None:
+    """Make a run folder ready for its cells. Call it under the store's lock; ``sweep`` if nobody else writes."""
+    if sweep:
+        work.store.sweep()
     work.store.write_labels(*traced_labels(task, work.sampling))
 
 

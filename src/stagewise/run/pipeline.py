@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,13 +20,10 @@ from stagewise.influence.trusted import ReadOnce, untrusted
 from stagewise.reporting.contents import write_report
 from stagewise.results import BIF, EXACT, FIRST_ORDER, Exemplar, Results, headline, size_check
 from stagewise.run import yaml12
-from stagewise.run.analysis import Analysis, Stage, in_two_times, mean_losses, measure, spread
-from stagewise.run.before import look
-from stagewise.run.config import RunConfig, save_config
-from stagewise.run.crew import Crew
-from stagewise.run.engine import begin, prepare
+from stagewise.run.analysis import Analysis, in_two_times, mean_losses, measure, spread
+from stagewise.run.cells_file import CellList, check_whole, collect
+from stagewise.run.config import RunConfig, load_config
 from stagewise.run.estimators import (
-    NAMES,
     SAMPLED,
     Found,
     exact_samples,
@@ -37,19 +34,15 @@ from stagewise.run.estimators import (
 )
 from stagewise.run.exemplars import chosen, exemplars, from_untrusted, tokens_of
 from stagewise.run.first_order import completed, first_order
-from stagewise.run.folder import load_results, provenance, save_results
+from stagewise.run.folder import load_results, save_results
 from stagewise.run.imported import fitting, groups_digest
-from stagewise.run.kept import Kept
+from stagewise.run.opened import OpenedRun, open_run
 from stagewise.run.per import asked
-from stagewise.run.preflight import preflight
 from stagewise.run.progress import Progress, silent
 from stagewise.run.samples import described
-from stagewise.run.source import trajectory_of
-from stagewise.run.stages import RunWork, cells_of, stages
-from stagewise.run.task_file import load_task
+from stagewise.run.slices import Slice
 from stagewise.traces.draws import mean_losses_of_draws
 from stagewise.traces.store import TraceStore
-from stagewise.usable import chosen_steps
 from stagewise.varied import by_itself
 
 _MAPS, _MOST_MAPPED = 8, 2048  # checkpoints; and samples, whose pairs are all computed
@@ -57,43 +50,64 @@ _NOT_SAMPLED = xr.Dataset({name: ("step", np.array([], dtype=str)) for name in (
 
 
 def run(config: RunConfig, progress: Progress = silent) -> Results:
-    """Carry out a configuration; what the run folder already holds is not sampled again.
+    """Carry out a configuration; what the run folder already holds is not computed again.
 
     Returns:
         The results that the report in ``config.out`` shows.
 
     Raises:
         ValueError: the configuration, task, checkpoints or run folder cannot be used, with the reason.
+        CellsFailedError: some cells could not be computed; all others are.
     """
-    make_task = partial(load_task, config.task, config.task_args)
-    task = make_task()
-    trajectory = trajectory_of(config.checkpoints, config.steps, config.clip_norm, config.batch_size)
-    sampled = SAMPLED in config.estimators
-    looked = look(task, trajectory, config.posterior, chosen_steps(trajectory, config.steps), sampled)
-    left_out = preflight(task, trajectory, config, list(looked[0]))
-    possible = tuple(name for name in config.estimators if NAMES.get(name) not in left_out)
-    prepared = prepare(task, trajectory, config.posterior, config.sampling, config.out, looked, make_task)
-    work = RunWork(**vars(prepared), config=config.model_copy(update={"estimators": possible}))
-    with work.store.lock():
-        save_config(config, config.out / "config.yaml")  # a killed run goes on from it
-        (config.out / "provenance.json").write_text(json.dumps(provenance(), indent=1), encoding="utf-8")
-        begin(work, task)
-        kept = Kept(work.store, task)
-        kept.forget_refusals()
-        crew = Crew(work, task, config.executor, config.workers, progress)
+    opened = open_run(config, progress)
+    with opened.alone():
+        opened.crew.compute(opened.cells)
+        return _finish(opened)
 
-        def fill(stage: Stage) -> None:
-            crew.compute(cells_of(stage, kept))
 
-        analysis = Analysis(task, trajectory, work.config, work.usable, kept, progress, fill)
-        sure = [stage for stage in stages(analysis).values() if stage.sure]
-        crew.compute([*(work.cells if sampled else ()), *(cell for stage in sure for cell in cells_of(stage, kept))])
-        traces = ReadOnce.of(work.store)
-        return _report(traces, _analyse(analysis, traces, left_out, work.unusable))
+def run_slice(config: RunConfig, part: Slice, progress: Progress = silent) -> int:
+    """Compute a slice of the cells of a run, beside others who do the same; :func:`merge` makes the results of all.
+
+    Returns:
+        The number of cells of the slice.
+
+    Raises:
+        ValueError: as :func:`run`, or the others work on other cells.
+        CellsFailedError: some cells could not be computed; all others are.
+    """
+    opened = open_run(config, progress)
+    with opened.beside_others(part):
+        cells = part.part(opened.cells)
+        opened.crew.compute(cells)
+    return len(cells)
+
+
+def merge(folder: Path, others: Sequence[Path] = (), progress: Progress = silent) -> Results:
+    """Make the results and the report of a run whose slices are computed.
+
+    Args:
+        folder: the run folder.
+        others: run folders of other slices, where they did not work in one: their cells are copied.
+        progress: is told of what is left to do.
+
+    Raises:
+        ValueError: cells are missing, with their names; or folders are not of one run.
+    """
+    for other in others:
+        collect(other, folder)
+    opened = open_run(load_config(folder / "config.yaml"), progress)
+    check_whole(folder, CellList.of(opened.cells))
+    with opened.alone(again=False):
+        return _finish(opened)
+
+
+def _finish(opened: OpenedRun) -> Results:
+    traces = ReadOnce.of(opened.work.store)
+    return _report(traces, _analyse(opened.analysis, traces, opened.left_out, opened.work.unusable))
 
 
 def _analyse(
-    analysis: Analysis, traces: ReadOnce, left_out: dict[str, str], unusable: Mapping[int, str]
+    analysis: Analysis, traces: ReadOnce, left_out: Mapping[str, str], unusable: Mapping[int, str]
 ) -> xr.Dataset | None:
     """All that the report shows beside the traces, into the run folder; and the influence that the chains show."""
     task, config = analysis.task, analysis.config
@@ -121,7 +135,7 @@ def _analyse(
     except ValueError as error:
         failed["influence in two times"] = str(error)
     datasets["samples"] = described(task)
-    notes = [f"Without {name}: {reason}" for name, reason in (left_out | failed).items()]
+    notes = [f"Without {name}: {reason}" for name, reason in {**left_out, **failed}.items()]
     of_run = {"groups": groups_digest(task), "checkpoints": json.dumps(analysis.digests)}
     datasets["losses"].attrs |= {"task": repr(task), "notes": json.dumps(notes)} | of_run
     save_results(config.out, datasets, _exemplars(analysis, found, influence, traces))

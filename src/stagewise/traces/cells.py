@@ -63,6 +63,11 @@ class Cell:
         """Name of the cell's file; names sort by step, then block."""
         return f"{self.step:08d}-{self.block:04d}.zip"
 
+    @property
+    def file(self) -> str:
+        """Where it is in the run folder."""
+        return f"cells/{self.name}"
+
 
 def loss_groups(tree: xr.DataTree) -> dict[str, xr.Dataset]:
     """The groups that hold losses, by path: ``"train"``, ``"queries/val"``, ..."""

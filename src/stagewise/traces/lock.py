@@ -1,4 +1,9 @@
-"""One run at a time in a run folder."""
+"""Who may work in a run folder: one run, or any number of slices of one.
+
+A lock is the system's own (``flock``) on a small file, and dies with its process. On network file systems it holds
+between machines where they are mounted with locks, as NFS 4 is; where they are not, what is relied on is that a file
+is renamed in one instant: work may then be done twice, and is never torn.
+"""
 
 from __future__ import annotations
 
@@ -6,36 +11,85 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from stagewise.traces.files import explain_write, write_text
 
+_ALONE, _HOLDER = ".lock", "-holder"
+_MADE = 30.0  # seconds in which a folder is made
+_MOMENT = 10.0  # seconds that others take who look whether they may begin
+
 
 class RunLockedError(RuntimeError):
     """Another process is working in the run folder; the message names it."""
 
+    def __init__(self, root: Path, holder: str) -> None:
+        super().__init__(
+            f"{root} is in use by {holder}; wait until it has finished or stop it, or choose another folder (out=...)"
+        )
+        self.holder = holder
+
 
 @contextmanager
 def run_lock(root: Path) -> Iterator[None]:
-    """Hold the lock of a run folder; it dies with its process.
+    """Hold a run folder alone.
 
     Raises:
-        RunLockedError: another process holds it.
+        RunLockedError: another process works in it.
         RunFolderError: the folder cannot be written.
     """
-    holder = root / ".lock-holder"
-    lock = FileLock(root / ".lock", timeout=0)
+    with _held(root, _ALONE):
+        for other in sorted(root.glob(f"{_ALONE}-slice-*")):
+            if not other.name.endswith(_HOLDER):
+                with _held(root, other.name):
+                    pass
+        yield
+
+
+@contextmanager
+def slice_lock(root: Path, name: str) -> Iterator[None]:
+    """Hold a slice of a run; others may hold other slices.
+
+    Raises:
+        RunLockedError: another process works on this slice, or on the whole run.
+        RunFolderError: the folder cannot be written.
+    """
+    with _held(root, f"{_ALONE}-{name}"):
+        with _held(root, _ALONE, _MOMENT):
+            pass
+        yield
+
+
+def making_lock(root: Path) -> AbstractContextManager[None]:
+    """Hold a run folder that is being made, after whoever is making it; raises as :func:`run_lock`."""
+    return _held(root, _ALONE, _MADE)
+
+
+def holders(root: Path) -> list[str]:
+    """Who works in a run folder, by what their locks say; those that were killed leave nothing else behind."""
+    found = []
+    for lock in sorted(root.glob(f"{_ALONE}*")):
+        if not lock.name.endswith(_HOLDER):
+            try:
+                with _held(root, lock.name):
+                    pass
+            except RunLockedError as error:
+                found.append(f"{lock.name.removeprefix(_ALONE).strip('-') or 'the whole run'}: {error.holder}")
+    return found
+
+
+@contextmanager
+def _held(root: Path, name: str, patience: float = 0) -> Iterator[None]:
+    holder = root / f"{name}{_HOLDER}"
+    lock = FileLock(root / name, timeout=patience)
     try:
         with explain_write(root):
             lock.acquire()
     except Timeout:
-        raise RunLockedError(
-            f"{root} is in use by {_name_holder(holder)}; wait until it has finished or stop it, or choose "
-            "another folder (out=...)"
-        ) from None
+        raise RunLockedError(root, _name_holder(holder)) from None
     try:
         with explain_write(root):
             write_text(holder, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))

@@ -29,7 +29,7 @@ from stagewise.notebook import listed, table
 from stagewise.traces.cells import Cell, Facts, check_cell, join_blocks, join_facts, pack, unpack
 from stagewise.traces.files import PARTIAL, RunFolderError, explain_read, explain_write, fsync, write_text
 from stagewise.traces.identity import RunMismatchError, check_identity, read_identity, write_identity
-from stagewise.traces.lock import RunLockedError, run_lock
+from stagewise.traces.lock import RunLockedError, making_lock, run_lock, slice_lock
 from stagewise.traces.underway import UnderwayFile
 from stagewise.traces.zarr_tree import read_attrs, read_label, read_tree, write_tree
 
@@ -107,15 +107,18 @@ class TraceStore:
         """
         return cls(Path(root), read_identity(Path(root)), writable=False)
 
-    def lock(self) -> AbstractContextManager[None]:
+    def lock(self, part: str | None = None) -> AbstractContextManager[None]:
         """Context that keeps other runs out of the folder. It refuses at once, and dies with its process.
+
+        Args:
+            part: name of the slice of the run that is worked on, beside others; default all of it.
 
         Raises:
             RunLockedError: another process holds the lock.
             RunFolderError: the folder cannot be written.
         """
         with self._writing():
-            return run_lock(self.root)
+            return run_lock(self.root) if part is None else slice_lock(self.root, part)
 
     def is_complete(self, cell: Cell) -> bool:
         """Whether the cell is in the store.
@@ -269,7 +272,7 @@ class TraceStore:
             if identity.exists():
                 return
             self._cells.mkdir(parents=True, exist_ok=True)
-        with self.lock(), self._writing():
+        with making_lock(self.root), self._writing():
             if identity.exists():
                 return
             if self._files():

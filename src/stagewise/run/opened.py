@@ -1,0 +1,131 @@
+"""A run that is about to be worked on: its task, checkpoints and folder looked at, its cells named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+from stagewise.run.analysis import Analysis, Stage
+from stagewise.run.before import look
+from stagewise.run.cells_file import CellList
+from stagewise.run.config import RunConfig, save_config
+from stagewise.run.crew import Crew
+from stagewise.run.engine import begin, prepare
+from stagewise.run.estimators import NAMES, SAMPLED
+from stagewise.run.executors import CellsFailedError
+from stagewise.run.folder import provenance
+from stagewise.run.kept import Kept
+from stagewise.run.preflight import preflight
+from stagewise.run.progress import Progress
+from stagewise.run.slices import Slice
+from stagewise.run.source import trajectory_of
+from stagewise.run.stages import RunWork, cells_of, stages
+from stagewise.run.task_file import load_task
+from stagewise.task import Task
+from stagewise.traces.files import write_text
+from stagewise.usable import chosen_steps
+
+FAILED = "failed"
+"""Folder of what could not be computed, in words, by who tried last."""
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """What is to be done in a run folder.
+
+    Attributes:
+        config: what was asked for.
+        task: what is studied.
+        work: what workers need.
+        crew: who computes cells.
+        left_out: the estimators that cannot be computed, with the reasons.
+    """
+
+    config: RunConfig
+    task: Task
+    work: RunWork
+    crew: Crew
+    left_out: Mapping[str, str]
+
+    @cached_property
+    def analysis(self) -> Analysis:
+        """What all results depend on; what is missing of them is computed by the crew."""
+        work, kept = self.work, Kept(self.work.store, self.task)
+
+        def fill(stage: Stage) -> None:
+            self.crew.compute(cells_of(stage, kept))
+
+        return Analysis(self.task, work.trajectory, work.config, work.usable, kept, self.crew.progress, fill)
+
+    @cached_property
+    def cells(self) -> list[Any]:
+        """All that will be needed whatever comes out of them."""
+        sure = [stage for stage in stages(self.analysis).values() if stage.sure]
+        sampled = self.work.cells if SAMPLED in self.config.estimators else []
+        return [*sampled, *(cell for stage in sure for cell in cells_of(stage, self.analysis.kept))]
+
+    @contextmanager
+    def alone(self, again: bool = True) -> Iterator[None]:
+        """Work on the whole run; try ``again`` what could not be computed.
+
+        Raises:
+            RunLockedError: somebody else works on it, or on a slice of it.
+        """
+        with self.work.store.lock():
+            begin(self.work, self.task)
+            if again:
+                self.analysis.kept.forget_refusals()
+            CellList.of(self.cells).write(self.work.store.root)
+            with self._told("run"):
+                yield
+
+    @contextmanager
+    def beside_others(self, part: Slice) -> Iterator[None]:
+        """Work on a slice of the cells.
+
+        Raises:
+            RunLockedError: somebody works on the whole run, or on the same slice.
+            RunMismatchError: the others work on other cells.
+        """
+        with self.work.store.lock(part.name):
+            begin(self.work, self.task, sweep=False)  # others are writing
+            CellList.of(self.cells).agree(self.work.store.root)
+            with self._told(part.name):
+                yield
+
+    @contextmanager
+    def _told(self, who: str) -> Iterator[None]:
+        """Who works on what, for a resumed run and for who asks how it stands."""
+        root = self.work.store.root
+        save_config(self.config, root / "config.yaml")
+        write_text(root / "provenance.json", json.dumps(provenance(), indent=1))
+        failures = root / FAILED / f"{who}.txt"
+        failures.unlink(missing_ok=True)
+        try:
+            yield
+        except CellsFailedError as error:
+            failures.parent.mkdir(exist_ok=True)
+            write_text(failures, str(error))
+            raise
+
+
+def open_run(config: RunConfig, progress: Progress) -> OpenedRun:
+    """Look at all that a run needs before anything is computed.
+
+    Raises:
+        ValueError: the configuration, task, checkpoints or run folder cannot be used, with the reason.
+    """
+    make_task = partial(load_task, config.task, config.task_args)
+    task = make_task()
+    trajectory = trajectory_of(config.checkpoints, config.steps, config.clip_norm, config.batch_size)
+    steps = chosen_steps(trajectory, config.steps)
+    looked = look(task, trajectory, config.posterior, steps, SAMPLED in config.estimators)
+    left_out = preflight(task, trajectory, config, list(looked[0]))
+    possible = tuple(name for name in config.estimators if NAMES.get(name) not in left_out)
+    prepared = prepare(task, trajectory, config.posterior, config.sampling, config.out, looked, make_task)
+    work = RunWork(**vars(prepared), config=config.model_copy(update={"estimators": possible}))
+    return OpenedRun(config, task, work, Crew(work, task, config.executor, config.workers, progress), left_out)
