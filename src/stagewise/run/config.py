@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from dataclasses import Field as DataField
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from stagewise.run import yaml12
-from stagewise.run.executors import Local
+from stagewise.run.executors import Local, Ray, Slurm
 from stagewise.run.places import expanded, placed, portable, portable_task, task_place
 from stagewise.run.source import HUB, HubName
 from stagewise.sampling.chains import Chains
@@ -102,7 +102,10 @@ class RunConfig(_Settings):
         0, ge=0, description="at how many later steps to ask what earlier training did to the queries; 0: at none"
     )
     exemplars: int = Field(6, ge=0, description="most helpful and harmful samples shown per query and step")
-    executor: Local = Field(default_factory=Local, description="where cells are computed")
+    executor: Annotated[Local | Ray | Slurm, Field(discriminator="name")] = Field(
+        default_factory=Local,
+        description="where cells are computed: local, ray or slurm, or a section with the name and its settings",
+    )
     workers: int | None = Field(
         None, gt=0, description="cells at the same time; default one per core, or per GPU if the model lives on GPUs"
     )
@@ -116,6 +119,11 @@ class RunConfig(_Settings):
             if not isinstance(value, str | Path | HubName):
                 raise ValueError(f"expected a folder, or {HUB}organisation/name")
         return expanded(value) if isinstance(value, str) else value
+
+    @field_validator("executor", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
 
     @field_serializer("checkpoints")
     def _as_text(self, source: Path | HubName) -> str:

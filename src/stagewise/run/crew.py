@@ -66,7 +66,7 @@ class Crew:
             workers = workers or default_workers(self.task)
             if workers == 1 or len(cells) <= 1:
                 return self._here(cells)
-        return executor.map(self.work, cells, workers)
+        return executor.map(self.work, cells, workers, self.work.store.root / "executor")
 
     def _here(self, cells: Sequence[Any]) -> Ends[Any]:
         """One after another in this process."""

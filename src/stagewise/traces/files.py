@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,13 @@ class RunFolderError(ValueError):
 
 def write_text(path: Path, text: str) -> None:
     """Write or replace a small file in one instant."""
-    partial = path.with_name(f"{PARTIAL}{path.name}-{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """As :func:`write_text`."""
+    partial = path.with_name(f"{PARTIAL}{path.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")  # numbers repeat on machines
+    partial.write_bytes(content)
     fsync(partial)
     partial.replace(path)
     fsync(path.parent)

@@ -6,5 +6,7 @@ itself, once, from what is sent to it; results go to the run folder and not thro
 
 from stagewise.run.executors.base import CellsFailedError, Executor, WorkerDiedError
 from stagewise.run.executors.local import Local
+from stagewise.run.executors.on_ray import Ray
+from stagewise.run.executors.on_slurm import Slurm
 
-__all__ = ["CellsFailedError", "Executor", "Local", "WorkerDiedError"]
+__all__ = ["CellsFailedError", "Executor", "Local", "Ray", "Slurm", "WorkerDiedError"]

@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Hashable, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 C = TypeVar("C", bound=Hashable)
@@ -36,7 +37,9 @@ class CellsFailedError(RuntimeError):
 class Executor(Protocol):
     """Where cells are computed."""
 
-    def map(self, setup: Setup[C], cells: Sequence[C], workers: int | None = None) -> Ends[C]:
+    def map(
+        self, setup: Setup[C], cells: Sequence[C], workers: int | None = None, folder: Path | None = None
+    ) -> Ends[C]:
         """Compute cells, in any order, and yield each when it has ended.
 
         A cell whose worker dies, or that ends with an error that may not come again, is computed again, a bounded
@@ -46,6 +49,7 @@ class Executor(Protocol):
             setup: makes what computes a cell, in every worker.
             cells: all different.
             workers: how many at the same time; default as many as there is room for.
+            folder: of this run's alone, for what the executor itself has to write.
 
         Raises:
             Exception: of ``setup``: with it nothing can work.

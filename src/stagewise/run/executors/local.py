@@ -12,6 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from multiprocessing.context import BaseContext
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -35,11 +36,14 @@ class Local(BaseModel):
     )
     retries: int = Field(2, ge=0, description="how often a cell is tried again whose worker was killed, or failed")
 
-    def map(self, setup: Setup[C], cells: Sequence[C], workers: int | None = None) -> Ends[C]:
+    def map(
+        self, setup: Setup[C], cells: Sequence[C], workers: int | None = None, folder: Path | None = None
+    ) -> Ends[C]:
         """See :class:`stagewise.run.executors.base.Executor`.
 
         Every process has a pool of its own: when one dies it is known at which cell, and the others go on.
         """
+        del folder
         workers = workers or cores()
         threads = self.threads or max(1, torch.get_num_threads() // workers)
         context, devices, pickled = _processes(setup), gpus(), pickle.dumps(setup)

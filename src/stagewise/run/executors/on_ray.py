@@ -1,0 +1,124 @@
+"""Cells on a Ray cluster that is running already, as ``ray start`` makes it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from stagewise.run.executors.base import Ends, Setup, Told, Tries, Worker, WorkerDiedError, begin_worker
+
+C = TypeVar("C", bound=Hashable)
+
+_EXTRA = "executor ray needs Ray: pip install 'stagewise[ray]'"
+
+
+class Ray(BaseModel):
+    """Workers of a Ray cluster. They share the run folder with this process, or an object store."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["ray"] = "ray"
+    address: str = Field("auto", description="of the cluster; auto: the one that this machine is part of")
+    cpus: int = Field(1, gt=0, description="cores of each worker, and threads of PyTorch in it")
+    gpus: float = Field(0, ge=0, description="GPUs of each worker; those of one GPU that is shared have a part each")
+    memory: float | None = Field(None, gt=0, description="GiB that each worker is to find free")
+    retries: int = Field(2, ge=0, description="how often a cell is tried again whose worker was lost, or failed")
+
+    def map(
+        self, setup: Setup[C], cells: Sequence[C], workers: int | None = None, folder: Path | None = None
+    ) -> Ends[C]:
+        """See :class:`stagewise.run.executors.base.Executor`.
+
+        Raises:
+            ImportError: Ray is not installed.
+            ValueError: there is no such cluster, or it has no room for a worker.
+        """
+        del folder
+        try:
+            import cloudpickle
+            import ray
+        except ImportError as error:
+            raise ImportError(_EXTRA) from error
+        self._connect()
+        options: dict[str, Any] = {"num_cpus": self.cpus, "num_gpus": self.gpus, "max_retries": 0}
+        if self.memory:
+            options["memory"] = self.memory * 2**30
+        self._check_room(options)
+        work_on = ray.remote(_work_on).options(**options)
+        pickled = cloudpickle.dumps(setup)  # what a script defines goes with it
+        given, key = ray.put(pickled), hashlib.sha256(pickled).hexdigest()
+        busy, waiting, tries = dict[Any, C](), deque(cells), Tries(self.retries)
+        try:
+            while waiting or busy:
+                while waiting and (workers is None or len(busy) < workers):
+                    cell = waiting.popleft()
+                    busy[work_on.remote(given, key, self.cpus, cell)] = cell
+                for task in ray.wait([*busy], num_returns=1)[0]:
+                    cell, told = busy.pop(task), self._told(task)
+                    if told.error is None:
+                        yield cell, None
+                    elif not told.started:
+                        raise told.error
+                    elif tries.again(cell, told.error):
+                        waiting.append(cell)
+                    else:
+                        yield cell, told.error
+        finally:
+            for task in busy:
+                ray.cancel(task, force=True)
+
+    def _connect(self) -> None:
+        import ray
+
+        if ray.is_initialized():
+            return
+        try:
+            ray.init(address=self.address, log_to_driver=False, configure_logging=False)
+        except ConnectionError as error:
+            raise ValueError(
+                f"there is no Ray cluster at {self.address!r}: start one with `ray start --head` here and "
+                "`ray start --address=HOST:6379` on the other machines, or give executor.address"
+            ) from error
+
+    def _check_room(self, options: dict[str, Any]) -> None:
+        """A task that fits no node would wait for ever."""
+        import ray
+
+        wanted = {"CPU": options["num_cpus"], "GPU": options["num_gpus"], "memory": options.get("memory", 0)}
+        nodes: list[dict[str, float]] = [node["Resources"] for node in cast(Any, ray).nodes() if node["Alive"]]
+        if not any(all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in nodes):
+            there = "; ".join(", ".join(f"{name} {node.get(name, 0):g}" for name in wanted) for node in nodes)
+            asked = ", ".join(f"{name} {amount:g}" for name, amount in wanted.items())
+            raise ValueError(
+                f"no node of the Ray cluster has room for a worker, which needs {asked}; the nodes have: {there}. "
+                "Lower executor.cpus, executor.gpus or executor.memory, or add a node"
+            )
+
+    @staticmethod
+    def _told(task: Any) -> Told:
+        import ray
+
+        try:
+            told: Told = ray.get(task)
+            return told
+        except ray.exceptions.RayTaskError as error:  # what came before the cell: e.g. stagewise is not installed there
+            return Told(RuntimeError(str(error)), started=False)
+        except ray.exceptions.RayError as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            return Told(WorkerDiedError(f"a Ray worker or its node was lost: {first}"))
+
+
+_workers: dict[str, Worker] = {}  # of this process, by what they were set up with; the last alone is kept
+
+
+def _work_on(setup: bytes, key: str, threads: int, cell: Any) -> Told:
+    if key not in _workers:
+        begin_worker(threads)
+        _workers.clear()
+        _workers[key] = Worker(setup)
+    return _workers[key](cell)
