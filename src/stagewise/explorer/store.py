@@ -50,7 +50,7 @@ class Store:
     def attributes(self, path: str, values: Mapping[str, Any]) -> None:
         """Plain values, those of a group."""
         group = self._root.require_group(path) if path else self._root
-        group.attrs.update(plain(values))
+        group.update_attributes(plain(values))  # attrs.update writes all of them again for each
 
     def array(
         self,

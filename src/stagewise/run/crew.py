@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from stagewise.run.executors import Executor, Local
 from stagewise.run.executors.base import Ends, finish
 from stagewise.run.executors.local import cores, gpus
@@ -65,14 +67,19 @@ class Crew:
         if isinstance(executor, Local):
             workers = workers or default_workers(self.task)
             if workers == 1 or len(cells) <= 1:
-                return self._here(cells)
+                return self._here(cells, executor.threads)
         return executor.map(self.work, cells, workers, self.work.store.root / "executor")
 
-    def _here(self, cells: Sequence[Any]) -> Ends[Any]:
-        """One after another in this process."""
-        for cell in cells:
-            self.work.compute(self.task, cell, self.progress)
-            yield cell, None
+    def _here(self, cells: Sequence[Any], threads: int | None) -> Ends[Any]:
+        """One after another in this process, with so many threads."""
+        before = torch.get_num_threads()
+        try:
+            for cell in cells:
+                torch.set_num_threads(threads or before)
+                self.work.compute(self.task, cell, self.progress)
+                yield cell, None
+        finally:
+            torch.set_num_threads(before)
 
     def _see(self, cell: Any) -> None:
         """Whatever a worker has said, what counts is what is in the folder."""

@@ -26,12 +26,6 @@ _MOMENT = 10.0  # seconds that others take who look whether they may begin
 class RunLockedError(RuntimeError):
     """Another process is working in the run folder; the message names it."""
 
-    def __init__(self, root: Path, holder: str) -> None:
-        super().__init__(
-            f"{root} is in use by {holder}; wait until it has finished or stop it, or choose another folder (out=...)"
-        )
-        self.holder = holder
-
 
 @contextmanager
 def run_lock(root: Path) -> Iterator[None]:
@@ -76,8 +70,9 @@ def holders(root: Path) -> list[str]:
             try:
                 with _held(root, lock.name):
                     pass
-            except RunLockedError as error:
-                found.append(f"{lock.name.removeprefix(_ALONE).strip('-') or 'the whole run'}: {error.holder}")
+            except RunLockedError:
+                part = lock.name.removeprefix(_ALONE).strip("-") or "the whole run"
+                found.append(f"{part}: {_name_holder(root / f'{lock.name}{_HOLDER}')}")
     return found
 
 
@@ -89,7 +84,10 @@ def _held(root: Path, name: str, patience: float = 0) -> Iterator[None]:
         with explain_write(root):
             lock.acquire()
     except Timeout:
-        raise RunLockedError(root, _name_holder(holder)) from None
+        raise RunLockedError(
+            f"{root} is in use by {_name_holder(holder)}; wait until it has finished or stop it, or choose "
+            "another folder (out=...)"
+        ) from None
     try:
         with explain_write(root):
             write_text(holder, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
