@@ -67,6 +67,9 @@ if TYPE_CHECKING:
     from stagewise.retraining.unrolling import unrolled_influence as unrolled_influence
     from stagewise.retraining.window_influence import window_influence as window_influence
     from stagewise.run.engine import sample as sample
+    from stagewise.run.executors.local import Local as Local
+    from stagewise.run.executors.on_ray import Ray as Ray
+    from stagewise.run.executors.on_slurm import Slurm as Slurm
     from stagewise.run.imported import import_scores as import_scores
     from stagewise.run.jsonl import read_jsonl as read_jsonl
     from stagewise.run.jsonl import write_jsonl as write_jsonl
@@ -121,6 +124,9 @@ _ROOMS = {
     "stagewise.retraining.unrolling": ("unroll", "unrolled_influence"),
     "stagewise.retraining.window_influence": ("window_influence",),
     "stagewise.run.engine": ("sample",),
+    "stagewise.run.executors.local": ("Local",),
+    "stagewise.run.executors.on_ray": ("Ray",),
+    "stagewise.run.executors.on_slurm": ("Slurm",),
     "stagewise.run.imported": ("import_scores",),
     "stagewise.run.jsonl": ("read_jsonl", "write_jsonl"),
     "stagewise.run.pipeline": ("report",),

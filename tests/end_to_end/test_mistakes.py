@@ -3,7 +3,6 @@
 import errno
 import re
 import shutil
-from concurrent.futures.process import BrokenProcessPool
 from unittest.mock import Mock
 
 import pytest
@@ -17,6 +16,7 @@ from stagewise.checkpoints.directory import write_checkpoint
 from stagewise.cli import app
 from stagewise.run import pipeline
 from stagewise.run.config import load_config
+from stagewise.run.executors import CellsFailedError, WorkerDiedError
 from stagewise.traces.files import explain_read
 from stagewise.traces.lock import RunLockedError
 
@@ -42,7 +42,9 @@ def told(*arguments):
     ("error", "message"),
     [
         (RunLockedError("run is in use by process 7 on here; wait"), "^run is in use by process 7"),
-        (BrokenProcessPool("terminated abruptly"), f"worker process was killed.*memory.*{LESS_MEMORY}"),
+        (WorkerDiedError("a worker process was killed"), f"worker process was killed.*{LESS_MEMORY}"),
+        (CellsFailedError("2 cells failed and 7 are complete"), "^2 cells failed and 7"),
+        (ImportError("executor ray needs Ray: pip install 'stagewise[ray]'"), "pip install"),
         (MemoryError(), f"memory ran out.*{LESS_MEMORY}.*workers|memory ran out.*workers.*{LESS_MEMORY}"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB"), f"8 GiB.*forward_batch.*{LESS_MEMORY}"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), LESS_MEMORY),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -51,13 +50,16 @@ def readable_errors(code: int = 1) -> Iterator[None]:
 def _explained(error: Exception) -> str | None:
     """What a person can do something about, in a line; None if it is a bug of stagewise."""
     from stagewise.memory import out_of_memory
+    from stagewise.run.executors import CellsFailedError, WorkerDiedError
     from stagewise.run.task_file import in_one_line, place_in_task_file
     from stagewise.traces.lock import RunLockedError
 
     if out_of_memory(error):
         return f"memory ran out ({in_one_line(error)}). {_LESS_MEMORY}"
-    if isinstance(error, BrokenProcessPool):
-        return f"a worker process was killed, most likely because memory ran out. {_LESS_MEMORY}"
+    if isinstance(error, WorkerDiedError):
+        return f"{error}. {_LESS_MEMORY}"
+    if isinstance(error, CellsFailedError) or (isinstance(error, ImportError) and error.name is None):  # an extra
+        return str(error)
     if place := place_in_task_file(error):
         return f"{place}: {in_one_line(error)}"
     if not isinstance(error, ValueError | OSError | RunLockedError):

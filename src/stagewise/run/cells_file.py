@@ -96,8 +96,8 @@ class CellList:
             raise RunMismatchError(
                 f"{root} is being filled with other cells: {len(there.cells)} (list {there.digest[:12]}), and here "
                 f"there are {len(self.cells)} (list {self.digest[:12]}). All slices of a run need the same "
-                "configuration, task, checkpoints and version; begin again in another folder (out=...), or without "
-                "--cells, which makes its own list"
+                "configuration, task, checkpoints and version: begin in another folder (out=...), or delete "
+                f"{root / _FILE} where it is of an earlier run that is to be continued with other settings"
             )
 
     def missing(self, root: Path) -> list[Listed]:

@@ -16,7 +16,7 @@ from stagewise.run.config import RunConfig, save_config
 from stagewise.run.crew import Crew
 from stagewise.run.engine import begin, prepare
 from stagewise.run.estimators import NAMES, SAMPLED
-from stagewise.run.executors import CellsFailedError
+from stagewise.run.executors.base import in_words
 from stagewise.run.folder import provenance
 from stagewise.run.kept import Kept
 from stagewise.run.preflight import preflight
@@ -107,9 +107,9 @@ class OpenedRun:
         failures.unlink(missing_ok=True)
         try:
             yield
-        except CellsFailedError as error:
+        except Exception as error:
             failures.parent.mkdir(exist_ok=True)
-            write_text(failures, str(error))
+            write_text(failures, in_words(error))
             raise
 
 

@@ -112,7 +112,8 @@ def finish(ends: Ends[C], tell: Callable[[C], object]) -> None:
 
 def in_words(error: Exception) -> str:
     """Kind and message of an error; those of faults in what was given speak for themselves."""
-    return str(error) if isinstance(error, ValueError | WorkerDiedError) else f"{type(error).__name__}: {error}"
+    known = isinstance(error, ValueError | WorkerDiedError | CellsFailedError)
+    return str(error) if known else f"{type(error).__name__}: {error}"
 
 
 class Worker:

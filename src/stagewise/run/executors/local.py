@@ -26,7 +26,13 @@ _DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 class Local(BaseModel):
-    """Processes of this machine: one per GPU where the model lives on GPUs, else one per core."""
+    """Processes of this machine: one per GPU where the model lives on GPUs, else one per core.
+
+    Example:
+        >>> import stagewise as sw
+        >>> sw.Local(threads=2).retries
+        2
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

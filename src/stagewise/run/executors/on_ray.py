@@ -18,7 +18,13 @@ _EXTRA = "executor ray needs Ray: pip install 'stagewise[ray]'"
 
 
 class Ray(BaseModel):
-    """Workers of a Ray cluster. They share the run folder with this process, or an object store."""
+    """Workers of a Ray cluster. They share the run folder with this process, or an object store.
+
+    Example:
+        >>> import stagewise as sw
+        >>> sw.Ray(cpus=4, gpus=0.5).address
+        'auto'
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -31,7 +31,13 @@ _LAST_LINES = 5
 
 
 class Slurm(BaseModel):
-    """Jobs of Slurm. They share the run folder with this process, which waits for them."""
+    """Jobs of Slurm. They share the run folder with this process, which waits for them.
+
+    Example:
+        >>> import stagewise as sw
+        >>> sw.Slurm(jobs=16, cpus=8, minutes=120, partition="gpu").retries
+        2
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
