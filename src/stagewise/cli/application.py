@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -28,7 +27,9 @@ _LESS_MEMORY = (
     "complete is kept"
 )
 
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, the `out` of a configuration.")]
+RunFolder = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run folder, the `out` of a configuration; or its url, s3://bucket/run.")
+]
 
 
 @contextmanager

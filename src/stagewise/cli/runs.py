@@ -34,7 +34,7 @@ def demo(
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML configuration; see examples/.")],
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML configuration; see examples/.")],
     overrides: Overrides = None,
     dry_run: DryRun = False,
 ) -> None:
@@ -43,9 +43,10 @@ def run(
     A run that was interrupted continues where it was. A run folder's own `config.yaml` runs again.
     """
     from stagewise.run.config import load_config
+    from stagewise.traces.mirror import local_file
 
     with readable_errors():
-        _run(load_config(config, overrides or ()), dry_run)
+        _run(load_config(local_file(config), overrides or ()), dry_run)
 
 
 @app.command()
@@ -120,10 +121,11 @@ def doctor(folder: RunFolder) -> None:
 def report(folder: RunFolder) -> None:
     """Write the report of a run again, without sampling."""
     from stagewise.run.pipeline import report as write
+    from stagewise.traces.mirror import local
 
     with readable_errors():
         write(folder)
-        console.print(f"report: {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"report: {local(folder) / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -158,7 +160,7 @@ def _run(settings: RunConfig, dry_run: bool) -> None:
     with progress_bars(console) as progress:
         results = carry_out(settings, progress)
     console.print()
-    _show(findings(results), settings.out / "report.html")
+    _show(findings(results), settings.folder / "report.html")
 
 
 def _show(found: Sequence[str], report: Path) -> None:

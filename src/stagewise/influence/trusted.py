@@ -98,7 +98,7 @@ class ReadOnce(TraceStore):
     @classmethod
     def of(cls, store: TraceStore) -> ReadOnce:
         """The same store."""
-        return cls(store.root, store.identity, writable=False)
+        return cls(store.root, store.identity, writable=False, remote=store.remote)
 
     def load(self, step: int) -> xr.DataTree:
         """As the store's."""

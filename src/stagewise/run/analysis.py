@@ -156,7 +156,7 @@ def in_two_times(analysis: Analysis) -> xr.Dataset:
     def compute() -> xr.Dataset:
         bar = partial(analysis.progress, "influence in two times")
         first = orders.orders[0]
-        return influence_in_time(task, start, first, asked, bins=bins, scratch=config.out, progress=bar)
+        return influence_in_time(task, start, first, asked, bins=bins, scratch=config.folder, progress=bar)
 
     cause = f"{asked} {bins} {config.retraining!r} {analysis.of_run()}"
     return analysis.kept.get("influence in two times", cause, compute)

@@ -27,7 +27,7 @@ class Kept:
     """
 
     def __init__(self, store: TraceStore, task: Task) -> None:
-        self._root = store.root
+        self._store = store
         labels = content_digest((task.train_groups, task.query_groups))
         self._cause = [*(f"{name}={value}" for name, value in sorted(store.identity.items())), labels]
 
@@ -43,12 +43,14 @@ class Kept:
             RunFolderError: the file is damaged, or cannot be written.
         """
         key = hashlib.sha256("\0".join([*self._cause, name, cause]).encode()).hexdigest()
-        path = self._root / "kept" / f"{name.replace(' ', '-')}-{key[:32]}.json"
-        if path.exists():
-            with explain_read(self._root, f"kept/{path.name}"):
+        file = f"kept/{name.replace(' ', '-')}-{key[:32]}.json"
+        path = self._store.root / file
+        if self._store.has(file):
+            with explain_read(self._store.root, file):
                 return dataset_from_json(json.loads(path.read_text(encoding="utf-8")))
         result = compute()
-        with explain_write(self._root):
+        with explain_write(self._store.root):
             path.parent.mkdir(exist_ok=True)
             write_text(path, json.dumps(dataset_to_json(result)))
+        self._store.push(file)
         return result

@@ -58,7 +58,7 @@ def run(config: RunConfig, progress: Progress = silent) -> Results:
     """Carry out a configuration; what the run folder already holds is not sampled again.
 
     Returns:
-        The results that the report in ``config.out`` shows.
+        The results that the report in ``config.folder`` shows.
 
     Raises:
         ValueError: the configuration, task, checkpoints or run folder cannot be used, with the reason.
@@ -71,8 +71,9 @@ def run(config: RunConfig, progress: Progress = silent) -> Results:
     left_out = preflight(task, trajectory, config, list(looked[0]))
     work = prepare(task, trajectory, config.posterior, config.sampling, config.out, looked, make_task)
     with work.store.lock():
-        save_config(config, config.out / "config.yaml")  # a killed run goes on from it
-        (config.out / "provenance.json").write_text(json.dumps(provenance(), indent=1), encoding="utf-8")
+        save_config(config, config.folder / "config.yaml")  # a killed run goes on from it
+        (config.folder / "provenance.json").write_text(json.dumps(provenance(), indent=1), encoding="utf-8")
+        work.store.push("config.yaml", "provenance.json")
         if sampled:
             compute(work, task, config.workers or default_workers(task), progress)
         traces = ReadOnce.of(work.store)
@@ -118,7 +119,8 @@ def _analyse(
     notes = [f"Without {name}: {reason}" for name, reason in (left_out | failed).items()]
     of_run = {"groups": groups_digest(task), "checkpoints": json.dumps(work.usable)}
     datasets["losses"].attrs |= {"task": repr(task), "notes": json.dumps(notes)} | of_run
-    save_results(config.out, datasets, _exemplars(analysis, found, influence, traces))
+    save_results(config.folder, datasets, _exemplars(analysis, found, influence, traces))
+    work.store.push("results")
     return influence
 
 
@@ -199,6 +201,7 @@ def _report(traces: ReadOnce, influence: xr.Dataset | None) -> Results:
     if results.answered is not None:
         results = replace(results, events=events(results.answered))
     write_report(results, folder, explorer=write_explorer(results, folder))
+    traces.push("explorer", "figures", "report.html")
     return results
 
 
