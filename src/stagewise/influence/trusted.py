@@ -110,6 +110,18 @@ class ReadOnce(TraceStore):
         return tree
 
     @cached_property
+    def labels(self) -> dict[str, Any]:
+        """As the store's."""
+        return super().labels
+
+    def _files(self) -> dict[tuple[int, int], Path]:
+        return self._found
+
+    @cached_property
+    def _found(self) -> dict[tuple[int, int], Path]:
+        return super()._files()
+
+    @cached_property
     def diagnostics(self) -> xr.Dataset:
         """Of all steps, see :func:`stagewise.traces.diagnostics.diagnose_run`."""
         return diagnose_run(self)

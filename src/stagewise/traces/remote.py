@@ -28,6 +28,7 @@ from stagewise.traces.files import RunFolderError, explain_write, fsync
 
 _CONTENTS, _MARKERS, _IDENTITIES = "objects", "complete", "identity"
 _PACKAGES = {"s3": "'stagewise[store]'", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
+_LARGEST = 2**24  # bytes of a marker or an identity
 _NEVER_CHANGED = ("cells/", "kept/")
 _compared: set[tuple[str, Path]] = set()  # which of these this process has held against their markers
 
@@ -211,11 +212,12 @@ class Remote:
         )
 
     def _texts(self, paths: Sequence[str]) -> list[bytes | None]:
-        """Small objects, all at once; None for those that are not there."""
+        """Small objects, as many at once as the store takes; None for those that are not there."""
         if not paths:
             return []
         with self._reached("read") as (files, base):
-            found = files.cat_ranges([f"{base}/{path}" for path in paths], None, None, on_error="return")
+            # With an end, or s3fs asks for the size of each before it reads it.
+            found = files.cat_ranges([f"{base}/{path}" for path in paths], 0, _LARGEST, on_error="return")
             for text in found:
                 if isinstance(text, Exception) and not isinstance(text, FileNotFoundError):
                     raise text
