@@ -49,6 +49,26 @@ def no_pictures():
         yield
 
 
+@pytest.fixture(scope="module")
+def object_store():
+    """S3 on this machine, and the environment in which it is found."""
+    from object_store import ObjectStore
+
+    store = ObjectStore()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in store.environment.items():
+            patch.setenv(name, value)
+        yield store
+    store.close()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The folder for mirrors of run folders on object stores."""
+    monkeypatch.setenv("STAGEWISE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 def pytest_collection_modifyitems(items):
     def place(item):
         return next((k for k, part in enumerate(LONGEST) if part in item.nodeid), len(LONGEST))

@@ -1,4 +1,4 @@
-"""S3 on the loopback interface, in this process: what is in it can be looked at, spoilt, and watched request by request."""
+"""S3 on the loopback interface, in this process: it can be looked into, spoilt, and watched request by request."""
 
 import json
 import logging
@@ -73,7 +73,9 @@ class ObjectStore:
         for key, text in objects.items():
             if key.startswith(f"{run}/complete/"):
                 marker = json.loads(text)
-                (content,) = (value for place, value in objects.items() if place.startswith(f"{run}/objects/{marker['sha256']}/"))
+                (content,) = (
+                    value for place, value in objects.items() if place.startswith(f"{run}/objects/{marker['sha256']}/")
+                )
                 assert (len(content), sha256(content).hexdigest()) == (marker["size"], marker["sha256"]), key
                 found[key.removeprefix(f"{run}/complete/")] = marker["sha256"]
         return found

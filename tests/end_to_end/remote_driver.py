@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-import s3fs  # noqa: F401 - all these are imported once, and not in every process that is killed
+import s3fs
+
 from hurried import without_pictures
 from stagewise.run import engine, pipeline
 from stagewise.run.config import load_config

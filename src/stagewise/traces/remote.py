@@ -82,7 +82,13 @@ class Remote:
                 "the run folder; give the bare url, and credentials in the environment"
             )
         path = path.rstrip("/")
-        if not re.fullmatch(r"[a-z][a-z0-9+]+", protocol) or not re.fullmatch(r"/?([^/*\[\]\\]+/)+[^/*\[\]\\]+", path):
+        parts = path.removeprefix("/").split("/")
+        if (
+            not re.fullmatch("[a-z][a-z0-9+]+", protocol)
+            or len(parts) < 2
+            or {"", ".", ".."} & {*parts}
+            or re.search(r"[*\[\]\\]", path)
+        ):
             raise ValueError(f"expected the url of a folder in a bucket, e.g. s3://bucket/runs/a, got {text!r}")
         return cls(f"{protocol}://{path}")
 
