@@ -80,7 +80,7 @@ class TracesInMemory:
 
 
 def as_traces(traces: Traces | str | Path) -> Traces:
-    """The traces, or those of a run folder."""
+    """The traces, or those of a run folder or its url."""
     return TraceStore.read_only(traces) if isinstance(traces, str | Path) else traces
 
 
