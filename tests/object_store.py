@@ -11,6 +11,7 @@ from moto import settings
 from moto.backends import get_backend
 from moto.s3 import models
 from moto.server import DomainDispatcherApplication, create_backend_app
+from s3fs import S3FileSystem
 from werkzeug.serving import make_server
 
 SECRET = "secret/of+tests+0123456789"
@@ -26,12 +27,14 @@ class ObjectStore:
     """
 
     def __init__(self):
+        S3FileSystem.clear_instance_cache()  # of one that was at another port
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         models.S3_UPLOAD_PART_MIN_SIZE = settings.S3_UPLOAD_PART_MIN_SIZE = 1
         self._app = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         self._backend = get_backend("s3")["123456789012"]["aws"]
+        self._backend.reset()  # of an earlier one in this process
         self._backend.create_bucket("bucket", "us-east-1")
         self.environment = {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._server.server_port}",

@@ -11,7 +11,8 @@ from stagewise.run.config import load_config
 from stagewise.traces.store import TraceStore
 
 
-def drive(config: Path, settings: list[str], log: Path) -> None:
+def drive(config: Path, settings: list[str], log: Path, environment: dict[str, str]) -> None:
+    os.environ.update(environment)  # which is not that of the process that this one was forked from
     os.setsid()  # its workers can be known by its group
     without_pictures()
     s3fs.core.calculate_chunksize = lambda size, chunksize=None: 2000

@@ -91,12 +91,12 @@ def test_a_run_killed_at_any_request_goes_on_from_the_store_alone_to_the_same_bi
     tmp_path, cache, object_store, whole
 ):
     config, log = write_run(tmp_path / "killed", **SETTINGS), tmp_path / "computed"
-    done = {}
+    environment, done = object_store.environment | {"STAGEWISE_CACHE": str(cache)}, {}
     for number, moment in enumerate([*KILLS, ("never", "")]):
         shutil.rmtree(cache, ignore_errors=True)  # another machine
         log.write_text("")
         settings = [f"out={URL}", f"workers={2 if number == BY_WORKERS else 1}"]
-        process = processes.Process(target=drive, args=(config, settings, log))
+        process = processes.Process(target=drive, args=(config, settings, log, environment))
         assert killed(object_store, process, moment) == (moment[0] != "never"), moment
         assert (process.exitcode == 0) == (moment[0] == "never"), moment
         now = object_store.complete("runs/killed")
@@ -110,6 +110,30 @@ def test_a_run_killed_at_any_request_goes_on_from_the_store_alone_to_the_same_bi
     assert sorted(name for name in done if "/" in name) == sorted(
         path.relative_to(whole).as_posix() for part in ("cells", "kept") for path in (whole / part).iterdir()
     )
+
+
+def test_two_runs_on_two_machines_that_share_a_url_at_the_same_time_end_with_the_same_bits(
+    tmp_path, object_store, whole, monkeypatch
+):
+    url, config = "s3://bucket/runs/shared", write_run(tmp_path, **SETTINGS)
+    caches = [tmp_path / "one", tmp_path / "two"]
+    both = [
+        processes.Process(
+            target=drive,
+            args=(config, [f"out={url}"], tmp_path / "log", object_store.environment | {"STAGEWISE_CACHE": str(cache)}),
+        )
+        for cache in caches
+    ]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    for cache in (*caches, tmp_path / "three"):
+        monkeypatch.setenv("STAGEWISE_CACHE", str(cache))
+        store = sw.TraceStore.read_only(url)
+        assert store.has(*object_store.complete("runs/shared"))
+        assert contents(store.root) == contents(whole)
 
 
 def every_file(*folders):

@@ -12,10 +12,11 @@ import pytest
 from synthetic_cells import bits, make_cell
 
 from object_store import SECRET
+from stagewise.explorer.page import store_of
 from stagewise.run.config import ConfigError, make_config
 from stagewise.traces import remote
 from stagewise.traces.identity import identity_text
-from stagewise.traces.mirror import mirror
+from stagewise.traces.mirror import local_file, mirror
 from stagewise.traces.remote import Remote
 from stagewise.traces.store import Cell, RunFolderError, RunMismatchError, TraceStore
 
@@ -262,6 +263,15 @@ def test_a_url_where_no_run_was_begun_is_no_run_folder(url):
             look()
     with pytest.raises(RunFolderError, match="NoSuchBucket|does not exist|FileNotFound"):
         opened("s3://not-a-bucket/run")
+
+
+def test_what_the_store_has_not_is_not_shown_from_a_mirror(url):
+    store = written(url)
+    (store.root / "explorer").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"{url} has no explorer yet"):
+        store_of(url)
+    with pytest.raises(FileNotFoundError, match=f"{url} has no config.yaml yet"):
+        local_file(f"{url}/config.yaml")
 
 
 def test_a_store_that_was_sent_to_another_machine_works_in_the_mirror_there(url, monkeypatch, tmp_path):

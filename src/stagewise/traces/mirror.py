@@ -78,12 +78,14 @@ def local(folder: str | Path, *names: str) -> Path:
 
     Raises:
         RunFolderError: there is no run folder at the url, or the store cannot be read.
+        FileNotFoundError: the store has not all of the names.
     """
     place = place_of(folder)
     if isinstance(place, Path):
         return place
     root = existing(place)
-    place.fetch(root, names)
+    if missing := {*names} - place.fetch(root, names):
+        raise FileNotFoundError(f"{place} has no {', '.join(sorted(missing))} yet; write it with `stagewise run`")
     return root
 
 
@@ -104,6 +106,7 @@ def local_file(path: str) -> Path:
 
     Raises:
         RunFolderError: there is no such run folder, or the store cannot be read.
+        FileNotFoundError: there is no such file in it.
     """
     folder, _, name = path.rpartition("/")
     return local(folder, name) / name if "://" in path else Path(path)

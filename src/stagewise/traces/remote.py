@@ -15,44 +15,22 @@ Credentials are those that fsspec finds in the environment, never part of a url.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stagewise.traces.archive import beside, packed, unpack_folder
 from stagewise.traces.files import RunFolderError, explain_write, fsync
+from stagewise.traces.marker import Marker
 
-_CONTENTS, _MARKERS, _IDENTITIES = "objects", "complete", "identity"
+_MARKERS, _IDENTITIES = "complete", "identity"
 _PACKAGES = {"s3": "'stagewise[store]'", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 _LARGEST = 2**24  # bytes of a marker or an identity
 _NEVER_CHANGED = ("cells/", "kept/")
 _compared: set[tuple[str, Path]] = set()  # which of these this process has held against their markers
-
-
-@dataclass(frozen=True)
-class Marker:
-    """What a name has as its content: size in bytes, hash, and whether it is the zip of a folder."""
-
-    size: int
-    sha256: str
-    folder: bool
-
-    @classmethod
-    def of(cls, file: Path, folder: bool) -> Marker:
-        """That of a file."""
-        with file.open("rb") as opened:
-            return cls(file.stat().st_size, hashlib.file_digest(opened, "sha256").hexdigest(), folder)
-
-    def fits(self, path: Path) -> bool:
-        """Whether a file or folder is the content."""
-        if not path.exists() or path.is_dir() != self.folder:
-            return False
-        with packed(path) as file:
-            return file.stat().st_size == self.size and Marker.of(file, self.folder) == self
 
 
 @dataclass(frozen=True)
@@ -113,7 +91,7 @@ class Remote:
             RunFolderError: the store cannot be read.
         """
         texts = self._texts([f"{_MARKERS}/{name}" for name in names])
-        found = {name: _marker(text) for name, text in zip(names, texts, strict=True)}
+        found = {name: Marker.parse(text) for name, text in zip(names, texts, strict=True)}
         return {name: marker for name, marker in found.items() if marker is not None}
 
     def put(self, path: Path, name: str) -> None:
@@ -127,8 +105,8 @@ class Remote:
             if self.markers([name]).get(name) == marker:
                 return
             with self._reached("write") as (files, base):
-                files.put_file(str(file), f"{base}/{_place(name, marker)}")
-                files.pipe_file(f"{base}/{_MARKERS}/{name}", json.dumps(asdict(marker)).encode())
+                files.put_file(str(file), f"{base}/{marker.place(name)}")
+                files.pipe_file(f"{base}/{_MARKERS}/{name}", marker.text())
 
     def fetch(self, root: Path, names: Sequence[str]) -> set[str]:
         """Bring names into a folder as they are in the store; what is there already as it should be stays.
@@ -191,7 +169,7 @@ class Remote:
             partial.parent.mkdir(parents=True, exist_ok=True)
         try:
             with self._reached("read") as (files, base):
-                sources = [f"{base}/{_place(name, marker)}" for name, marker in markers.items()]
+                sources = [f"{base}/{marker.place(name)}" for name, marker in markers.items()]
                 try:
                     files.get(sources, [str(partial) for partial in partials.values()])
                 except FileNotFoundError:
@@ -249,20 +227,6 @@ class Remote:
                 f"cannot {how} {self}: {type(error).__name__}: {_first_line(error)}; check the bucket, the "
                 "credentials and the network, and run again: what is complete is kept"
             ) from None
-
-
-def _place(name: str, marker: Marker) -> str:
-    """Where a content lies; under a name that a person who downloads it can use."""
-    file = name.rpartition("/")[2]
-    return f"{_CONTENTS}/{marker.sha256}/{file}{'.zip' if marker.folder else ''}"
-
-
-def _marker(text: bytes | None) -> Marker | None:
-    """None too for half a marker, which some stores may keep of a writer that was killed."""
-    try:
-        return None if text is None else Marker(**json.loads(text))
-    except (ValueError, TypeError):
-        return None
 
 
 def _first_line(error: Exception) -> str:
