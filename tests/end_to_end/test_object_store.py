@@ -1,6 +1,5 @@
 """A run on an object store is killed again and again, each time on a machine that knows nothing of the last."""
 
-import multiprocessing
 import os
 import re
 import shutil
@@ -10,7 +9,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 from remote_driver import drive
-from test_resume import contents, nobody_left
+from test_resume import contents, nobody_left, processes
 from tiny import task, write_run
 from typer.testing import CliRunner
 
@@ -22,10 +21,6 @@ from stagewise.run.pipeline import report, run
 from stagewise.traces.store import RunMismatchError
 
 URL = "s3://bucket/runs/killed"
-processes = multiprocessing.get_context("forkserver")
-# All that a run imports in the end: most of the time of one that is killed early.
-processes.set_forkserver_preload(["stagewise.run.pipeline", "s3fs", "arviz_stats", "torch._dynamo"])
-
 SETTINGS = {"estimators": ["exact", "bif", "gradient"], "exemplars": 2, "workers": 1, "per": "group"}
 
 # The request at which everything is killed: before the store does it, or before its answer arrives.
