@@ -15,6 +15,7 @@ import pytest
 
 # Files that take longest, so that they begin first and no process of `make test` is left with a long one at the end.
 LONGEST = (
+    "end_to_end/test_object_store.py",
     "end_to_end/test_resume.py",
     "studies/test_transitions.py",
     "property/test_agreement.py",
@@ -47,6 +48,26 @@ def no_pictures():
     with pytest.MonkeyPatch.context() as patch:
         without_pictures(patch.setattr)
         yield
+
+
+@pytest.fixture(scope="module")
+def object_store():
+    """S3 on this machine, and the environment in which it is found."""
+    from object_store import ObjectStore
+
+    store = ObjectStore()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in store.environment.items():
+            patch.setenv(name, value)
+        yield store
+    store.close()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The folder for mirrors of run folders on object stores."""
+    monkeypatch.setenv("STAGEWISE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 def pytest_collection_modifyitems(items):

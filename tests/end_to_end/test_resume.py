@@ -20,7 +20,7 @@ from stagewise.traces.store import RunFolderError
 
 # A new process for every run, but all from one that has imported everything: that takes most of the time.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["stagewise.run.pipeline"])
+processes.set_forkserver_preload(["stagewise.run.pipeline", "arviz_stats", "torch._dynamo", "s3fs"])
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,7 +26,9 @@ _LESS_MEMORY = (
     "complete is kept"
 )
 
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, the `out` of a configuration.")]
+RunFolder = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run folder, the `out` of a configuration; or its url, s3://bucket/run.")
+]
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def demo(
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML configuration; see examples/.")],
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML configuration; see examples/.")],
     overrides: Overrides = None,
     executor: ExecutorName = None,
     cells: Annotated[
@@ -57,9 +57,10 @@ def run(
     """
     from stagewise.run.config import load_config
     from stagewise.run.slices import Slice
+    from stagewise.traces.mirror import local_file
 
     with readable_errors():
-        settings = load_config(config, _with_executor(overrides, executor))
+        settings = load_config(local_file(config), _with_executor(overrides, executor))
         part = None if cells is None else Slice.parse(cells)
         if part is None or dry_run:
             _run(settings, dry_run)
@@ -79,11 +80,12 @@ def merge(
     from stagewise.reporting.findings import findings
     from stagewise.run.pipeline import merge as carry_out
     from stagewise.run.progress import progress_bars
+    from stagewise.traces.mirror import local
 
     with readable_errors():
         with progress_bars(console) as progress:
             results = carry_out(folder, others or (), progress)
-        _show(findings(results), folder / "report.html")
+        _show(findings(results), local(folder) / "report.html")
 
 
 @app.command()
@@ -181,10 +183,11 @@ def doctor(folder: RunFolder) -> None:
 def report(folder: RunFolder) -> None:
     """Write the report of a run again, without sampling."""
     from stagewise.run.pipeline import report as write
+    from stagewise.traces.mirror import local
 
     with readable_errors():
         write(folder)
-        console.print(f"report: {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"report: {local(folder) / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -209,11 +212,11 @@ def _with_executor(overrides: Sequence[str] | None, executor: str | None) -> lis
     return [*([f"executor={executor}"] if executor else []), *(overrides or ())]
 
 
-def _what_is_next(found: Status, folder: Path) -> str:
+def _what_is_next(found: Status, folder: str) -> str:
     if found.missing:
-        return f"{found.missing} cells are missing: `stagewise run {folder / 'config.yaml'}` computes them"
+        return f"{found.missing} cells are missing: `stagewise run {folder}/config.yaml` computes them"
     if found.reported:
-        return f"complete; report: {folder / 'report.html'}"
+        return f"complete; report: {folder}/report.html"
     return f"all cells are complete: `stagewise merge {folder}` makes the report"
 
 
@@ -245,7 +248,7 @@ def _run(settings: RunConfig, dry_run: bool) -> None:
     with progress_bars(console) as progress:
         results = carry_out(settings, progress)
     console.print()
-    _show(findings(results), settings.out / "report.html")
+    _show(findings(results), settings.folder / "report.html")
 
 
 def _show(found: Sequence[str], report: Path) -> None:

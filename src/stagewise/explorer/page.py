@@ -17,6 +17,7 @@ from pathlib import Path
 from stagewise.explorer.contents import write_store
 from stagewise.results import Results
 from stagewise.traces.files import write_text
+from stagewise.traces.mirror import local
 
 FOLDER, STORE = "explorer", "data.zarr"
 """In a run folder, and in there."""
@@ -59,7 +60,7 @@ def write_explorer(results: Results, folder: Path) -> Path:
     return page
 
 
-def export_page(folder: Path, path: Path) -> int:
+def export_page(folder: str | Path, path: Path) -> int:
     """Bake a run's page with all of its data into one file.
 
     Args:
@@ -77,13 +78,13 @@ def export_page(folder: Path, path: Path) -> int:
     return len(text.encode("utf-8"))
 
 
-def store_of(folder: Path) -> Path:
+def store_of(folder: str | Path) -> Path:
     """The store in a run folder.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    store = Path(folder) / FOLDER / STORE
+    store = local(folder, FOLDER) / FOLDER / STORE
     if not (store / "zarr.json").is_file():
         raise FileNotFoundError(f"{folder} has no page yet; write it with `stagewise report {folder}`")
     return store

@@ -28,7 +28,7 @@ HOST = "127.0.0.1"
 _FIRST = 192 * 1024  # bytes baked in, so that the page appears after one request; the rest is read when it is asked for
 
 
-def application(folder: Path, token: str) -> Starlette:
+def application(folder: str | Path, token: str) -> Starlette:
     """What answers below ``/token/``: the page and its store, read-only. Anything else is not found.
 
     Args:

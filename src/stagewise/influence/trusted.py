@@ -80,7 +80,7 @@ class TracesInMemory:
 
 
 def as_traces(traces: Traces | str | Path) -> Traces:
-    """The traces, or those of a run folder."""
+    """The traces, or those of a run folder or its url."""
     return TraceStore.read_only(traces) if isinstance(traces, str | Path) else traces
 
 
@@ -98,7 +98,7 @@ class ReadOnce(TraceStore):
     @classmethod
     def of(cls, store: TraceStore) -> ReadOnce:
         """The same store."""
-        return cls(store.root, store.identity, writable=False)
+        return cls(store.root, store.identity, writable=False, remote=store.remote)
 
     def load(self, step: int) -> xr.DataTree:
         """As the store's."""
@@ -108,6 +108,18 @@ class ReadOnce(TraceStore):
         if tree.nbytes + sum(other.nbytes for other in self._read.values()) <= self.room:
             self._read[step] = tree
         return tree
+
+    @cached_property
+    def labels(self) -> dict[str, Any]:
+        """As the store's."""
+        return super().labels
+
+    def _files(self) -> dict[tuple[int, int], Path]:
+        return self._found
+
+    @cached_property
+    def _found(self) -> dict[tuple[int, int], Path]:
+        return super()._files()
 
     @cached_property
     def diagnostics(self) -> xr.Dataset:

@@ -210,7 +210,7 @@ def two_times_stage(analysis: Analysis) -> Stage | None:
     def compute() -> xr.Dataset:
         bar = partial(analysis.progress, name)
         first = orders.orders[0]
-        return influence_in_time(task, start, first, asked, bins=bins, scratch=config.out, progress=bar)
+        return influence_in_time(task, start, first, asked, bins=bins, scratch=config.folder, progress=bar)
 
     return Stage(name, f"{asked} {bins} {config.retraining!r}", {None: analysis.of_run()}, compute)
 

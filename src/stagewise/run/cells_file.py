@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from stagewise.run.kept import ended
+from stagewise.run.kept import all_ended
 from stagewise.traces.files import PARTIAL, RunFolderError, explain_read, explain_write, fsync, write_text
-from stagewise.traces.identity import check_identity, read_identity
-from stagewise.traces.store import RunMismatchError
+from stagewise.traces.identity import check_identity
+from stagewise.traces.store import RunMismatchError, TraceStore
 
 _FILE = "cells.json"
 _OF_RUN = ("identity.json", "config.yaml", "provenance.json", "labels.json", _FILE)
@@ -35,10 +35,6 @@ class Listed:
     stage: str
     file: str
 
-    def is_complete(self, root: Path) -> bool:
-        """Whether the folder holds it, or the reason why it does not exist."""
-        return ended(root, self.file)
-
 
 @dataclass(frozen=True)
 class CellList:
@@ -47,10 +43,12 @@ class CellList:
     Attributes:
         cells: all of them.
         digest: hash of all that decides their numbers.
+        reported: whether there is a report of all of them.
     """
 
     cells: tuple[Listed, ...]
     digest: str
+    reported: bool = False
 
     @classmethod
     def of(cls, cells: Sequence[Any]) -> Self:
@@ -60,66 +58,68 @@ class CellList:
         return cls(listed, hashlib.sha256("\0".join(sorted(keys)).encode()).hexdigest())
 
     @classmethod
-    def read(cls, root: Path) -> Self | None:
+    def read(cls, store: TraceStore) -> Self | None:
         """That of a run folder; None where it has none.
 
         Raises:
             RunFolderError: it is damaged.
         """
-        path = root / _FILE
-        if not path.exists():
+        if not store.has(_FILE):
             return None
-        with explain_read(root, _FILE):
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return cls(tuple(Listed(*map(str, cell)) for cell in content["cells"]), str(content["digest"]))
+        with explain_read(store.root, _FILE):
+            content = json.loads((store.root / _FILE).read_text(encoding="utf-8"))
+            cells = tuple(Listed(*map(str, cell)) for cell in content["cells"])
+            return cls(cells, str(content["digest"]), bool(content["reported"]))
 
-    def write(self, root: Path) -> None:
+    def write(self, store: TraceStore) -> None:
         """Into a run folder.
 
         Raises:
             RunFolderError: it cannot be written.
         """
         cells = [[cell.name, cell.stage, cell.file] for cell in self.cells]
-        with explain_write(root):
-            write_text(root / _FILE, json.dumps({"digest": self.digest, "cells": cells}))
+        with explain_write(store.root):
+            content = {"digest": self.digest, "reported": self.reported, "cells": cells}
+            write_text(store.root / _FILE, json.dumps(content))
+        store.push(_FILE)
 
-    def agree(self, root: Path) -> None:
+    def agree(self, store: TraceStore) -> None:
         """Be that of the folder, which is written if there is none.
 
         Raises:
             RunMismatchError: the folder has another list.
         """
-        there = type(self).read(root)
+        there = type(self).read(store)
         if there is None:
-            self.write(root)
+            self.write(store)
         elif there.digest != self.digest:
             raise RunMismatchError(
-                f"{root} is being filled with other cells: {len(there.cells)} (list {there.digest[:12]}), and here "
-                f"there are {len(self.cells)} (list {self.digest[:12]}). All slices of a run need the same "
+                f"{store.place} is being filled with other cells: {len(there.cells)} (list {there.digest[:12]}), and "
+                f"here there are {len(self.cells)} (list {self.digest[:12]}). All slices of a run need the same "
                 "configuration, task, checkpoints and version: begin in another folder (out=...), or delete "
-                f"{root / _FILE} where it is of an earlier run that is to be continued with other settings"
+                f"{_FILE} in it where it is of an earlier run that is to be continued with other settings"
             )
 
-    def missing(self, root: Path) -> list[Listed]:
+    def missing(self, store: TraceStore) -> list[Listed]:
         """Those that the folder lacks."""
-        return [cell for cell in self.cells if not cell.is_complete(root)]
+        there = all_ended(store)
+        return [cell for cell in self.cells if cell.file not in there]
 
+    def check_whole(self, store: TraceStore) -> None:
+        """Refuse a folder that lacks some of these cells.
 
-def check_whole(root: Path, cells: CellList) -> None:
-    """Refuse a folder that lacks some of these cells.
-
-    Raises:
-        RunMismatchError: it was filled with others.
-        ValueError: some are missing, with their names.
-    """
-    cells.agree(root)
-    if missing := cells.missing(root):
-        shown = ", ".join(cell.name for cell in missing[:_SHOWN])
-        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
-        raise ValueError(
-            f"{root} lacks {len(missing)} of {len(cells.cells)} cells: {shown}{more}. Run the slices that lack them "
-            f"again, or `stagewise run {root / 'config.yaml'}`, which computes what is missing"
-        )
+        Raises:
+            RunMismatchError: it was filled with others.
+            ValueError: some are missing, with their names.
+        """
+        self.agree(store)
+        if missing := self.missing(store):
+            shown = ", ".join(cell.name for cell in missing[:_SHOWN])
+            more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+            raise ValueError(
+                f"{store.place} lacks {len(missing)} of {len(self.cells)} cells: {shown}{more}. Run the slices that "
+                f"lack them again, or `stagewise run {store.place}/config.yaml`, which computes what is missing"
+            )
 
 
 def collect(source: Path, root: Path) -> None:
@@ -129,20 +129,22 @@ def collect(source: Path, root: Path) -> None:
         RunFolderError: one of them is no run folder.
         RunMismatchError: they are of different runs.
     """
-    there = CellList.read(source)
-    if there is None:
+    other = TraceStore.read_only(source)
+    cells = CellList.read(other)
+    if cells is None:
         raise RunFolderError(f"{source} holds no slice of a run: it has no {_FILE}")
     if not (root / "identity.json").exists():
         root.mkdir(parents=True, exist_ok=True)
         for name in _OF_RUN:
             _copy(source / name, root / name)
-    check_identity(root, read_identity(root), read_identity(source))
-    there.agree(root)
+    store = TraceStore.read_only(root)
+    check_identity(root, store.identity, other.identity)
+    cells.agree(store)
     for folder in ("cells", "kept"):
         (root / folder).mkdir(exist_ok=True)
-        for file in sorted((source / folder).glob("[!.]*")):
-            if file.suffix != ".underway" and not (root / folder / file.name).exists():
-                _copy(file, root / folder / file.name)
+        for name in other.names(folder):
+            if not (root / name).exists():
+                _copy(source / name, root / name)
 
 
 def _copy(source: Path, target: Path) -> None:

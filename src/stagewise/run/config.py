@@ -32,6 +32,8 @@ from stagewise.sampling.chains import Chains
 from stagewise.sampling.posterior import LocalPosterior
 from stagewise.sampling.tuning import check_sampler
 from stagewise.traces.files import write_text
+from stagewise.traces.mirror import mirror, place_of
+from stagewise.traces.remote import Remote, public
 from stagewise.varied import Per
 
 Estimator = Literal["exact", "bif", "damped", "gradient"]
@@ -83,7 +85,9 @@ class RunConfig(_Settings):
     batch_size: int | None = Field(
         None, ge=0, description="samples of every update of the run, 0 for all, where its folder does not say it"
     )
-    out: Path = Field(description="run folder: traces, results and report")
+    out: Path | Remote = Field(
+        description="run folder: traces, results and report; or its url on an object store, s3://bucket/runs/a"
+    )
     steps: tuple[int, ...] | None = Field(None, description="checkpoints to study; default all")
     posterior: LocalPosterior = Field(description="what is sampled: window (or gamma), n_beta, metric, ...")
     sampling: Chains = Field(default_factory=Chains, description="how: sampler, chains, draws, ...")
@@ -118,6 +122,8 @@ class RunConfig(_Settings):
                 return HubName.parse(value)
             if not isinstance(value, str | Path | HubName):
                 raise ValueError(f"expected a folder, or {HUB}organisation/name")
+        if info.field_name == "out":
+            return place_of(expanded(value) if isinstance(value, str) else value)
         return expanded(value) if isinstance(value, str) else value
 
     @field_validator("executor", mode="before")
@@ -125,9 +131,14 @@ class RunConfig(_Settings):
     def _by_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
-    @field_serializer("checkpoints")
-    def _as_text(self, source: Path | HubName) -> str:
+    @field_serializer("checkpoints", "out")
+    def _as_text(self, source: Path | HubName | Remote) -> str:
         return str(source)
+
+    @property
+    def folder(self) -> Path:
+        """Where this machine keeps the run folder: ``out``, or the mirror of a url."""
+        return mirror(self.out) if isinstance(self.out, Remote) else self.out
 
     @model_validator(mode="after")
     def _name_steps(self) -> RunConfig:
@@ -177,7 +188,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         update={
             "task": task_place(config.task, folders),
             "checkpoints": _source(config.checkpoints, lambda path: placed(path, folders)),
-            "out": placed(config.out, [here]),
+            "out": config.out if isinstance(config.out, Remote) else placed(config.out, [here]),
         }
     )
 
@@ -192,18 +203,18 @@ def make_config(content: Mapping[str, Any], source: str = "configuration") -> Ru
         return RunConfig.model_validate(content)
     except ValidationError as error:
         faults = "\n".join(f"  {_explain(fault)}" for fault in error.errors())
-        raise ConfigError(f"{source} is not valid:\n{faults}") from None
+        raise ConfigError(public(f"{source} is not valid:\n{faults}")) from None
 
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration into its run folder; it runs from there again, also after a move."""
     folder = Path(path).absolute().parent
+    near = None if isinstance(config.out, Remote) else folder  # nothing is moved together with a mirror
     places = {
-        "task": portable_task(config.task, folder),
-        "checkpoints": str(_source(config.checkpoints, lambda path: portable(path, folder))),
-        "out": portable(config.out, folder),
-        _SAVED_IN: str(folder),
-    }
+        "task": portable_task(config.task, near),
+        "checkpoints": str(_source(config.checkpoints, lambda path: portable(path, near))),
+        "out": str(config.out).replace("$", "$$") if isinstance(config.out, Remote) else portable(config.out, near),
+    } | ({} if near is None else {_SAVED_IN: str(near)})
     write_text(path, yaml12.dump(plain(config) | places))
 
 

@@ -22,6 +22,7 @@ from stagewise.sampling.chains import Chains
 from stagewise.sampling.posterior import LocalPosterior
 from stagewise.sampling.tuning import SamplerName, check_sampler
 from stagewise.task import Task
+from stagewise.traces.remote import Remote
 from stagewise.traces.store import TraceStore
 from stagewise.usable import chosen_steps
 
@@ -57,7 +58,7 @@ def sample(
     trajectory: Trajectory | str | Path,
     posterior: LocalPosterior,
     *,
-    out: str | Path,
+    out: str | Path | Remote,
     sampling: Chains | None = None,
     steps: Sequence[int] | None = None,
     workers: int | None = 1,
@@ -75,7 +76,7 @@ def sample(
         task: what is studied.
         trajectory: the run's checkpoints, or the folder they are in.
         posterior: what is sampled, e.g. ``LocalPosterior(window=30)``.
-        out: run folder; a killed run continues where it was.
+        out: run folder, or its url on an object store; a killed run continues where it was.
         sampling: how it is sampled; default ``Chains()``.
         steps: checkpoints to sample, default all.
         workers: processes, None for as many as there is room for. Above one, the task must be picklable and the calling
@@ -115,7 +116,7 @@ def sample(
     run, chosen = as_trajectory(trajectory), replace(sampling or Chains(), **settings)
     check_sampler(posterior, chosen)
     looked = look(task, run, posterior, chosen_steps(run, steps))
-    work = prepare(task, run, posterior, chosen, Path(out), looked, make_task)
+    work = prepare(task, run, posterior, chosen, out, looked, make_task)
     with work.store.lock():
         begin(work, task)
         Crew(work, task, executor, workers, progress).compute(work.cells)
@@ -127,7 +128,7 @@ def prepare(
     trajectory: Trajectory,
     posterior: LocalPosterior,
     sampling: Chains,
-    out: Path,
+    out: str | Path | Remote,
     looked: tuple[dict[int, str], dict[int, str]],
     make_task: Callable[[], Task] | None = None,
 ) -> Work:

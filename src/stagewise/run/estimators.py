@@ -69,7 +69,7 @@ def estimate(
         per=per,
         repeats=None if repeats == 1 else repeats,  # one order that is not the run's own would have no error
         order=recorded_order(task, trajectory, config),
-        scratch=config.out,
+        scratch=config.folder,
     )
 
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,7 +72,7 @@ def import_scores(folder: str | Path, scores: xr.DataArray, *, name: str, step: 
         >>> sw.import_scores("runs/first", scores, name="TRAK", step=20).value.dims
         ('step', 'train', 'query')
     """
-    store = TraceStore.read_only(Path(folder).expanduser())
+    store = TraceStore.read_only(os.path.expanduser(folder))
     losses = load_results(store.root)[0]["losses"]
     if not _NAME.fullmatch(name) or name.lower() in {own.lower() for own in _OWN}:
         raise ValueError(
@@ -97,6 +98,7 @@ def import_scores(folder: str | Path, scores: xr.DataArray, *, name: str, step: 
         with explain_write(store.root):
             (store.root / "imported").mkdir(exist_ok=True)
             write_text(_place(store.root, name), json.dumps(dataset_to_json(added)))
+        store.push(f"imported/{name}.json")
     return added
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import xarray as xr
 
@@ -18,7 +17,7 @@ from stagewise.task import Task
 from stagewise.traces.files import RunFolderError, explain_read, explain_write, write_text
 from stagewise.traces.store import RunMismatchError, TraceStore
 
-_REFUSED = ".refused"
+_FOLDER, _REFUSED = "kept", ".refused"
 
 
 class RefusedError(ValueError):
@@ -34,14 +33,14 @@ class Kept:
     """
 
     def __init__(self, store: TraceStore, task: Task) -> None:
-        self._root = store.root
+        self._store = store
         labels = content_digest((task.train_groups, task.query_groups))
         self._cause = [*(f"{name}={value}" for name, value in sorted(store.identity.items())), labels]
 
     def file(self, name: str, cause: str) -> str:
         """Where a result is kept, in the run folder."""
         key = hashlib.sha256("\0".join([*self._cause, name, cause]).encode()).hexdigest()
-        return f"kept/{name.replace(' ', '-')}-{key[:32]}.json"
+        return f"{_FOLDER}/{name.replace(' ', '-')}-{key[:32]}.json"
 
     def get(self, name: str, cause: str, compute: Callable[[], xr.Dataset]) -> xr.Dataset:
         """What is kept, else what ``compute`` gives, which is kept then.
@@ -56,13 +55,13 @@ class Kept:
             RunFolderError: the file is damaged, or cannot be written.
         """
         file = self.file(name, cause)
-        path, refused = self._root / file, self._root / f"{file}{_REFUSED}"
-        if path.exists():
-            with explain_read(self._root, file):
-                return dataset_from_json(json.loads(path.read_text(encoding="utf-8")))
-        if refused.exists():
-            with explain_read(self._root, refused.name):
-                raise RefusedError(refused.read_text(encoding="utf-8"))
+        if self._store.has(file):
+            with explain_read(self._store.root, file):
+                return dataset_from_json(json.loads(self._read(file)))
+        if self._store.has(refused := f"{file}{_REFUSED}"):
+            with explain_read(self._store.root, refused):
+                reason = self._read(refused)
+            raise RefusedError(reason)
         try:
             result = compute()
         except (RunFolderError, RunMismatchError):
@@ -70,21 +69,30 @@ class Kept:
         except ValueError as error:
             self._write(refused, str(error))
             raise RefusedError(str(error)) from error
-        self._write(path, json.dumps(dataset_to_json(result)))
+        self._write(file, json.dumps(dataset_to_json(result)))
         return result
 
     def forget_refusals(self) -> None:
         """What could not be computed is tried again: call it where a run begins."""
-        with explain_write(self._root):
-            for refused in (self._root / "kept").glob(f"*{_REFUSED}"):
-                refused.unlink(missing_ok=True)
+        self._store.remove(*(name for name in self._store.names(_FOLDER) if name.endswith(_REFUSED)))
 
-    def _write(self, path: Path, text: str) -> None:
-        with explain_write(self._root):
+    def _read(self, file: str) -> str:
+        return (self._store.root / file).read_text(encoding="utf-8")
+
+    def _write(self, file: str, text: str) -> None:
+        path = self._store.root / file
+        with explain_write(self._store.root):
             path.parent.mkdir(exist_ok=True)
             write_text(path, text)
+        self._store.push(file)
 
 
-def ended(root: Path, file: str) -> bool:
+def ended(store: TraceStore, file: str) -> bool:
     """Whether a result, or the reason why there is none, is kept under this name."""
-    return (root / file).exists() or (root / f"{file}{_REFUSED}").exists()
+    return store.has(file) or store.has(f"{file}{_REFUSED}")
+
+
+def all_ended(store: TraceStore) -> set[str]:
+    """The names of all cells and results in a store, and of those that have a reason why there is none."""
+    names = (name for folder in ("cells", _FOLDER) for name in store.names(folder))
+    return {name.removesuffix(_REFUSED) for name in names}

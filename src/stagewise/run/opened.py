@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -70,18 +70,19 @@ class OpenedRun:
 
     @contextmanager
     def alone(self, again: bool = True) -> Iterator[None]:
-        """Work on the whole run; try ``again`` what could not be computed.
+        """Work on the whole run, up to its report; try ``again`` what could not be computed.
 
         Raises:
             RunLockedError: somebody else works on it, or on a slice of it.
         """
-        with self.work.store.lock():
+        with self.work.store.lock(), self._told("run"):
             begin(self.work, self.task)
             if again:
                 self.analysis.kept.forget_refusals()
-            CellList.of(self.cells).write(self.work.store.root)
-            with self._told("run"):
-                yield
+            cells = CellList.of(self.cells)
+            cells.write(self.work.store)
+            yield
+            replace(cells, reported=True).write(self.work.store)
 
     @contextmanager
     def beside_others(self, part: Slice) -> Iterator[None]:
@@ -91,25 +92,26 @@ class OpenedRun:
             RunLockedError: somebody works on the whole run, or on the same slice.
             RunMismatchError: the others work on other cells.
         """
-        with self.work.store.lock(part.name):
+        with self.work.store.lock(part.name), self._told(part.name):
             begin(self.work, self.task, sweep=False)  # others are writing
-            CellList.of(self.cells).agree(self.work.store.root)
-            with self._told(part.name):
-                yield
+            CellList.of(self.cells).agree(self.work.store)
+            yield
 
     @contextmanager
     def _told(self, who: str) -> Iterator[None]:
         """Who works on what, for a resumed run and for who asks how it stands."""
-        root = self.work.store.root
-        save_config(self.config, root / "config.yaml")
-        write_text(root / "provenance.json", json.dumps(provenance(), indent=1))
-        failures = root / FAILED / f"{who}.txt"
-        failures.unlink(missing_ok=True)
+        store = self.work.store
+        save_config(self.config, store.root / "config.yaml")
+        write_text(store.root / "provenance.json", json.dumps(provenance(), indent=1))
+        store.push("config.yaml", "provenance.json")
+        failures = f"{FAILED}/{who}.txt"
+        store.remove(failures)
         try:
             yield
         except Exception as error:
-            failures.parent.mkdir(exist_ok=True)
-            write_text(failures, in_words(error))
+            (store.root / FAILED).mkdir(exist_ok=True)
+            write_text(store.root / failures, in_words(error))
+            store.push(failures)
             raise
 
 

@@ -21,7 +21,7 @@ from stagewise.reporting.contents import write_report
 from stagewise.results import BIF, EXACT, FIRST_ORDER, Exemplar, Results, headline, size_check
 from stagewise.run import yaml12
 from stagewise.run.analysis import Analysis, in_two_times, mean_losses, measure, spread
-from stagewise.run.cells_file import CellList, check_whole, collect
+from stagewise.run.cells_file import CellList, collect
 from stagewise.run.config import RunConfig, load_config
 from stagewise.run.estimators import (
     SAMPLED,
@@ -42,6 +42,7 @@ from stagewise.run.progress import Progress, silent
 from stagewise.run.samples import described
 from stagewise.run.slices import Slice
 from stagewise.traces.draws import mean_losses_of_draws
+from stagewise.traces.mirror import local
 from stagewise.traces.store import TraceStore
 from stagewise.varied import by_itself
 
@@ -53,7 +54,7 @@ def run(config: RunConfig, progress: Progress = silent) -> Results:
     """Carry out a configuration; what the run folder already holds is not computed again.
 
     Returns:
-        The results that the report in ``config.out`` shows.
+        The results that the report in ``config.folder`` shows.
 
     Raises:
         ValueError: the configuration, task, checkpoints or run folder cannot be used, with the reason.
@@ -82,11 +83,11 @@ def run_slice(config: RunConfig, part: Slice, progress: Progress = silent) -> in
     return len(cells)
 
 
-def merge(folder: Path, others: Sequence[Path] = (), progress: Progress = silent) -> Results:
+def merge(folder: str | Path, others: Sequence[Path] = (), progress: Progress = silent) -> Results:
     """Make the results and the report of a run whose slices are computed.
 
     Args:
-        folder: the run folder.
+        folder: the run folder, or its url.
         others: run folders of other slices, where they did not work in one: their cells are copied.
         progress: is told of what is left to do.
 
@@ -94,9 +95,9 @@ def merge(folder: Path, others: Sequence[Path] = (), progress: Progress = silent
         ValueError: cells are missing, with their names; or folders are not of one run.
     """
     for other in others:
-        collect(other, folder)
-    opened = open_run(load_config(folder / "config.yaml"), progress)
-    check_whole(folder, CellList.of(opened.cells))
+        collect(other, Path(folder))
+    opened = open_run(load_config(local(folder, "config.yaml") / "config.yaml"), progress)
+    CellList.of(opened.cells).check_whole(opened.work.store)
     with opened.alone(again=False):
         return _finish(opened)
 
@@ -138,7 +139,8 @@ def _analyse(
     notes = [f"Without {name}: {reason}" for name, reason in {**left_out, **failed}.items()]
     of_run = {"groups": groups_digest(task), "checkpoints": json.dumps(analysis.digests)}
     datasets["losses"].attrs |= {"task": repr(task), "notes": json.dumps(notes)} | of_run
-    save_results(config.out, datasets, _exemplars(analysis, found, influence, traces))
+    save_results(config.folder, datasets, _exemplars(analysis, found, influence, traces))
+    traces.push("results")
     return influence
 
 
@@ -219,6 +221,7 @@ def _report(traces: ReadOnce, influence: xr.Dataset | None) -> Results:
     if results.answered is not None:
         results = replace(results, events=events(results.answered))
     write_report(results, folder, explorer=write_explorer(results, folder))
+    traces.push("explorer", "figures", "report.html")
     return results
 
 

@@ -52,18 +52,18 @@ def is_module(folder: Path, dotted: str) -> bool:
     return (place / f"{name}.py").is_file() or (place / name / "__init__.py").is_file()
 
 
-def portable(path: str | Path, folder: Path) -> str:
+def portable(path: str | Path, folder: Path | None) -> str:
     """A path as it is written into ``folder``: relative to it if it lies in it, beside it or one level further up.
 
-    What belongs together is moved together; what lies far away stays where it is.
+    What belongs together is moved together; what lies far away stays where it is, as all does for no folder.
     """
     target = Path(os.path.abspath(path))
-    near = target.is_relative_to(folder.parent.parent)
+    near = folder is not None and target.is_relative_to(folder.parent.parent)
     text = Path(os.path.relpath(target, folder) if near else target).as_posix().replace("$", "$$")
     return f"./{text}" if text.startswith("~") else text
 
 
-def portable_task(reference: str, folder: Path) -> str:
+def portable_task(reference: str, folder: Path | None) -> str:
     """The same for the reference of a task, unless it names an installed module."""
     module, _, function = reference.rpartition(":")
     is_path = module.endswith(".py") or os.path.basename(module) != module

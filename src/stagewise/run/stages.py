@@ -65,7 +65,7 @@ class RunWork(Work):
 
     def is_complete(self, cell: Any) -> bool:
         """Whether the run folder holds it, or the reason why it does not exist."""
-        return ended(self.store.root, cell.file) if isinstance(cell, StageCell) else super().is_complete(cell)
+        return ended(self.store, cell.file) if isinstance(cell, StageCell) else super().is_complete(cell)
 
 
 def stages(analysis: Analysis) -> dict[str, Stage]:

@@ -11,6 +11,7 @@ from stagewise.run.cells_file import CellList
 from stagewise.run.opened import FAILED
 from stagewise.traces.files import RunFolderError
 from stagewise.traces.lock import holders
+from stagewise.traces.store import TraceStore
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Status:
         at_work: who works in the folder, in words.
         underway: sampling cells whose chains are kept half done, with the age of what is kept, seconds.
         failures: what could not be computed, in words, by who tried last.
-        reported: whether the report was written after the last of the cells.
+        reported: whether there is a report of all of them.
     """
 
     stages: dict[str, tuple[int, int]]
@@ -37,26 +38,25 @@ class Status:
         return sum(total - done for done, total in self.stages.values())
 
 
-def status(root: Path) -> Status:
-    """Look into a run folder.
+def status(folder: str | Path) -> Status:
+    """Look into a run folder, or that at a url.
 
     Raises:
         RunFolderError: no run has begun there.
     """
-    cells = CellList.read(root)
+    store = TraceStore.read_only(folder)
+    cells = CellList.read(store)
     if cells is None:
-        raise RunFolderError(f"no run has begun in {root}: it has no cells.json")
-    totals, missing = Counter(cell.stage for cell in cells.cells), Counter(cell.stage for cell in cells.missing(root))
-    now, report = time.time(), root / "report.html"
-    files = [root / cell.file for cell in cells.cells]
-    last = max((file.stat().st_mtime for file in files if file.exists()), default=now)
+        raise RunFolderError(f"no run has begun in {store.place}: it has no cells.json")
+    totals, missing = Counter(cell.stage for cell in cells.cells), Counter(cell.stage for cell in cells.missing(store))
+    now, failures = time.time(), [name for name in store.names(FAILED) if store.has(name)]
     return Status(
         {stage: (total - missing[stage], total) for stage, total in totals.items()},
-        holders(root),
+        holders(store.root),
         {
             file.name.removesuffix(".zip.underway"): now - file.stat().st_mtime
-            for file in sorted((root / "cells").glob("*.underway"))
+            for file in sorted((store.root / "cells").glob("*.underway"))
         },
-        {file.stem: file.read_text(encoding="utf-8") for file in sorted((root / FAILED).glob("*.txt"))},
-        not missing and report.exists() and report.stat().st_mtime >= last,
+        {Path(name).stem: (store.root / name).read_text(encoding="utf-8") for name in failures},
+        cells.reported and not missing,
     )

@@ -52,7 +52,7 @@ def _digits(folder: Path, progress: Progress, only: Sequence[str] = ()) -> Itera
 
     named((), only)
     for settings in study(folder):
-        yield Outcome(settings.title, findings(run(settings, progress)), settings.out / "report.html")
+        yield Outcome(settings.title, findings(run(settings, progress)), settings.folder / "report.html")
 
 
 def _digits_cost(folder: Path) -> Iterator[str]:

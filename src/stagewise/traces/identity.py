@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from stagewise.traces.files import RunFolderError, write_text
+from stagewise.traces.remote import Remote
 
 _FORMAT = "stagewise traces 3"
 
@@ -18,7 +19,12 @@ class RunMismatchError(ValueError):
 
 def write_identity(root: Path, identity: Mapping[str, str]) -> None:
     """Make ``root`` the folder of this run, in one instant."""
-    write_text(root / "identity.json", json.dumps({"format": _FORMAT, "identity": dict(identity)}, indent=1))
+    write_text(root / "identity.json", identity_text(identity))
+
+
+def identity_text(identity: Mapping[str, str]) -> str:
+    """What stands in ``identity.json``."""
+    return json.dumps({"format": _FORMAT, "identity": dict(identity)}, indent=1)
 
 
 def read_identity(root: Path) -> dict[str, str]:
@@ -44,7 +50,7 @@ def read_identity(root: Path) -> dict[str, str]:
     return identity
 
 
-def check_identity(root: Path, stored: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+def check_identity(root: Path | Remote, stored: Mapping[str, str], wanted: Mapping[str, str]) -> None:
     """Refuse a folder of another run.
 
     Raises:

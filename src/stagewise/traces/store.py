@@ -6,6 +6,9 @@
 A cell is written into a hidden file beside its place and renamed when it is whole and on disk. Killing a
 writer at any moment leaves all complete cells as they were, plus at most one hidden file, which
 :meth:`TraceStore.sweep` removes, and the chains that were under way, ``<step>-<block>.zip.underway``.
+
+Of a run folder on an object store (:mod:`stagewise.traces.remote`) ``root`` is this machine's mirror. A cell is
+complete when the store has it; what is read is fetched first.
 """
 
 from __future__ import annotations
@@ -28,8 +31,16 @@ from stagewise.memory import release
 from stagewise.notebook import listed, table
 from stagewise.traces.cells import Cell, Facts, check_cell, join_blocks, join_facts, pack, unpack
 from stagewise.traces.files import PARTIAL, RunFolderError, explain_read, explain_write, fsync, write_text
-from stagewise.traces.identity import RunMismatchError, check_identity, read_identity, write_identity
+from stagewise.traces.identity import (
+    RunMismatchError,
+    check_identity,
+    identity_text,
+    read_identity,
+    write_identity,
+)
 from stagewise.traces.lock import RunLockedError, making_lock, run_lock, slice_lock
+from stagewise.traces.mirror import existing, mirror_of, place_of, pull
+from stagewise.traces.remote import Remote
 from stagewise.traces.underway import UnderwayFile
 from stagewise.traces.zarr_tree import read_attrs, read_label, read_tree, write_tree
 
@@ -47,9 +58,10 @@ class TraceStore:
     It holds no open file, so it can be sent to worker processes, and workers may write at the same time.
 
     Attributes:
-        root: the run folder.
+        root: the run folder; of one on an object store its mirror, on whichever machine this is.
         identity: one hash per part that the run's numbers depend on.
         writable: False if opened to be read only.
+        remote: the run folder on an object store; None for one on this machine.
 
     Example:
         >>> import tempfile, torch, stagewise as sw
@@ -73,17 +85,23 @@ class TraceStore:
     root: Path
     identity: Mapping[str, str]
     writable: bool = True
+    remote: Remote | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.remote is not None:  # perhaps on another machine
+            self.__dict__["root"] = mirror_of(self.remote, identity_text(self.identity))
 
     def _repr_html_(self) -> str:
-        rows = [("folder", self.root), ("steps", listed(self.steps)), ("complete cells", len(self.blocks))]
+        rows = [("folder", self.place), ("steps", listed(self.steps)), ("complete cells", len(self.blocks))]
         return table("TraceStore", rows)
 
     @classmethod
-    def open(cls, root: str | Path, identity: Mapping[str, str], *, create: bool = True) -> TraceStore:
+    def open(cls, root: str | Path | Remote, identity: Mapping[str, str], *, create: bool = True) -> TraceStore:
         """The run folder of this identity: a new one, or one that already holds some of its cells.
 
         Args:
-            root: the run folder.
+            root: the run folder, or its url on an object store, e.g. ``"s3://bucket/runs/a"``.
             identity: one hash per part, e.g. ``{"model": ..., "training data": ..., "sampler": ...}``.
             create: make the folder if there is none.
 
@@ -92,20 +110,71 @@ class TraceStore:
             RunFolderError: there is no run folder and ``create`` is False, or it cannot be read or written.
             RunLockedError: another process is creating it right now.
         """
-        store = cls(Path(root), dict(identity))
+        place = place_of(root)
+        if isinstance(place, Remote):
+            mirrored = mirror_of(place, place.claim(identity_text(identity))) if create else existing(place)
+            check_identity(place, read_identity(mirrored), identity)
+            pull(place, mirrored)
+            return cls(mirrored, dict(identity), remote=place)
+        store = cls(place, dict(identity))
         if create:
             store._create()
         check_identity(store.root, read_identity(store.root), store.identity)
         return store
 
     @classmethod
-    def read_only(cls, root: str | Path) -> TraceStore:
-        """An existing run folder, whatever its identity.
+    def read_only(cls, root: str | Path | Remote) -> TraceStore:
+        """An existing run folder, or one on an object store by its url, whatever its identity.
 
         Raises:
             RunFolderError: ``root`` is no run folder.
         """
-        return cls(Path(root), read_identity(Path(root)), writable=False)
+        place = place_of(root)
+        if isinstance(place, Path):
+            return cls(place, read_identity(place), writable=False)
+        mirrored = existing(place)
+        pull(place, mirrored)
+        return cls(mirrored, read_identity(mirrored), writable=False, remote=place)
+
+    @property
+    def place(self) -> Path | Remote:
+        """The run folder as the user named it."""
+        return self.remote or self.root
+
+    def has(self, *names: str) -> bool:
+        """Whether all these are in the run folder, e.g. ``labels.json``. Those of an object store are fetched."""
+        if self.remote is not None:
+            return self.remote.fetch(self.root, names) >= {*names}
+        return all((self.root / name).exists() for name in names)
+
+    def push(self, *names: str) -> None:
+        """Bring files and folders that were written into ``root`` to the object store, if the run folder is on one.
+
+        Raises:
+            RunFolderError: the store cannot be written.
+        """
+        if self.remote is not None:
+            for name in names:
+                self.remote.put(self.root / name, name)
+
+    def remove(self, *names: str) -> None:
+        """Remove files, here and from the object store.
+
+        Raises:
+            RunFolderError: they cannot be removed.
+        """
+        with self._writing():
+            if self.remote is not None:
+                self.remote.remove(names)
+            for name in names:
+                (self.root / name).unlink(missing_ok=True)
+
+    def names(self, folder: str) -> list[str]:
+        """The names of the files in a folder of the run folder, ascending; those under way are not among them."""
+        if self.remote is not None:
+            return self.remote.names(folder)
+        files = (self.root / folder).glob("[!.]*")
+        return sorted(f"{folder}/{file.name}" for file in files if file.suffix != ".underway")
 
     def lock(self, part: str | None = None) -> AbstractContextManager[None]:
         """Context that keeps other runs out of the folder. It refuses at once, and dies with its process.
@@ -127,15 +196,15 @@ class TraceStore:
             RunMismatchError: a cell with another key stands in its place.
         """
         file = self._cells / cell.name
-        if not file.exists():
+        if not self.has(f"cells/{cell.name}"):
             return False
         with explain_read(self.root, f"cells/{cell.name}"):
             key = read_label(file)["key"]
         if key != cell.key:
             raise RunMismatchError(
-                f"{self.root} holds step {cell.step}, block {cell.block} under another key: something that "
+                f"{self.place} holds step {cell.step}, block {cell.block} under another key: something that "
                 "decides its numbers has changed since, e.g. the weights of the checkpoint. Choose another "
-                f"folder (out=...), or delete {file} to compute it again"
+                f"folder (out=...), or delete {self._shown(cell.name)} to compute it again"
             )
         return True
 
@@ -162,6 +231,8 @@ class TraceStore:
                 write_tree(packed, partial, asdict(cell) | {"probe": dict(probe or {})})
                 release(packed)
                 fsync(partial)
+                if self.remote is not None:
+                    self.remote.put(partial, f"cells/{cell.name}")
                 self._publish(partial, cell)
                 self._underway(cell.name).unlink(missing_ok=True)
         finally:
@@ -199,6 +270,7 @@ class TraceStore:
             RunFolderError: the cell is damaged or is not there.
         """
         file = self._cells / Cell(step, block, "any").name
+        self.has(f"cells/{file.name}")
         with explain_read(self.root, f"cells/{file.name}"):
             groups = {node.path.strip("/"): node.to_dataset() for node in read_tree(file, "loss_anchor").subtree}
             anchors = {path: group["loss_anchor"].values for path, group in groups.items() if "loss_anchor" in group}
@@ -248,12 +320,13 @@ class TraceStore:
         """
         with self._writing():
             write_text(self.root / "labels.json", json.dumps(label_words(train, queries)))
+            self.push("labels.json")
 
     @property
     def labels(self) -> dict[str, Any]:
         """``{"train": labels or None, "queries": {name: labels or None}}`` as written, empty where none were kept."""
         path = self.root / "labels.json"
-        if not path.exists():
+        if not self.has("labels.json"):
             return {"train": None, "queries": {}}
         with explain_read(self.root, "labels.json"):
             labels: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -279,8 +352,14 @@ class TraceStore:
                 raise RunFolderError(f"{self.root} holds cells but no identity.json: nobody knows of which run")
             write_identity(self.root, self.identity)
 
+    def _shown(self, name: str) -> str:
+        return f"{self.root}/cells/{name}" if self.remote is None else self.remote.shown(f"cells/{name}")
+
     def _files(self) -> dict[tuple[int, int], Path]:
-        files = list(self._cells.iterdir()) if self._cells.is_dir() else []
+        if self.remote is not None:
+            files = [self.root / name for name in self.remote.names("cells")]
+        else:
+            files = list(self._cells.iterdir()) if self._cells.is_dir() else []
         matches = [(file, _CELL_NAME.fullmatch(file.name)) for file in files]
         return {(int(match[1]), int(match[2])): file for file, match in matches if match}
 
@@ -288,7 +367,8 @@ class TraceStore:
         files = self._files()
         blocks = [files[cell] for cell in sorted(files) if cell[0] == step]
         if not blocks:
-            raise KeyError(f"{self.root} holds no traces of step {step}; it holds {list(self.steps)}")
+            raise KeyError(f"{self.place} holds no traces of step {step}; it holds {list(self.steps)}")
+        self.has(*(f"cells/{file.name}" for file in blocks))
         return blocks
 
     def _publish(self, partial: Path, cell: Cell) -> None:
@@ -304,7 +384,7 @@ class TraceStore:
             yield
         except ValueError as error:
             raise RunFolderError(
-                f"{self.root}: the blocks of step {step} are not of one run ({error}); give each run a folder of its "
+                f"{self.place}: the blocks of step {step} are not of one run ({error}); give each run a folder of its "
                 f"own (out=...), or delete those of this step that are no longer wanted: cells/{step:08d}-*"
             ) from error
 
