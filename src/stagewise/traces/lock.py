@@ -20,7 +20,7 @@ from stagewise.traces.files import explain_write, write_text
 
 _ALONE, _HOLDER = ".lock", "-holder"
 _MADE = 30.0  # seconds in which a folder is made
-_MOMENT = 10.0  # seconds that others take who look whether they may begin
+_MOMENT = 3.0  # seconds that others take who look whether they may begin
 
 
 class RunLockedError(RuntimeError):
