@@ -136,7 +136,10 @@ def _installed(module: str | None, file: str | None = None) -> bool:
     """Whether code is of Python or of an installed package, and not of the user's own."""
     if module in sys.builtin_module_names:
         return True
-    file = getattr(sys.modules.get(module or ""), "__file__", None) or file
+    # What a script defines is called __main__ also in another process, whose own script may be a library's.
+    scripts = ("__main__", "__mp_main__")
+    if module not in scripts:
+        file = getattr(sys.modules.get(module or ""), "__file__", None) or file
     if not file:
         return False
     path = Path(file).resolve()

@@ -56,19 +56,23 @@ def look(
     return usable, unusable
 
 
-def check_same_task(again: Task, parts: dict[str, str], trajectory: Trajectory, known: tuple[int, Probe]) -> None:
+def check_same_task(
+    again: Task, parts: dict[str, str] | None, trajectory: Trajectory, known: tuple[int, Probe]
+) -> None:
     """Refuse a task that was built a second time and is not the first.
 
     Args:
         again: the task.
-        parts: :func:`stagewise.identity.identity` of the first.
+        parts: :func:`stagewise.identity.identity` of the first; None where the first was sent itself: its code may have
+            travelled without its text.
         trajectory: the checkpoints.
         known: a step, and the probe of the first there.
 
     Raises:
         ValueError: with the parts that differ.
     """
-    now = identity(again)
+    now = identity(again) if parts is not None else {}
+    parts = parts or {}
     differ = [part for part in sorted({*parts, *now}) if parts.get(part) != now.get(part)]
     if not differ:
         step, first = known

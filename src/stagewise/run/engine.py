@@ -147,8 +147,8 @@ def prepare(
     if make_task is not None:
         check_same_task(make_task(), parts, trajectory, known)
     store = TraceStore.open(out, parts | _settings(posterior, sampling))
-    build = make_task or partial(_return, task)
-    work = Work(build, trajectory, posterior, sampling, store, usable, unusable, parts, known)
+    build, checked = (partial(_return, task), None) if make_task is None else (make_task, parts)
+    work = Work(build, trajectory, posterior, sampling, store, usable, unusable, checked, known)
     for cell in work.cells:
         store.is_complete(cell)  # refuses one of other weights
     check_reusable(store, task, trajectory, sampling.single_tokens)

@@ -38,7 +38,7 @@ class Work:
         store: where cells go.
         usable: the content hash of every checkpoint at which there is a posterior, by step.
         unusable: reasons why there is none, by step.
-        parts: identity of the task, which every worker's must have.
+        parts: identity of the task, which every worker's must have; None where the task itself is sent.
         known: a step, and the probe that it must give there.
     """
 
@@ -49,7 +49,7 @@ class Work:
     store: TraceStore
     usable: dict[int, str]
     unusable: dict[int, str]
-    parts: dict[str, str]
+    parts: dict[str, str] | None
     known: tuple[int, Probe]
 
     def __call__(self) -> Callable[[Any], None]:

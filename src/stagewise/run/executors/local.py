@@ -50,11 +50,24 @@ class Local(BaseModel):
         Every process has a pool of its own: when one dies it is known at which cell, and the others go on.
         """
         del folder
+        yield from self.map_pickled(pickle.dumps(setup), cells, workers, type(setup).__module__)
+
+    def map_pickled(
+        self, setup: bytes, cells: Sequence[C], workers: int | None = None, module: str = __name__
+    ) -> Ends[C]:
+        """The same with a setup that is pickled already, perhaps as this process could not do it.
+
+        Args:
+            setup: pickled.
+            cells: all different.
+            workers: how many at the same time.
+            module: what all workers import.
+        """
         workers = workers or cores()
         threads = self.threads or max(1, torch.get_num_threads() // workers)
-        context, devices, pickled = _processes(setup), gpus(), pickle.dumps(setup)
+        context, devices = _processes(module), gpus()
         free = [
-            _Process(context, (pickled, threads, devices[k % len(devices)] if devices else None))
+            _Process(context, (setup, threads, devices[k % len(devices)] if devices else None))
             for k in range(min(workers, len(cells)))
         ]
         busy, waiting, tries = dict[Future[Told], tuple[_Process, C]](), deque(cells), Tries(self.retries)
@@ -120,7 +133,7 @@ def gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
     return [name.strip() for name in given.split(",") if name.strip()][:count] or [str(k) for k in range(count)]
 
 
-def _processes(setup: Setup[Any]) -> BaseContext:
+def _processes(module: str) -> BaseContext:
     """How workers start. A process that has used torch's threads must not be forked; one that has only imported it may.
 
     So all workers are forked from a server that imports once what they need, where the system has such a thing.
@@ -128,7 +141,7 @@ def _processes(setup: Setup[Any]) -> BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, type(setup).__module__])
+    context.set_forkserver_preload([__name__, module])
     return context
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import pickle
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
@@ -176,7 +175,7 @@ class Share:
         names = {cell: name for name, cell in self.cells.items() if name not in told}
         executor = Local(threads=self.threads, retries=self.retries)
         try:
-            for cell, error in executor.map(pickle.loads(self.setup), [*names], self.processes):
+            for cell, error in executor.map_pickled(self.setup, [*names], self.processes):
                 self.board.tell(names[cell], Told(error))
         except Exception as error:
             for name in names.values():

@@ -1,0 +1,14 @@
+"""What a script defines is known to workers that know nothing of the script."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize("executor", ["local", "ray", "slurm"])
+def test_a_model_and_a_loss_of_the_script_itself_give_the_same_bits_everywhere(executor, two_nodes):
+    script = Path(__file__).with_name("a_script.py")
+    ended = subprocess.run([sys.executable, script, executor], capture_output=True, text=True, timeout=200)
+    assert ended.stdout.split()[-1:] == ["True"], ended.stderr
