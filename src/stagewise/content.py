@@ -98,6 +98,8 @@ class _Contents:
         return _hash(code.co_code.hex(), *code.co_names, *constants)
 
     def _class(self, cls: type) -> list[str]:
+        if cls.__module__.startswith("torch.distributed.fsdp") and len(cls.__bases__) == 2:
+            cls = cls.__bases__[1]  # in the place of which fully_shard has put this one
         if _installed(cls.__module__):
             return ["installed", cls.__module__, cls.__qualname__]
         parts = ["class", cls.__qualname__, *map(self.digest, cls.__bases__)]

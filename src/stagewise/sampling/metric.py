@@ -21,6 +21,7 @@ from stagewise.checkpoint import Checkpoint, Optimizer
 from stagewise.derivatives import mean_gradient
 from stagewise.differentiate import differentiable, pull
 from stagewise.evaluate import Point, chunks, sample_weights, spread_rows
+from stagewise.slopes import weighted_slope
 from stagewise.vector import ParameterVector
 
 _PROBES = 4
@@ -103,7 +104,10 @@ def _squared_gradient(point: Point, batch_size: int | None) -> tuple[Tensor, Ten
     # Drawn at once: how many samples are evaluated together is a matter of memory, not of the answer.
     signs = torch.randint(0, 2, (_PROBES, len(rows)), generator=torch.Generator().manual_seed(0)) * 2 - 1
     done = 0
-    for batch in chunks(task, task.train, rows):
+    if task.pure.in_place:
+        for probe, own in zip(signed, signs, strict=True):
+            probe.copy_(weighted_slope(point, at, task.train, rows, signs=own)[0] / mean_weight)
+    for batch in () if task.pure.in_place else chunks(task, task.train, rows):
         with differentiable(at) as leaf:
             losses, weights = point.sample_losses(leaf, batch)
             here = signs[:, done : done + len(losses)].to(losses)
@@ -128,7 +132,7 @@ def clip_factor(point: Point, optimizer: Optimizer) -> float:
     vector = ParameterVector.of(point.task)
     whole = point if vector.names == point.vector.names else replace(point, vector=vector)
     squared, _ = squared_gradient(whole, optimizer.batch_size)
-    return min(1.0, optimizer.clip_norm / max(math.sqrt(float(squared.sum())), 1e-30))
+    return min(1.0, optimizer.clip_norm / max(math.sqrt(float(point.task.ranks.total(squared.sum()))), 1e-30))
 
 
 def _adam(checkpoint: Checkpoint) -> Optimizer:
