@@ -34,14 +34,14 @@ def mean_gradient(
     """
     if point.task.pure.in_place:
         total, weight = weighted_slope(point, u, data, rows, query)
-        return total / weight if weight else total
-    total, weight = torch.zeros_like(u), 0.0
-    for batch in chunks(point.task, data, rows):
-        with differentiable(u) as leaf:
-            losses, weights = point.sample_losses(leaf, batch, query)
-            total += gradient((weights * losses).sum(), leaf)
-        weight += float(weights.sum())
-    if not torch.isfinite(total).all():
+    else:
+        total, weight = torch.zeros_like(u), 0.0
+        for batch in chunks(point.task, data, rows):
+            with differentiable(u) as leaf:
+                losses, weights = point.sample_losses(leaf, batch, query)
+                total += gradient((weights * losses).sum(), leaf)
+            weight += float(weights.sum())
+    if point.task.ranks.total((~torch.isfinite(total)).sum()):
         rows = torch.arange(len(data)) if rows is None else rows
         if len(rows) > 1:
             for row in rows:

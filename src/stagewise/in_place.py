@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -19,33 +18,8 @@ from torch import Tensor, nn
 
 from stagewise.checkpoint import CheckpointError
 from stagewise.functional import PureModel, unchanged, unwrapped
+from stagewise.piece import Piece
 from stagewise.ranks import Ranks
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The part of a tensor that is here: a range along one axis.
-
-    Attributes:
-        shape: of the whole tensor.
-        start: where the part begins.
-        size: how long it is; 0 where there are fewer rows than processes.
-        axis: along which the tensor is cut.
-    """
-
-    shape: tuple[int, ...]
-    start: int
-    size: int
-    axis: int = 0
-
-    @property
-    def own(self) -> tuple[int, ...]:
-        """Shape of the part."""
-        return (*self.shape[: self.axis], self.size, *self.shape[self.axis + 1 :]) if self.shape else ()
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """The part of a whole tensor."""
-        return tensor.narrow(self.axis, self.start, self.size)
 
 
 class InPlaceModel(PureModel):
@@ -64,6 +38,7 @@ class InPlaceModel(PureModel):
     """
 
     in_place = True
+    ranks: Ranks
 
     def __init__(self, model: nn.Module, split: bool = True) -> None:
         self.module = model = unwrapped(model)
@@ -113,6 +88,13 @@ class InPlaceModel(PureModel):
         if tuple(tensor.shape) != piece.shape:
             raise CheckpointError(f"{name!r} has shape {tuple(tensor.shape)}, the model expects {piece.shape}")
         return piece.of(tensor)
+
+    def rows_of(self, key: str, shape: tuple[int, ...]) -> Piece | None:
+        """The part that is here of what a file keeps under a name that ends like a parameter's; None: all of it."""
+        words = key.removesuffix(".exp_avg").removesuffix(".exp_avg_sq").removesuffix(".momentum_buffer").split(".")
+        names = (self.canonical.get(".".join(words[first:]), "") for first in range(len(words)))
+        piece = self.pieces.get(next(filter(None, names), ""))
+        return piece if piece is not None and piece.shape == shape else None
 
     @contextmanager
     def holding(self, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:

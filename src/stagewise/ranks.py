@@ -44,6 +44,10 @@ class Alone:
         """The largest of the processes' numbers."""
         return number
 
+    def gathered(self, value: T) -> list[T]:
+        """The value of every process, in their order."""
+        return [value]
+
     def over_samples(self, sums: Tensor) -> Tensor:
         """The sum over all samples, from that over those which count here."""
         return sums
@@ -162,14 +166,14 @@ class Ranks(Alone):
         return self.agreed(make if self.index == 0 else lambda: None)[0]  # type: ignore[return-value]
 
     def agreed(self, make: Callable[[], T]) -> list[T]:
-        """What every process makes, in their order; where one raises a ValueError or OSError, all do.
+        """What every process makes, in their order; where one raises an error, all do.
 
         A process that went on alone would wait for the others for ever.
         """
         made: tuple[T | None, Exception | None]
         try:
             made = make(), None
-        except (ValueError, OSError, KeyError) as error:
+        except Exception as error:
             made = None, error
         everyones = self.gathered(made)
         if failed := next((error for _, error in everyones if error is not None), None):

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -91,14 +91,25 @@ class Work:
     @property
     def cells(self) -> list[Cell]:
         """All of them, ascending; the folder may hold some."""
-        steps, blocks = sorted({*self.usable, *self.unusable}), range(self.sampling.blocks)
-        return [self._cell(step, block) for step in steps for block in blocks]
+        return cells_of(self.store, self.usable, self.unusable, self.sampling.blocks)
 
-    def _cell(self, step: int, block: int) -> Cell:
-        """Under the hash of all that decides its numbers; without a checkpoint's digest it has none."""
-        parts = [f"{name}={value}" for name, value in sorted(self.store.identity.items())]
-        parts += [self.usable.get(step) or "unusable", str(step), str(block)]
+
+def cells_of(store: TraceStore, usable: Mapping[int, str], unusable: Mapping[int, str], blocks: int) -> list[Cell]:
+    """The cells of a run, ascending, each under the hash of all that decides its numbers.
+
+    Args:
+        store: of the run.
+        usable: the content hash of every checkpoint at which there is a posterior, by step.
+        unusable: the other steps; without a checkpoint's hash.
+        blocks: of every step.
+    """
+    known = [f"{name}={value}" for name, value in sorted(store.identity.items())]
+
+    def cell(step: int, block: int) -> Cell:
+        parts = [*known, usable.get(step) or "unusable", str(step), str(block)]
         return Cell(step, block, hashlib.sha256("\0".join(parts).encode()).hexdigest())
+
+    return [cell(step, block) for step in sorted({*usable, *unusable}) for block in range(blocks)]
 
 
 @in_any_mode
@@ -192,7 +203,7 @@ def prepare(
     parts = identity(task)
     if make_task is not None:
         check_same_task(make_task(), parts, trajectory, known)
-    store = TraceStore.open(out, parts | _settings(posterior, sampling))
+    store = TraceStore.open(out, parts | settings_of(posterior, sampling))
     build = make_task or partial(_return, task)
     work = Work(build, trajectory, posterior, sampling, store, usable, unusable, parts, known)
     for cell in work.cells:
@@ -220,7 +231,7 @@ def default_workers(task: Task) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _settings(posterior: LocalPosterior, sampling: Chains) -> dict[str, str]:
+def settings_of(posterior: LocalPosterior, sampling: Chains) -> dict[str, str]:
     """What the numbers in a run folder depend on beside the task and the checkpoints; blocks may be added later."""
     return {
         "posterior": repr(posterior),

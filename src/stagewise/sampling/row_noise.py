@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from stagewise.in_place import Piece
+from stagewise.piece import Piece
 
 _NUMBERS = 2**18  # in a block of rows: few generators, and little that is drawn for the rows of others
 

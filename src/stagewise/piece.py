@@ -1,0 +1,33 @@
+"""The part of a tensor that one of several processes holds. This is ground: it imports nothing from the package."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part of a tensor that is here: a range along one axis.
+
+    Attributes:
+        shape: of the whole tensor.
+        start: where the part begins.
+        size: how long it is; 0 where there are fewer rows than processes.
+        axis: along which the tensor is cut.
+    """
+
+    shape: tuple[int, ...]
+    start: int
+    size: int
+    axis: int = 0
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """Shape of the part."""
+        return (*self.shape[: self.axis], self.size, *self.shape[self.axis + 1 :]) if self.shape else ()
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The part of a whole tensor."""
+        return tensor.narrow(self.axis, self.start, self.size)
