@@ -42,7 +42,15 @@ def weighted_slope(
 ) -> tuple[Tensor, float]:
     """Gradient of the weighted sum of the losses of some samples, default all, and the sum of their weights.
 
-    ``signs (rows,)``: each loss times its own. Batches are divided among the processes that hold the model.
+    Batches are divided among the processes that hold the model.
+
+    Args:
+        point: the task.
+        u: where.
+        data: whose losses.
+        rows: which samples.
+        query: which loss; default the training loss.
+        signs: by what the loss of each sample ``(rows,)``, or of each token ``(rows, tokens)``, is multiplied.
     """
     task, ranks = point.task, point.task.ranks
     rows = torch.arange(len(data)) if rows is None else rows
@@ -51,9 +59,12 @@ def weighted_slope(
 
     def value(batch: Batch, own: Tensor) -> Value:
         def of(params: Params) -> Tensor:
-            losses, weights = task.sample_losses(params, batch, query)
-            weight[0] += float(weights[: len(own)].sum())
-            return (own.to(losses) * (weights * losses)[: len(own)]).sum()
+            found = task.weighted_losses(params, batch, query)
+            by_token = own.ndim == 2
+            losses, weights = (found.values, task.shares(found)) if by_token else task.by_sample(found)
+            weights = (own[:, : losses.shape[1]] if by_token else own).to(losses) * weights[: len(own)]
+            weight[0] += float(weights.sum())
+            return (weights * losses[: len(own)]).sum()
 
         return of
 

@@ -132,7 +132,8 @@ def clip_factor(point: Point, optimizer: Optimizer) -> float:
     vector = ParameterVector.of(point.task)
     whole = point if vector.names == point.vector.names else replace(point, vector=vector)
     squared, _ = squared_gradient(whole, optimizer.batch_size)
-    return min(1.0, optimizer.clip_norm / max(math.sqrt(float(point.task.ranks.total(squared.sum()))), 1e-30))
+    total = point.task.ranks.total(squared.sum(dtype=torch.float64 if point.task.pure.in_place else None))
+    return min(1.0, optimizer.clip_norm / max(math.sqrt(float(total)), 1e-30))
 
 
 def _adam(checkpoint: Checkpoint) -> Optimizer:

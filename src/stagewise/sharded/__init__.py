@@ -9,5 +9,6 @@ What is computed is what the other rooms compute: this one only says how, where 
 """
 
 from stagewise.sharded.chains import sample
+from stagewise.sharded.window import window_influence
 
-__all__ = ["sample"]
+__all__ = ["sample", "window_influence"]
