@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -31,3 +32,7 @@ class Piece:
     def of(self, tensor: Tensor) -> Tensor:
         """The part of a whole tensor."""
         return tensor.narrow(self.axis, self.start, self.size)
+
+
+Wanted = Callable[[str, tuple[int, ...]], Piece | None]
+"""From the name of a tensor in a file and its shape to the rows of it that are read; None: all."""

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from stagewise.checkpoint import Checkpoint
 from stagewise.data import Batch, Collate, Samples
+from stagewise.dtensors import is_sharded
 from stagewise.fitting import fitted
 from stagewise.functional import PureModel
-from stagewise.in_place import InPlaceModel, is_sharded
+from stagewise.in_place import InPlaceModel
 from stagewise.labels import NONE, Labels, Texts, as_labels, as_texts
 from stagewise.layers import in_train_mode
 from stagewise.notebook import listed, table

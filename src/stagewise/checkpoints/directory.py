@@ -44,9 +44,10 @@ from stagewise.checkpoints.batches import is_packed, packed, unpacked
 from stagewise.checkpoints.distributed import folder_of, sharded_weights
 from stagewise.checkpoints.entries import step_of, weights_in
 from stagewise.checkpoints.hub_cache import refuse_hub_cache
-from stagewise.checkpoints.shards import METADATA, Wanted
+from stagewise.checkpoints.shards import METADATA
 from stagewise.checkpoints.trainer import logged_rates, with_optimizer
 from stagewise.checkpoints.weights import INSIDE_FOLDER, read_weights, reason_of
+from stagewise.piece import Wanted
 
 FORMAT = "stagewise-checkpoint-1"
 
@@ -120,7 +121,7 @@ def read_checkpoint(
         step: number of updates made before it was saved.
         clip_norm: the norm to which a Trainer's or a sharded run clipped gradients, 0 if it did not; None: as the
             folder says.
-        wanted: which rows of the tensors of sharded checkpoints are read; default all. Of other files all are.
+        wanted: which rows of tensors are read, of shards and of safetensors files; default all. Of other files all are.
 
     Raises:
         CheckpointError: the file is missing, damaged, not weights, of another step, or holds values that are
@@ -131,7 +132,7 @@ def read_checkpoint(
     if path.name == METADATA:
         sharded = Checkpoint(step, {}).holding(params=sharded_weights(path, wanted))  # not copied: nobody else has them
         return with_optimizer(folder_of(path), sharded, clip_norm, wanted)
-    tensors, metadata = read_weights(path)
+    tensors, metadata = read_weights(path, wanted)
     if not metadata.get("format", "").startswith("stagewise-checkpoint"):
         checkpoint = Checkpoint(step, tensors)
         return with_optimizer(path.parent, checkpoint, clip_norm) if path.name in INSIDE_FOLDER else checkpoint

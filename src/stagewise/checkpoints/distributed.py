@@ -13,8 +13,9 @@ from typing import Any, TypeGuard
 from torch import Tensor
 
 from stagewise.checkpoint import CheckpointError
-from stagewise.checkpoints.shards import METADATA, Index, Tree, Wanted, read_index
+from stagewise.checkpoints.shards import METADATA, Index, Tree, read_index
 from stagewise.checkpoints.weights import STATE_DICT_KEYS, usable
+from stagewise.piece import Wanted
 
 _OF_FSDP = "pytorch_model_fsdp_0"  # as accelerate calls it, and with it the Trainer
 

@@ -11,7 +11,7 @@ import io
 import math
 import operator
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from stagewise.checkpoint import CheckpointError
 from stagewise.checkpoints.weights import load_tensors_only, reason_of
-from stagewise.piece import Piece
+from stagewise.piece import Piece, Wanted
 
 METADATA = ".metadata"
 
@@ -42,9 +42,6 @@ _RECORDS = {
     "torch.serialization._get_layout",
     *(f"{module}.{kind}Path" for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")),
 }
-
-Wanted = Callable[[str, tuple[int, ...]], Piece | None]
-"""From the key of a tensor and its shape to the rows of it that are read; None: all."""
 
 Tree = dict[Any, Any]
 """The nested dict that was saved, lists as dicts by number; a leaf is the key of a tensor or value."""

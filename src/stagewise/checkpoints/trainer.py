@@ -29,9 +29,10 @@ from torch.optim import SGD, Adam, AdamW
 from stagewise.checkpoint import Checkpoint, CheckpointError, ParameterGroup
 from stagewise.checkpoints import optimizers
 from stagewise.checkpoints.distributed import sharded_optimizer
-from stagewise.checkpoints.shards import METADATA, Wanted
+from stagewise.checkpoints.shards import METADATA
 from stagewise.checkpoints.weights import load_tensors_only, reason_of, usable
 from stagewise.numbered import place
+from stagewise.piece import Wanted
 
 _OPTIMIZERS = ("optimizer.pt", "optimizer.bin", f"optimizer_0/{METADATA}", METADATA)
 _STATE, _SCHEDULE, _ARGUMENTS = "trainer_state.json", "scheduler.pt", "training_args.bin"

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import Tensor
 
 from stagewise.checkpoint import Checkpoint, CheckpointError
-from stagewise.checkpoints.shards import Wanted
 from stagewise.notebook import listed, table
+from stagewise.piece import Wanted
 
 if TYPE_CHECKING:
     from stagewise.task import Task
@@ -31,7 +31,7 @@ class Trajectory:
     Attributes:
         steps: the recorded steps, ascending.
         load: reads the checkpoint of a step; raises ``CheckpointError`` with the reason if it cannot be used.
-        load_rows: reads of the tensors of sharded checkpoints only the rows that are wanted, where that is known how.
+        load_rows: the same, reading of every tensor only the rows that are wanted, where the files allow that.
 
     Example:
         >>> import torch, stagewise as sw

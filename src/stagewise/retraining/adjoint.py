@@ -154,8 +154,9 @@ def _check_finite(start: Start, stop: int, state: TrainingState) -> None:
     """
     if start.task.ranks.total((~torch.isfinite(state.params)).sum()):
         raise ValueError(
-            f"the replay of steps {start.step} to {stop} ends with weights that are not finite: training diverges there, "
-            "or a training sample in its batches has a loss that is not finite; leave the step out, or mend the sample"
+            f"the replay of steps {start.step} to {stop} ends with weights that are not finite: training diverges "
+            "there, or a training sample in its batches has a loss that is not finite; leave the step out, or mend the "
+            "sample"
         )
 
 

@@ -30,7 +30,7 @@ def fingerprint(model: InPlaceModel, fitted: Checkpoint) -> str:
             tensor, piece = tensors[name], model.pieces.get(name)
             if piece is None:  # a buffer, which every process has
                 piece = Piece(tuple(tensor.shape), 0, len(tensor) if tensor.ndim else 1)
-                tensor = tensor if model.ranks.index == 0 else torch.zeros_like(tensor)[:0]
+                tensor = tensor if model.ranks.index == 0 else tensor.reshape(-1)[:0]
             facts.append(f"{kind}/{name} {tensor.dtype} {piece.shape}")
             sums.append(_mixed(tensor, piece).to(next(iter(model.state.values())).device))
     total = model.ranks.total(torch.stack(sums)).tolist()

@@ -12,7 +12,7 @@ from stagewise.evaluate import Point
 from stagewise.in_place import InPlaceModel
 from stagewise.ranks import Ranks
 from stagewise.sharded.check import check
-from stagewise.task import Task
+from stagewise.task import Batch, Losses, Params, Task
 from stagewise.vector import ParameterVector
 
 
@@ -25,6 +25,13 @@ class LentTask(Task):
     def ranks(self) -> Ranks:
         """The processes that hold the model."""
         return self.pure.ranks
+
+    def weighted_losses(self, params: Params, batch: Batch, query: str | None = None) -> Losses:
+        """As of any task. What goes wrong here ends the process, and with it the others, which wait for it."""
+        try:
+            return super().weighted_losses(params, batch, query)
+        except ValueError as error:  # which elsewhere means that a checkpoint cannot be used
+            raise RuntimeError(str(error)) from error
 
 
 @contextmanager
