@@ -28,7 +28,7 @@ from stagewise.retraining.updates import Rule, TrainingState, update
 from stagewise.sharded.lent import LentTask
 from stagewise.task import Params
 
-_CONVERGED = 0.1
+_CONVERGED = 0.05
 _LONGER = 3.0
 
 
@@ -46,6 +46,20 @@ class Seen(NamedTuple):
     used: Tensor
     weight: float
     losses: Tensor
+
+
+class Back(NamedTuple):
+    """What several numbers depend on in one update.
+
+    Attributes:
+        by_weight: derivatives by the weight of each of this process's samples or tokens
+            ``(number, samples[, tokens])``, float64.
+        differs: relative change of the first product with the curvature over a step three times as long; 0 where it was
+            not looked at.
+    """
+
+    by_weight: Tensor
+    differs: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +109,7 @@ class ShardedReplay(Replay):
         gradient, _ = self._clipped(seen.slope / seen.weight)
         return update(_unclipped(self.start.rule), state, gradient[None], step, self.learning_rate, seen.used[None])
 
-    def back(self, state: TrainingState, step: int, adjoint: Adjoint, check: bool) -> Tensor:
+    def back(self, state: TrainingState, step: int, adjoint: Adjoint, check: bool) -> Back:
         """Turn the adjoint after an update into that before it, in place.
 
         Args:
@@ -103,10 +117,6 @@ class ShardedReplay(Replay):
             step: number of updates made before this one.
             adjoint: that after it, which is written over.
             check: whether to see that differences have converged.
-
-        Returns:
-            Derivatives by the weight of each of this process's samples or tokens ``(number, samples[, tokens])``,
-            float64.
 
         Raises:
             ValueError: differences have not converged.
@@ -116,15 +126,15 @@ class ShardedReplay(Replay):
         gradient, length = self._clipped(slope)
         rates = rule.rates_at(step, self.learning_rate)
         along = unclipped_back(_unclipped(rule), rates, state, gradient[None], here.used[None], adjoint)
-        parts = list[Tensor]()
+        parts, differs = list[Tensor](), 0.0
         for row, bent in zip(along, adjoint.params, strict=True):
             side = self._clipped_back(row, slope, length)
             bend, change = self._differences(params, side, step)
             if check and not parts:
-                self._check_converged(bend, self._differences(params, side, step, _LONGER)[0])
+                differs = self._converged(bend, self._differences(params, side, step, _LONGER)[0])
             bent += bend
             parts.append(change)
-        return torch.stack(parts)
+        return Back(torch.stack(parts), differs)
 
     def _differences(self, params: Tensor, side: Tensor, step: int, longer: float = 1.0) -> tuple[Tensor, Tensor]:
         """The curvature of the objective times ``side``, and the derivative along it of every loss with its share."""
@@ -136,15 +146,16 @@ class ShardedReplay(Replay):
         scale = 1 / (2 * size * ahead.weight)
         return (ahead.slope - behind.slope).mul_(scale), (ahead.losses - behind.losses) * scale
 
-    def _check_converged(self, near: Tensor, far: Tensor) -> None:
+    def _converged(self, near: Tensor, far: Tensor) -> float:
         norm = _task(self.start).ranks.norm
         size, difference = float(norm(near)), float(norm(near - far))
-        if not difference <= _CONVERGED * size:
+        if not difference <= _CONVERGED * max(size, float(norm(far))):
             raise ValueError(
                 f"differences of gradients do not converge: over a step three times as long the curvature along a "
                 f"direction is {difference / max(size, 1e-30):.0%} another one; exact influence of a sharded model "
                 "needs gradients in float32 (mp_policy= without param_dtype=torch.bfloat16), or float64"
             )
+        return difference / size if size else 0.0
 
     def _clipped(self, slope: Tensor) -> tuple[Tensor, float]:
         """The gradient ``(parameters,)`` as ``clip_grad_norm_`` scales it, and its length before."""

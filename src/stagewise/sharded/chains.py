@@ -18,6 +18,7 @@ from stagewise.run.engine import ChainSettings, cells_of, settings_of, traced_la
 from stagewise.run.progress import Progress, silent
 from stagewise.sampling.chains import Chains, draw_block, unusable_block
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior
+from stagewise.sampling.restricted import names_of
 from stagewise.sharded.fingerprint import fingerprint
 from stagewise.sharded.lent import LentTask, lent, loaded, point_at
 from stagewise.task import Task
@@ -150,7 +151,7 @@ def _look(
 def _density(task: LentTask, run: Trajectory, posterior: LocalPosterior, step: int) -> tuple[LocalDensity, str]:
     """The posterior at a checkpoint, and the hash of that."""
     fitted = loaded(task, run, step)
-    density = posterior.around(point_at(task, fitted, posterior.parameters), fitted)
+    density = posterior.around(point_at(task, fitted, names_of(posterior.parameters)), fitted)
     rates = fitted.changing_rates(posterior.window) if posterior.window else ()
     return density, fingerprint(task.pure, fitted) + (f" {rates}" if rates else "")
 
