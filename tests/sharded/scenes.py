@@ -23,6 +23,7 @@ WINDOWS = {
     f"{kind}, {'clipped' if clip else 'not clipped'}": {"kind": kind, "clip_norm": clip, "dtype": torch.float64}
     for kind in ("sgd", "adam")
     for clip in (None, 0.05)
+    if kind == "adam" or clip
 }
 DRAWN = {  # settings by name, each with whether the samples of a batch are divided
     "sgld, same": (False, {"sampler": "sgld", "step_size": 0.02}),
@@ -43,7 +44,7 @@ def draws(shard, out):
     unequal = problem.task_of_unequal_lengths(shard(problem.made()))
     sw.sharded.sample(unequal, problem.run(), problem.POSTERIOR, out=out / "unequal", step_size=0.1, **problem.BY_HAND)
     tuned = {"chains": 2, "draws": 2, "batch_size": 6}
-    run = problem.run(clip_norm=0.2)
+    task, run = problem.task(task.model, forward_batch=15), problem.run(clip_norm=0.2)
     sw.sharded.sample(task, run, sw.LocalPosterior(window=4), out=out / "tuned", **tuned)
     return {"kept": all(torch.equal(before[name], tensor) for name, tensor in task.state().items())}
 
