@@ -15,7 +15,7 @@ from stagewise.differentiate import differentiable, gradient, pull, push
 from stagewise.evaluate import Point, chunks, sample_weights
 from stagewise.groups import TRAIN, Groups
 from stagewise.memory import out_of_memory
-from stagewise.slopes import weighted_slope
+from stagewise.slopes import relative_step, weighted_slope
 from stagewise.twice import once_only
 
 _GRADIENTS_AT_ONCE = 64
@@ -232,12 +232,13 @@ def _bend(point: Point, u: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
 
 def difference_step(point: Point, u: Tensor, v: Tensor) -> float:
     """How far along ``v`` central differences reach: the weights change as much as rounding asks for; 0 if v is 0."""
-    norm = point.task.ranks.norm
-    change = float(norm(v if point.scale is None else point.scale * v))
+    moved, place = v if point.scale is None else point.scale * v, u if point.anchor is None else point.anchor
+    if point.task.pure.in_place:
+        return relative_step(point, place, moved)
+    change = float(moved.norm())
     if change == 0:
         return 0.0
-    size = float(norm(u if point.anchor is None else point.anchor))
-    return float(torch.finfo(u.dtype).eps ** (1 / 3) * max(1.0, size) / change)
+    return float(torch.finfo(u.dtype).eps ** (1 / 3) * max(1.0, float(place.norm())) / change)
 
 
 def dense(product: Product, like: Tensor, rows: int = 128) -> Tensor:

@@ -71,4 +71,23 @@ def weighted_slope(
     slope = slope_at(
         point, u, [value(data.batch(rows[part], task.device), signs[part[:count]]) for part, count in places]
     )
-    return slope, float(ranks.over_samples(torch.tensor(weight[0], dtype=torch.float64, device=u.device)))
+    return slope, float(ranks.over_samples(torch.full((), weight[0], dtype=torch.float64, device=u.device)))
+
+
+def relative_step(point: Point, place: Tensor, moved: Tensor) -> float:
+    """How far along a change of the weights differences reach, so that none changes by more than rounding asks for.
+
+    Relative to the size of each parameter: those of an embedding may be a hundred times smaller than those of a norm.
+
+    Args:
+        point: the task.
+        place: the weights ``(parameters,)``.
+        moved: their change by a step of 1 ``(parameters,)``; of 0 the step is 0.
+    """
+    names, entries = point.vector.names, point.task.pure.entries
+    pairs = [point.vector.unflatten(vector) for vector in (moved, place)]
+    squares = torch.stack([torch.stack([each[name].double().square().sum() for name in names]) for each in pairs])
+    changes, sizes = point.task.ranks.total(squares).sqrt().cpu()
+    few = 0.01 * torch.tensor([entries(name) for name in names], dtype=torch.float64).sqrt()  # of those that are 0
+    most = float((changes / (sizes + few)).max())
+    return float(torch.finfo(place.dtype).eps ** (1 / 3) / most) if most else 0.0

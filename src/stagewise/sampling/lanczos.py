@@ -74,7 +74,7 @@ def _tridiagonal(
     """As much of the matrix as shows both ends."""
     diagonal: list[Tensor] = []
     beside: list[Tensor] = []
-    least = min(_LEAST, int(ranks.total(torch.tensor(start.shape[1], device=start.device))))
+    least = min(_LEAST, int(ranks.total(torch.full((), start.shape[1], device=start.device))))
     for alpha, beta, _ in recurrence(apply, start, None, ranks):
         diagonal.append(alpha)
         values, vectors = eigh_tridiagonal(_numbers(diagonal), _numbers(beside))

@@ -11,6 +11,7 @@ gradients are the products with the curvature, and those of the losses on the wa
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ from stagewise.sharded.lent import LentTask
 from stagewise.task import Params
 
 _CONVERGED = 0.05
-_LONGER = 3.0
+_LENGTHS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
 
 
 class Seen(NamedTuple):
@@ -54,11 +55,13 @@ class Back(NamedTuple):
     Attributes:
         by_weight: derivatives by the weight of each of this process's samples or tokens
             ``(number, samples[, tokens])``, float64.
+        length: of the steps of differences, in units of the usual.
         differs: relative change of the first product with the curvature over a step three times as long; 0 where it was
             not looked at.
     """
 
     by_weight: Tensor
+    length: float
     differs: float
 
 
@@ -87,7 +90,7 @@ class ShardedReplay(Replay):
         with slow_path(), torch.inference_mode(False), torch.enable_grad():
             found = task.pure.slopes(point.params(params), values)
         slope, used = joined(point, [found.get(name) for name in point.vector.names], (), params)
-        total = task.ranks.over_samples(torch.tensor(sum(weight), dtype=torch.float64, device=params.device))
+        total = task.ranks.over_samples(torch.full((), sum(weight), dtype=torch.float64, device=params.device))
         widest = max(part.shape[-1] for part in kept)
         losses = [pad(part, (0, widest - part.shape[-1])) if part.ndim == 2 else part for part in kept]
         return Seen(slope, used, max(float(total), 1e-30), torch.cat(losses))
@@ -109,36 +112,36 @@ class ShardedReplay(Replay):
         gradient, _ = self._clipped(seen.slope / seen.weight)
         return update(_unclipped(self.start.rule), state, gradient[None], step, self.learning_rate, seen.used[None])
 
-    def back(self, state: TrainingState, step: int, adjoint: Adjoint, check: bool) -> Back:
+    def back(self, state: TrainingState, step: int, adjoint: Adjoint, length: float | None) -> Back:
         """Turn the adjoint after an update into that before it, in place.
 
         Args:
             state: before the update.
             step: number of updates made before this one.
             adjoint: that after it, which is written over.
-            check: whether to see that differences have converged.
+            length: of the steps of differences, in units of the usual; None: that at which they converge best.
 
         Raises:
             ValueError: differences have not converged.
         """
         rule, params, here = self.start.rule, state.params[0], self.seen(state.params[0], step)
         slope = here.slope / here.weight
-        gradient, length = self._clipped(slope)
+        gradient, norm = self._clipped(slope)
         rates = rule.rates_at(step, self.learning_rate)
         along = unclipped_back(_unclipped(rule), rates, state, gradient[None], here.used[None], adjoint)
         parts, differs = list[Tensor](), 0.0
         for row, bent in zip(along, adjoint.params, strict=True):
-            side = self._clipped_back(row, slope, length)
-            bend, change = self._differences(params, side, step)
-            if check and not parts:
-                differs = self._converged(bend, self._differences(params, side, step, _LONGER)[0])
+            side = self._clipped_back(row, slope, norm)
+            if length is None:
+                length, differs = self._converging(params, side, step)
+            bend, change = self._differences(params, side, step, length)
             bent += bend
             parts.append(change)
-        return Back(torch.stack(parts), differs)
+        return Back(torch.stack(parts), length or 1.0, differs)
 
-    def _differences(self, params: Tensor, side: Tensor, step: int, longer: float = 1.0) -> tuple[Tensor, Tensor]:
+    def _differences(self, params: Tensor, side: Tensor, step: int, length: float) -> tuple[Tensor, Tensor]:
         """The curvature of the objective times ``side``, and the derivative along it of every loss with its share."""
-        size = longer * difference_step(self.start.point, params, side)
+        size = length * difference_step(self.start.point, params, side)
         if size == 0:
             here = self.seen(params, step)
             return torch.zeros_like(side), torch.zeros_like(here.losses)
@@ -146,16 +149,27 @@ class ShardedReplay(Replay):
         scale = 1 / (2 * size * ahead.weight)
         return (ahead.slope - behind.slope).mul_(scale), (ahead.losses - behind.losses) * scale
 
-    def _converged(self, near: Tensor, far: Tensor) -> float:
-        norm = _task(self.start).ranks.norm
-        size, difference = float(norm(near)), float(norm(near - far))
-        if not difference <= _CONVERGED * max(size, float(norm(far))):
+    def _converging(self, params: Tensor, side: Tensor, step: int) -> tuple[float, float]:
+        """The length of steps at which differences change least when it is three times as long, and by how much.
+
+        Raises:
+            ValueError: that is much at all lengths.
+        """
+        norm, found = _task(self.start).ranks.norm, list[tuple[float, float]]()
+        before = self._differences(params, side, step, _LENGTHS[0])[0]
+        for length, longer in pairwise(_LENGTHS):
+            after = self._differences(params, side, step, longer)[0]
+            size = max(float(norm(before)), float(norm(after)))
+            found.append((float(norm(after - before)) / size if size else 0.0, length))
+            before = after
+        differs, length = min(found)
+        if not differs <= _CONVERGED:
             raise ValueError(
                 f"differences of gradients do not converge: over a step three times as long the curvature along a "
-                f"direction is {difference / max(size, 1e-30):.0%} another one; exact influence of a sharded model "
-                "needs gradients in float32 (mp_policy= without param_dtype=torch.bfloat16), or float64"
+                f"direction is {differs:.0%} another one at best; exact influence of a sharded model needs gradients "
+                "in float32 (mp_policy= without param_dtype=torch.bfloat16), or float64"
             )
-        return difference / size if size else 0.0
+        return length, differs
 
     def _clipped(self, slope: Tensor) -> tuple[Tensor, float]:
         """The gradient ``(parameters,)`` as ``clip_grad_norm_`` scales it, and its length before."""

@@ -74,8 +74,9 @@ def window_influence(
     Returns:
         ``value`` and ``stderr`` ``(step, train, query)`` in every process, nats per unit weight of one sample (token).
         Negative is helpful. ``differs (step)``: the relative change of a product with the curvature, in the last
-        update, when differences are taken over a step three times as long; refused above 0.05. Their error is about an
-        eighth of that where it comes from the length of the step, and as large where it is rounding.
+        update, when differences are taken over a step three times as long, whose length is chosen where that is least;
+        refused above 0.05. Their error is about an eighth of it where it comes from the length, and as large where it
+        is rounding.
 
     Raises:
         ValueError: the model is sharded in a way that is not supported, or no checkpoint can be used, with the reasons.
@@ -163,9 +164,9 @@ def _sums(replay: ShardedReplay, places: Tensor, rows: int, queried: Groups) -> 
     sums = torch.zeros(len(queried), rows + 1, dtype=torch.float64, device=state.params.device)
     adjoint = Adjoint.of(group_gradients(replay.start.point, state.params[0], queried))
     del state  # before earlier ones are made again
-    differs = 0.0
+    length, differs = None, 0.0
     for step, state in states:
-        by_weight, changed = replay.back(state, step, adjoint, check=step == replay.span[-1])
+        by_weight, length, changed = replay.back(state, step, adjoint, length)
         del state
         differs = max(differs, changed)
         where = weights_of(by_weight[0], places[replay.own_rows(step)]).to(sums.device)
