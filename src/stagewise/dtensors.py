@@ -97,9 +97,7 @@ def piece_of(name: str, tensor: Tensor, ranks: Ranks) -> Piece:
     axis = getattr(placement, "dim", None)
     if not placement.is_shard() or axis is None:
         raise ValueError(f"parameter {name!r} is placed by {placement}; expected it to be sharded by fully_shard")
-    most = -(-shape[axis] // ranks.count)
-    start = min(ranks.index * most, shape[axis])
-    piece = Piece(shape, start, min(most, shape[axis] - start), axis)
+    piece = Piece.held(shape, ranks.index, ranks.count, axis)
     if tuple(rows_here(tensor).shape) != piece.own:
         raise ValueError(
             f"parameter {name!r} has {tuple(rows_here(tensor).shape)} of its {shape} here, expected {piece.own}: it is "

@@ -24,6 +24,13 @@ class Piece:
     size: int
     axis: int = 0
 
+    @classmethod
+    def held(cls, shape: tuple[int, ...], index: int, count: int, axis: int = 0) -> Piece:
+        """The part of a tensor of this shape that one of ``count`` processes holds, as ``torch.chunk`` cuts."""
+        most = -(-shape[axis] // count)
+        start = min(index * most, shape[axis])
+        return cls(shape, start, min(most, shape[axis] - start), axis)
+
     @property
     def own(self) -> tuple[int, ...]:
         """Shape of the part."""

@@ -124,3 +124,25 @@ def checkpoint(kind="adam", dtype=torch.float32, **fields):
 
 def run(**given):
     return sw.Trajectory.from_checkpoints([checkpoint(**given)])
+
+
+def language_model(dtype=torch.float64):
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 33, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = GPTNeoXConfig(**sizes, intermediate_size=16, max_position_embeddings=8, tie_word_embeddings=True)
+    return GPTNeoXForCausalLM(config).to(dtype).eval()
+
+
+def language_task(model):
+    generator = torch.Generator().manual_seed(1)
+    train, val = (torch.randint(33, (count, 6), generator=generator) for count in (9, 3))
+    return sw.Task(model, sw.losses.causal_lm, train=train, queries={"val": val}, train_groups=list("aaabbbccc"))
+
+
+def language_run():
+    start = language_model()
+    return sw.Trajectory.from_checkpoints(
+        [sw.Checkpoint(0, start.state_dict(), sw.Optimizer("adam", 1e-3, batch_size=3))]
+    )

@@ -77,6 +77,18 @@ def windows(shard, out):
     return found
 
 
+def language(shard, out):
+    """A model from Hugging Face with tied embeddings, whose parts cannot be called alone when it is sharded."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = problem.language_model()
+    for layer in model.gpt_neox.layers:
+        fully_shard(layer)
+    asked = {"window": 2, "order": sw.BatchOrder(9, 3)}
+    task = problem.language_task(fully_shard(model))
+    return {"influence": sw.sharded.window_influence(task, problem.language_run(), **asked).value}
+
+
 def saved_shards(shard, out):
     """A folder that two processes have saved, each its own rows; read by rows, and what of it was read."""
     model = shard(problem.made(torch.float64))
@@ -178,7 +190,7 @@ def unsharded(model):
     return model
 
 
-def main(rank, folder, scenes=("draws", "places", "windows", "saved_shards", "refusals", "going_on")):
+def main(rank, folder, scenes=("draws", "places", "windows", "language", "saved_shards", "refusals", "going_on")):
     sys.path.insert(0, str(Path(__file__).parent))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)

@@ -18,12 +18,7 @@ SHAPES = {
 
 
 def pieces(index, count, axis=0):
-    def piece(shape):
-        most = -(-shape[axis] // count)
-        start = min(index * most, shape[axis])
-        return Piece(shape, start, min(most, shape[axis] - start), axis)
-
-    return {name: piece(shape) for name, shape in SHAPES.items() if len(shape) > axis}
+    return {name: Piece.held(shape, index, count, axis) for name, shape in SHAPES.items() if len(shape) > axis}
 
 
 def drawn(held, key="0/0/noise", chains=2, rows=2, dtype=torch.float32):

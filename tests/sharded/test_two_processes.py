@@ -5,7 +5,19 @@ import pytest
 import scenes
 import torch
 import torch.multiprocessing as mp
-from problem import BATCHES, BY_HAND, POSTERIOR, checkpoint, made, run, task, task_of_unequal_lengths
+from problem import (
+    BATCHES,
+    BY_HAND,
+    POSTERIOR,
+    checkpoint,
+    language_model,
+    language_run,
+    language_task,
+    made,
+    run,
+    task,
+    task_of_unequal_lengths,
+)
 
 import stagewise as sw
 from stagewise.derivatives import mean_gradient
@@ -155,6 +167,14 @@ def test_exact_influence_of_samples_and_in_float32_is_that_of_the_model_in_one_p
         found = process["windows"]
         np.testing.assert_allclose(found["samples"].values, single, rtol=0, atol=1e-7 * np.abs(single).max())
         np.testing.assert_allclose(found["float32"].values, whole, rtol=0, atol=5e-3 * np.abs(whole).max())
+
+
+def test_exact_influence_of_a_sharded_language_model_with_tied_embeddings_is_that_of_it_in_one_piece(two):
+    asked = {"window": 2, "order": sw.BatchOrder(9, 3), "mode": "reverse"}
+    plain = sw.window_influence(language_task(language_model()), language_run(), **asked).value.values
+    for process in two:
+        found = process["language"]["influence"].values
+        np.testing.assert_allclose(found, plain, rtol=0, atol=1e-5 * np.abs(plain).max())
 
 
 def test_of_saved_shards_no_process_reads_more_than_its_rows(two):

@@ -53,7 +53,7 @@ def sample(
     Args:
         task: what is studied; its model has its own weights again afterwards.
         trajectory: the run's checkpoints, or the folder they are in. Of folders of ``torch.distributed.checkpoint``
-            every process reads the rows that it holds.
+            every process reads the parts in which its rows are, of safetensors files its rows.
         posterior: what is sampled, e.g. ``LocalPosterior(window=30)``; parameters move whole.
         out: run folder, which the first process writes.
         sampling: how it is sampled; default ``Chains()``.

@@ -56,7 +56,7 @@ def lent(task: Task, split: bool) -> Iterator[LentTask]:
 def loaded(task: LentTask, trajectory: Trajectory, step: int) -> Checkpoint:
     """The checkpoint of a step under the model's own names, of each parameter those rows that are here.
 
-    Of the folders of ``torch.distributed.checkpoint`` no other rows are read.
+    Of files that allow it no others are read.
 
     Raises:
         ValueError: in all processes, where it cannot be used in one.

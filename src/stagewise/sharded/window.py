@@ -58,7 +58,8 @@ def window_influence(
     Args:
         task: the model, its losses and data; the model has its own weights again afterwards.
         trajectory: the run's checkpoints, with optimiser and optimiser state, or their folder. Of folders of
-            ``torch.distributed.checkpoint`` every process reads the rows that it holds.
+            ``torch.distributed.checkpoint`` every process reads the parts in which its rows are, of safetensors files
+            its rows.
         window: number of updates.
         per: influence of each train group, each candidate, or each token of the candidates.
         groups: label of every training sample, or of every token ``(samples, tokens)``; default ``task.train_groups``.
