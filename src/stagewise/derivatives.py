@@ -178,13 +178,13 @@ def hessian_product(point: Point, u: Tensor, rows: Tensor | None = None) -> Prod
 
     def product(vectors: Tensor) -> Tensor:
         if point.task.pure.in_place:
-            return torch.stack([_bend(point, u, v, rows) for v in vectors])
+            return torch.stack([bend(point, u, v, rows) for v in vectors])
         try:
             return exact(vectors)
         except RuntimeError as error:
             if not once_only(error):
                 raise
-            return torch.stack([_bend(point, u, v, rows) for v in vectors])
+            return torch.stack([bend(point, u, v, rows) for v in vectors])
 
     def exact(vectors: Tensor) -> Tensor:
         image, weight = torch.zeros_like(vectors), 0.0
@@ -220,14 +220,14 @@ def _curved(point: Point, u: Tensor, vectors: Tensor, batch: Batch) -> tuple[Ten
     return _joined(point, u, bends)[None], weights
 
 
-def _bend(point: Point, u: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
-    """H v by central differences."""
-    step = difference_step(point, u, v)
+def bend(point: Point, u: Tensor, v: Tensor, rows: Tensor | None, length: float = 1.0) -> Tensor:
+    """H v by central differences, over a step of this length in units of the usual."""
+    step = length * difference_step(point, u, v)
     if step == 0:
         return torch.zeros_like(v)
     ahead, behind = (mean_gradient(point, u + sign * step * v, point.task.train, rows) for sign in (1, -1))
-    bend: Tensor = (ahead - behind) / (2 * step)
-    return bend
+    change: Tensor = (ahead - behind) / (2 * step)
+    return change
 
 
 def difference_step(point: Point, u: Tensor, v: Tensor) -> float:

@@ -141,6 +141,7 @@ def refusals(shard, out):
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "rows"))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     at_last = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)}
+    in_half = problem.task(problem.sharded(problem.made(), at_last, mp_policy=half))
     ordinary = problem.task(shard(problem.made()))
     one_head = sw.LocalPosterior(gamma=1.0, parameters=("head.weight[:, 1:2]",))
     by_hand = {"step_size": 0.1} | problem.BY_HAND
@@ -150,6 +151,8 @@ def refusals(shard, out):
         "some of it": words(lambda: problem.task(partly())),
         "bfloat16 shards": words(lambda: problem.task(shard(problem.made(torch.bfloat16)))),
         "bfloat16 gradients": window(problem.sharded(problem.made(), at_last, mp_policy=half)),
+        "bfloat16 curvature": sample(in_half, posterior=sw.LocalPosterior(gamma=1.0)),
+        "bfloat16 by hand": sample(in_half, folder=out / "half", **by_hand),
         "slices": sample(ordinary, posterior=one_head),
         "one process fails": sample(ordinary, sw.Trajectory((3,), _fail_in_one)),
         "ordinary chains": words(lambda: sw.sample(ordinary, problem.run(), problem.POSTERIOR, out=out / "refused")),

@@ -217,7 +217,8 @@ def test_a_run_goes_on_with_the_cells_that_are_missing_whoever_began_it(folder, 
         ("two dimensions", "mesh of 2 dimensions"),
         ("some of it", "'embed.weight' is not sharded"),
         ("bfloat16 shards", "is torch.bfloat16"),
-        ("bfloat16 gradients", "differences of gradients do not converge"),
+        ("bfloat16 gradients", "differences do not converge"),
+        ("bfloat16 curvature", "curvature cannot be told"),
         ("slices", "without slices"),
         ("one process fails", "the second process cannot read it"),
         ("ordinary chains", "stagewise.sharded.sample"),
@@ -229,3 +230,7 @@ def test_a_run_goes_on_with_the_cells_that_are_missing_whoever_began_it(folder, 
 def test_what_is_not_supported_is_refused_by_both_processes_with_the_reason(two, what, says):
     for process in two:
         assert says in process["refusals"][what]
+
+
+def test_chains_that_need_no_curvature_can_be_computed_in_bfloat16(two):
+    assert [process["refusals"]["bfloat16 by hand"] for process in two] == ["nothing", "nothing"]

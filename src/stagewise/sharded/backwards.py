@@ -56,8 +56,8 @@ class Back(NamedTuple):
         by_weight: derivatives by the weight of each of this process's samples or tokens
             ``(number, samples[, tokens])``, float64.
         length: of the steps of differences, in units of the usual.
-        differs: relative change of the first product with the curvature over a step three times as long; 0 where it was
-            not looked at.
+        differs: relative change of the first differences over a step three times as long; 0 where it was not looked
+            at.
     """
 
     by_weight: Tensor
@@ -133,7 +133,7 @@ class ShardedReplay(Replay):
         for row, bent in zip(along, adjoint.params, strict=True):
             side = self._clipped_back(row, slope, norm)
             if length is None:
-                length, differs = self._converging(params, side, step)
+                length, differs = self._converging(params, side, bent, step)
             bend, change = self._differences(params, side, step, length)
             bent += bend
             parts.append(change)
@@ -149,25 +149,32 @@ class ShardedReplay(Replay):
         scale = 1 / (2 * size * ahead.weight)
         return (ahead.slope - behind.slope).mul_(scale), (ahead.losses - behind.losses) * scale
 
-    def _converging(self, params: Tensor, side: Tensor, step: int) -> tuple[float, float]:
+    def _converging(self, params: Tensor, side: Tensor, bent: Tensor, step: int) -> tuple[float, float]:
         """The length of steps at which differences change least when it is three times as long, and by how much.
+
+        Products with the curvature are held against the adjoint ``bent`` that they are added to, where that is longer.
 
         Raises:
             ValueError: that is much at all lengths.
         """
-        norm, found = _task(self.start).ranks.norm, list[tuple[float, float]]()
-        before = self._differences(params, side, step, _LENGTHS[0])[0]
+        ranks, found = _task(self.start).ranks, list[tuple[float, float]]()
+
+        def lengths(bend: Tensor, change: Tensor) -> tuple[float, float]:
+            return float(ranks.norm(bend)), float(ranks.over_samples(change.square().sum())) ** 0.5
+
+        least, before = float(ranks.norm(bent)), self._differences(params, side, step, _LENGTHS[0])
         for length, longer in pairwise(_LENGTHS):
-            after = self._differences(params, side, step, longer)[0]
-            size = max(float(norm(before)), float(norm(after)))
-            found.append((float(norm(after - before)) / size if size else 0.0, length))
+            after = self._differences(params, side, step, longer)
+            sizes = [max(pair) for pair in zip(lengths(*before), lengths(*after), (least, 0.0), strict=True)]
+            changed = lengths(after[0] - before[0], after[1] - before[1])
+            found.append((max(c / s if s else 0.0 for c, s in zip(changed, sizes, strict=True)), length))
             before = after
         differs, length = min(found)
         if not differs <= _CONVERGED:
             raise ValueError(
-                f"differences of gradients do not converge: over a step three times as long the curvature along a "
-                f"direction is {differs:.0%} another one at best; exact influence of a sharded model needs gradients "
-                "in float32 (mp_policy= without param_dtype=torch.bfloat16), or float64"
+                f"differences do not converge: over a step three times as long those of gradients or losses are "
+                f"{differs:.0%} off at best; exact influence of a sharded model needs losses and gradients in float32 "
+                "(mp_policy= without param_dtype=torch.bfloat16), or float64"
             )
         return length, differs
 

@@ -74,7 +74,7 @@ def window_influence(
 
     Returns:
         ``value`` and ``stderr`` ``(step, train, query)`` in every process, nats per unit weight of one sample (token).
-        Negative is helpful. ``differs (step)``: the relative change of a product with the curvature, in the last
+        Negative is helpful. ``differs (step)``: the relative change of differences of gradients and losses, in the last
         update, when differences are taken over a step three times as long, whose length is chosen where that is least;
         refused above 0.05. Their error is about an eighth of it where it comes from the length, and as large where it
         is rounding.
