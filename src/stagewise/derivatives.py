@@ -172,13 +172,10 @@ def _along(losses: Tensor, leaf: Tensor, directions: Tensor) -> Tensor:
 def hessian_product(point: Point, u: Tensor, rows: Tensor | None = None) -> Product:
     """Vectors ``(k, parameters)`` to H v, for the objective on some training samples, default all.
 
-    Where an operation has no second derivative (``torch.cdist``, CTC), or the model is sharded, by differences of
-    gradients.
+    Where an operation has no second derivative (``torch.cdist``, CTC), by differences of gradients.
     """
 
     def product(vectors: Tensor) -> Tensor:
-        if point.task.pure.in_place:
-            return torch.stack([bend(point, u, v, rows) for v in vectors])
         try:
             return exact(vectors)
         except RuntimeError as error:

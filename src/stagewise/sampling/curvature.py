@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
-from stagewise.derivatives import Product, bend, hessian_product
+from stagewise.derivatives import Product, hessian_product
 from stagewise.evaluate import represented
 from stagewise.sampling.base import standard_normal
+from stagewise.sampling.differenced import differenced_product
 from stagewise.sampling.lanczos import ends
 from stagewise.sampling.noise import noise_source
 from stagewise.sampling.posterior import MAX_NEGATIVE_CURVATURE, LocalDensity
@@ -27,7 +28,6 @@ _RESTARTS = 100
 _STORED_LIMIT = 2**20
 _PRODUCTS = 300
 _PRECISE = 1e-2
-_CONVERGED = 0.05
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,12 @@ def extreme_curvature(density: LocalDensity) -> Curvature:
     """Both ends of the whitened Hessian's spectrum; the lower to about one per cent of the damping.
 
     Raises:
-        ValueError: the products are not finite, or Lanczos did not converge.
+        ValueError: the products are not finite, or Lanczos or differences did not converge.
     """
-    product, size = hessian_product(density, density.origin, represented(density)), density.vector.count
+    in_place, size = density.task.pure.in_place, density.vector.count
+    product = (
+        differenced_product(density) if in_place else hessian_product(density, density.origin, represented(density))
+    )
 
     def image(vectors: Tensor) -> Tensor:
         found = product(vectors.to(density.anchor))
@@ -84,7 +87,6 @@ def extreme_curvature(density: LocalDensity) -> Curvature:
             )
         return found
 
-    in_place = density.task.pure.in_place
     if size <= _DENSE_LIMIT and not in_place:
         dense = image(torch.eye(size)).cpu().double()
         values, vectors = torch.linalg.eigh((dense + dense.mT) / 2)
@@ -125,24 +127,5 @@ def _recurring(image: Product, density: LocalDensity) -> Curvature | None:
     start, ranks = None, density.task.ranks
     if density.task.pure.in_place:
         start = standard_normal(density.origin[None], noise_source(density, 0, 0, "lanczos", 1))
-        _check_converged(density, start[0])
     found = ends(image, density.origin, _PRECISE, density.damping, _PRODUCTS, start, ranks)
     return Curvature(found.smallest, found.largest, found.softest) if found else None
-
-
-def _check_converged(density: LocalDensity, v: Tensor) -> None:
-    """Refuse curvature from differences of gradients that is mostly rounding, as in bfloat16.
-
-    Raises:
-        ValueError: a product is another one over a step three times as long.
-    """
-    norm, rows = density.task.ranks.norm, represented(density)
-    near, far = (bend(density, density.origin, v, rows, length) for length in (1.0, 3.0))
-    size = max(float(norm(near)), float(norm(far)), density.damping * float(norm(v)))
-    differs = float(norm(near - far)) / size
-    if not differs <= _CONVERGED:
-        raise ValueError(
-            f"curvature cannot be told from differences of gradients: over a step three times as long it is "
-            f"{differs:.0%} another one. Compute in float32 (mp_policy= without param_dtype=torch.bfloat16), or give "
-            "step_size, burn_in, thinning and LocalPosterior(n_beta=, require_localised=False), which need none"
-        )

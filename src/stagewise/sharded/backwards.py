@@ -11,7 +11,6 @@ gradients are the products with the curvature, and those of the losses on the wa
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from stagewise.attention import slow_path
+from stagewise.converging import CONVERGED, converging
 from stagewise.data import Batch
 from stagewise.derivatives import difference_step
 from stagewise.functional import Value
@@ -28,9 +28,6 @@ from stagewise.retraining.training import joined
 from stagewise.retraining.updates import Rule, TrainingState, update
 from stagewise.sharded.lent import LentTask
 from stagewise.task import Params
-
-_CONVERGED = 0.05
-_LENGTHS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
 
 
 class Seen(NamedTuple):
@@ -157,20 +154,18 @@ class ShardedReplay(Replay):
         Raises:
             ValueError: that is much at all lengths.
         """
-        ranks, found = _task(self.start).ranks, list[tuple[float, float]]()
+        ranks, least = _task(self.start).ranks, float(_task(self.start).ranks.norm(bent))
 
         def lengths(bend: Tensor, change: Tensor) -> tuple[float, float]:
             return float(ranks.norm(bend)), float(ranks.over_samples(change.square().sum())) ** 0.5
 
-        least, before = float(ranks.norm(bent)), self._differences(params, side, step, _LENGTHS[0])
-        for length, longer in pairwise(_LENGTHS):
-            after = self._differences(params, side, step, longer)
-            sizes = [max(pair) for pair in zip(lengths(*before), lengths(*after), (least, 0.0), strict=True)]
-            changed = lengths(after[0] - before[0], after[1] - before[1])
-            found.append((max(c / s if s else 0.0 for c, s in zip(changed, sizes, strict=True)), length))
-            before = after
-        differs, length = min(found)
-        if not differs <= _CONVERGED:
+        def changed(near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor]) -> float:
+            sizes = [max(pair) for pair in zip(lengths(*near), lengths(*far), (least, 0.0), strict=True)]
+            by = lengths(far[0] - near[0], far[1] - near[1])
+            return max(c / s if s else 0.0 for c, s in zip(by, sizes, strict=True))
+
+        length, differs = converging(lambda length: self._differences(params, side, step, length), changed)
+        if not differs <= CONVERGED:
             raise ValueError(
                 f"differences do not converge: over a step three times as long those of gradients or losses are "
                 f"{differs:.0%} off at best; exact influence of a sharded model needs losses and gradients in float32 "
