@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from problem import BY_HAND, POSTERIOR, checkpoint, made, run, sharded, task
+from torch import nn
 
 import stagewise as sw
 from stagewise.checkpoint import tensors_digest
@@ -59,8 +61,27 @@ def test_a_loss_that_hides_a_part_of_itself_is_refused(tmp_path):
         tokens, targets = batch
         logits = model(tokens)
         logits = logits.detach() + 0.5 * (logits - logits.detach())
-        return sw.losses.nn.functional.cross_entropy(logits.mT, targets, reduction="none")
+        return nn.functional.cross_entropy(logits.mT, targets, reduction="none")
 
     studied = sw.Task(made(), hidden, train=task(made()).train, queries={"val": task(made()).train})
     with pytest.raises(ValueError, match="hidden from differentiation"):
         sw.sharded.sample(studied, run(), POSTERIOR, out=tmp_path, step_size=0.1, **BY_HAND)
+
+
+def test_differences_in_float32_are_good_along_directions_of_low_rank(tmp_path):
+    """As gradients are: a change of a matrix that is small beside it is large beside its largest singular value."""
+
+    def influence(dtype, of, **given):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(5))).eval().to(dtype)
+        x = torch.randn(8, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
+        studied = sw.Task(
+            model, lambda m, b: m(b).square().mean(1), train=x, queries={"q": x[:2]}, train_groups=list("aabbccdd")
+        )
+        start = sw.Checkpoint(0, model.state_dict(), sw.Optimizer("adam", 1e-4, batch_size=4))
+        return of(studied, sw.Trajectory.from_checkpoints([start]), window=2, order=sw.BatchOrder(8, 4), **given)
+
+    exact = influence(torch.float64, sw.window_influence, mode="reverse").value.values
+    found = influence(torch.float32, sw.sharded.window_influence)
+    np.testing.assert_allclose(found.value, exact, rtol=0, atol=1e-3 * np.abs(exact).max())
+    assert float(found.differs.max()) < 0.05

@@ -52,7 +52,7 @@ def window_influence(
 
     Always in reverse mode: every query group and update costs two forward and backward passes over the update's batch.
     Second derivatives are differences of gradients, and what single samples do differences of losses: in float64 they
-    are exact to about nine digits, in float32 to about three (on the tiny model of the tests). Where they do not
+    are exact to about ten digits, in float32 to about four (on the tiny model of the tests). Where they do not
     converge, as of gradients in bfloat16, the checkpoint is refused.
 
     Args:
