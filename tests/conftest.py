@@ -16,6 +16,7 @@ import pytest
 # Files that take longest, so that they begin first and no process of `make test` is left with a long one at the end.
 LONGEST = (
     "end_to_end/test_resume.py",
+    "sharded/",
     "studies/test_transitions.py",
     "property/test_agreement.py",
     "run/test_engine.py",
