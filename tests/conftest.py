@@ -17,6 +17,7 @@ import pytest
 LONGEST = (
     "end_to_end/test_object_store.py",
     "end_to_end/test_resume.py",
+    "sharded/",
     "studies/test_transitions.py",
     "property/test_agreement.py",
     "run/test_engine.py",

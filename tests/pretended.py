@@ -94,10 +94,10 @@ def pretended():
     Raises:
         OtherDeviceError: at the latest at the end, of whatever was refused inside.
     """
-    import stagewise.sampling.tuning
+    import stagewise.sampling.noise
 
     _refused.clear()
-    patched = [patch.object(where, "Generator", Generator) for where in (torch, stagewise.sampling.tuning)]
+    patched = [patch.object(where, "Generator", Generator) for where in (torch, stagewise.sampling.noise)]
     with _Device(), _Generators(), patched[0], patched[1]:
         yield DEVICE
     if _refused:

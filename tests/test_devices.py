@@ -70,6 +70,7 @@ def tokens(device):
 
 KINDS = {"samples": samples, "tokens": tokens}
 ORDER = sw.BatchOrder(N, 5, 0)
+PERS = ("group", "sample")
 
 
 class Case:
@@ -165,6 +166,14 @@ def baselines(case, folder):
     return [sw.tracin(plain.task, plain.run), sw.source(plain.task, plain.run, segments=2)]
 
 
+def in_place(case, folder):
+    """As one of several processes, here alone."""
+    settings, posterior = {"chains": 2, "draws": 2, "batch_size": 5}, sw.LocalPosterior(window=3)
+    store = sw.sharded.sample(case.task, case.run, posterior, out=folder / "in place", **settings)
+    exact = [sw.sharded.window_influence(case.task, case.run, window=3, per=per, order=ORDER) for per in PERS]
+    return [*exact, store.load(4).to_dict()]
+
+
 def one_by_one(case, sampler, **settings):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(block, "_MOST_NUMBERS", 1)
@@ -208,6 +217,7 @@ ROOMS = {
     "response": lambda c, _: [sw.response_influence(c.task, c.run, POSTERIOR, at=at) for at in ("path", "checkpoint")],
     "gradients": lambda c, _: [sw.gradient_product(c.task, c.run, POSTERIOR, per=per) for per in ("group", "sample")],
     "baselines": baselines,
+    "written in place": in_place,
 }
 TOKENS = {
     "chains": lambda c, _: c.chains(),
@@ -217,6 +227,7 @@ TOKENS = {
     "windows of groups": lambda c, _: sw.window_influence(c.task, c.run, window=3, mode="forward", check=True),
     "ablation": lambda c, _: sw.window_ablation(c.task, c.run, window=3, repeats=1),
     "leaving out": lambda c, _: sw.leave_out(c.task, c.checkpoints[0], ORDER, [7]),
+    "written in place": in_place,
     "damped": lambda c, _: sw.damped_influence(c.task, c.run, POSTERIOR, per="token"),
     "gradients": lambda c, _: sw.gradient_product(c.task, c.run, POSTERIOR),
 }
@@ -298,7 +309,7 @@ def on_cpu(function):
 
 
 PLANTED = {
-    "noise of the CPU": (drawing, "generator", lambda *_: torch.Generator().manual_seed(0), SAMPLES["underdamped"]),
+    "noise of the CPU": (drawing, "noise_source", lambda *_: torch.Generator().manual_seed(0), SAMPLES["underdamped"]),
     "weights left on the CPU": (training, "sample_weights_of", on_cpu(training.sample_weights_of), ROOMS["ablation"]),
     "gradients left on the CPU": (gradients, "group_gradients", on_cpu(gradients.group_gradients), ROOMS["gradients"]),
     "losses left on the device": (torch.Tensor, "cpu", lambda tensor: tensor, SAMPLES["underdamped"]),

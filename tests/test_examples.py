@@ -16,6 +16,7 @@ from stagewise.run.pipeline import run
 
 NAMES = [name for name in sw.__all__ if name != "RecorderCallback" or importlib.util.find_spec("transformers")]
 SHOWN = {name: getattr(sw, name) for name in NAMES} | {"Drawn": Drawn, "causal_lm": sw.losses.causal_lm}
+SHOWN |= {"sharded.sample": sw.sharded.sample, "sharded.window_influence": sw.sharded.window_influence}
 
 
 @pytest.fixture(scope="module")

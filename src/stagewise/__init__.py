@@ -13,6 +13,7 @@ from stagewise import notebook as notebook
 
 if TYPE_CHECKING:
     from stagewise import losses as losses
+    from stagewise import sharded as sharded
     from stagewise.baselines.source import source as source
     from stagewise.baselines.tracin import tracin as tracin
     from stagewise.checkpoint import Checkpoint as Checkpoint
@@ -138,18 +139,19 @@ _ROOMS = {
     "stagewise.traces.diagnostics": ("diagnose_run",),
     "stagewise.traces.store": ("TraceStore",),
 }
+_MODULES = ("losses", "sharded")
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "losses":
-        return import_module("stagewise.losses")
+    if name in _MODULES:
+        return import_module(f"stagewise.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'stagewise' has no attribute {name!r}; it has {', '.join(_HOME)}")
     return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME, "losses"})
+    return sorted({*globals(), *_HOME, *_MODULES})

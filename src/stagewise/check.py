@@ -151,7 +151,7 @@ def _check_losses(task: Task, data: Samples, query: str | None, batch: Batch, pa
     model = task.pure.reference(params)
     before = {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
     first = plain_losses(task, model, data, query, batch)
-    _check_form(task, first, data, data.few(_FEW))
+    check_form(task, first, data, data.few(_FEW))
     second = plain_losses(task, model, data, query, batch)
     if not torch.allclose(first.values, second.values, rtol=1e-5, atol=1e-6):
         raise ValueError(
@@ -177,7 +177,7 @@ def _check_losses(task: Task, data: Samples, query: str | None, batch: Batch, pa
                 raise ValueError(
                     f"{error}. It was given one sample; squeeze() takes the batch's axis away then"
                 ) from None
-            _check_form(task, losses, data, row[None])
+            check_form(task, losses, data, row[None])
             alone.append(task.by_sample(losses)[0])
         return task.by_sample(plain_losses(task, model, data, query, batch))[0], torch.cat(alone)
 
@@ -191,7 +191,12 @@ def _check_losses(task: Task, data: Samples, query: str | None, batch: Batch, pa
         )
 
 
-def _check_form(task: Task, losses: Losses, data: Samples, rows: Tensor) -> None:
+def check_form(task: Task, losses: Losses, data: Samples, rows: Tensor) -> None:
+    """Refuse losses of some samples that have another shape or type, or are not finite.
+
+    Raises:
+        ValueError: with what was got, and what to do.
+    """
     values, weights = losses
     size = len(rows)
     if values.shape[0] != size:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from stagewise.attention import plain_attention, slow_path
+from stagewise.attention import plain_attention
 from stagewise.data import Batch, Samples
 from stagewise.differentiate import differentiable, gradient, pull, push
 from stagewise.evaluate import Point, chunks, sample_weights
 from stagewise.groups import TRAIN, Groups
 from stagewise.memory import out_of_memory
+from stagewise.slopes import relative_step, weighted_slope
 from stagewise.twice import once_only
 
 _GRADIENTS_AT_ONCE = 64
@@ -31,13 +32,16 @@ def mean_gradient(
     Raises:
         ValueError: it is not finite although the losses are, with the sample.
     """
-    total, weight = torch.zeros_like(u), 0.0
-    for batch in chunks(point.task, data, rows):
-        with differentiable(u) as leaf:
-            losses, weights = point.sample_losses(leaf, batch, query)
-            total += gradient((weights * losses).sum(), leaf)
-        weight += float(weights.sum())
-    if not torch.isfinite(total).all():
+    if point.task.pure.in_place:
+        total, weight = weighted_slope(point, u, data, rows, query)
+    else:
+        total, weight = torch.zeros_like(u), 0.0
+        for batch in chunks(point.task, data, rows):
+            with differentiable(u) as leaf:
+                losses, weights = point.sample_losses(leaf, batch, query)
+                total += gradient((weights * losses).sum(), leaf)
+            weight += float(weights.sum())
+    if point.task.ranks.total((~torch.isfinite(total)).sum()):
         rows = torch.arange(len(data)) if rows is None else rows
         if len(rows) > 1:
             for row in rows:
@@ -87,6 +91,10 @@ def _token_gradients(point: Point, u: Tensor, groups: Groups, dataset: str) -> l
     places = groups.places(len(data), dataset)
     mine = [number for number, where in enumerate(groups.datasets) if where == dataset]
     rows = (places < len(groups)).any(1).nonzero().flatten()
+    if task.pure.in_place:
+        masks = ((places[rows] == number).float() for number in mine)
+        found = [weighted_slope(point, u, data, rows, query, mask) for mask in masks]
+        return [slope / max(weight, 1e-30) for slope, weight in found]
     sums, weight = [torch.zeros_like(u) for _ in mine], torch.zeros(len(groups) + 1, dtype=torch.float64)
     for piece in torch.split(rows, task.forward_batch):
         where = places[piece].flatten()
@@ -173,7 +181,7 @@ def hessian_product(point: Point, u: Tensor, rows: Tensor | None = None) -> Prod
         except RuntimeError as error:
             if not once_only(error):
                 raise
-            return torch.stack([_bend(point, u, v, rows) for v in vectors])
+            return torch.stack([bend(point, u, v, rows) for v in vectors])
 
     def exact(vectors: Tensor) -> Tensor:
         image, weight = torch.zeros_like(vectors), 0.0
@@ -209,16 +217,25 @@ def _curved(point: Point, u: Tensor, vectors: Tensor, batch: Batch) -> tuple[Ten
     return _joined(point, u, bends)[None], weights
 
 
-def _bend(point: Point, u: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
-    """H v by central differences, over a step by which the weights change as much as rounding asks for."""
-    change = float((v if point.scale is None else point.scale * v).norm())
-    if change == 0:
+def bend(point: Point, u: Tensor, v: Tensor, rows: Tensor | None, length: float = 1.0) -> Tensor:
+    """H v by central differences, over a step of this length in units of the usual."""
+    step = length * difference_step(point, u, v)
+    if step == 0:
         return torch.zeros_like(v)
-    size = float((u if point.anchor is None else point.anchor).norm())
-    step = torch.finfo(u.dtype).eps ** (1 / 3) * max(1.0, size) / change
     ahead, behind = (mean_gradient(point, u + sign * step * v, point.task.train, rows) for sign in (1, -1))
-    bend: Tensor = (ahead - behind) / (2 * step)
-    return bend
+    change: Tensor = (ahead - behind) / (2 * step)
+    return change
+
+
+def difference_step(point: Point, u: Tensor, v: Tensor) -> float:
+    """How far along ``v`` central differences reach: the weights change as much as rounding asks for; 0 if v is 0."""
+    moved, place = v if point.scale is None else point.scale * v, u if point.anchor is None else point.anchor
+    if point.task.pure.in_place:
+        return relative_step(point, place, moved)
+    change = float(moved.norm())
+    if change == 0:
+        return 0.0
+    return float(torch.finfo(u.dtype).eps ** (1 / 3) * max(1.0, float(place.norm())) / change)
 
 
 def dense(product: Product, like: Tensor, rows: int = 128) -> Tensor:
@@ -226,25 +243,6 @@ def dense(product: Product, like: Tensor, rows: int = 128) -> Tensor:
     identity = torch.eye(len(like), dtype=like.dtype, device=like.device)
     matrix = torch.cat([product(piece) for piece in torch.split(identity, rows)])
     return (matrix + matrix.mT) / 2
-
-
-def slope_at(point: Point, u: Tensor, values: Sequence[Callable[[Mapping[str, Tensor]], Tensor]]) -> Tensor:
-    """Gradient at one place ``(parameters,)`` of a sum of numbers that are computed from the parameters and buffers.
-
-    As through a leaf ``u``, with fewer vectors of its length in memory, and what one number needs for its backward pass
-    is gone before the next: for large models that is what counts.
-    """
-    with slow_path(), _leaves(point, u) as (params, leaves):
-        slope = torch.zeros_like(u)
-        parts = point.vector.unflatten(slope)
-        for leaf, part in zip(leaves, parts.values(), strict=True):
-            leaf.grad = part  # to which backward() adds in place
-        for value in values:
-            if (found := value(params)).requires_grad:
-                torch.autograd.backward(found, inputs=leaves)
-    if len(set(point.vector.dtypes)) > 1:  # the parts are no views
-        slope = point.vector.flatten(parts, like=u)
-    return slope if point.scale is None else slope.mul_(point.scale)
 
 
 @contextmanager

@@ -117,8 +117,13 @@ def at(
 
     Raises:
         CheckpointError: the checkpoint is of another model.
-        ValueError: the losses are unusable, see :func:`stagewise.check.check`.
+        ValueError: the losses are unusable, see :func:`stagewise.check.check`, or the model is sharded.
     """
+    if task.pure.in_place:
+        raise ValueError(
+            "the model is sharded (its parameters are DTensors), which this cannot use; stagewise.sharded.sample and "
+            "stagewise.sharded.window_influence can, started in all processes by torchrun"
+        )
     fitted = task.fitted(checkpoint)
     check(task, fitted, curvature=curvature, train=train)
     updated = fitted.optimizer.updated if fitted.optimizer else None
@@ -136,7 +141,7 @@ def represented(point: Point) -> Tensor:
     task = point.task
     with torch.no_grad():
         values = task.losses(point.state, task.train.batch(slice(0, 1), task.device))
-    affordable = _PRODUCT_COST // (values.numel() * point.vector.size)
+    affordable = _PRODUCT_COST // (values.numel() * point.vector.count)
     return spread_rows(min(CURVATURE_SAMPLES, max(_FEWEST, affordable)), len(task.train))
 
 
@@ -153,8 +158,11 @@ def sample_weights(point: Point) -> Tensor:
         weights = _uniform_weights(point)
         if weights is None:
             with torch.no_grad():
-                parts = [task.sample_losses(point.state, batch)[1].cpu() for batch in chunks(task, task.train)]
-            weights = torch.cat(parts).double()
+                parts = [
+                    task.sample_losses(point.state, task.train.batch(part, task.device))[1]
+                    for part, _ in task.ranks.parts(torch.arange(len(task.train)), task.forward_batch)
+                ]
+            weights = task.ranks.joined(parts, len(task.train)).cpu().double()
         task.sample_weights = weights
     return task.sample_weights
 

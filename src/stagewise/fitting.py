@@ -31,10 +31,10 @@ def fitted(model: PureModel, checkpoint: Checkpoint) -> Checkpoint:
     checkpoint = with_names(model.module, checkpoint)
     own = _own_names(model, checkpoint, where)
     remembered = _remembered_names(model, checkpoint, where)
+    known = _parts(model, checkpoint.renamed(remembered | own))
     for name, ours in own.items():
-        _check_tensor(checkpoint.params[name], model.state[ours], name, where)
+        _check_tensor(known.params[ours], model.state[ours], name, where)
     _check_complete(model, set(own.values()), where)
-    known = checkpoint.renamed(remembered | own)
     device = next(iter(model.state.values())).device
     params = {
         # what the checkpoint lacks is the model's own, which may change
@@ -42,6 +42,16 @@ def fitted(model: PureModel, checkpoint: Checkpoint) -> Checkpoint:
         for name, tensor in model.state.items()
     }
     return known.holding(params=params)
+
+
+def _parts(model: PureModel, known: Checkpoint) -> Checkpoint:
+    """What of its tensors is here."""
+    if not model.in_place:
+        return known
+    kinds = ("params", "first_moment", "second_moment")
+    return known.holding(
+        **{kind: {name: model.part(name, t) for name, t in getattr(known, kind).items()} for kind in kinds}
+    )
 
 
 def _translated(model: PureModel, checkpoint: Checkpoint, where: str) -> Checkpoint:

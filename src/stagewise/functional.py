@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,11 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from stagewise.checkpoint import lifted
+from stagewise.ranks import ALONE, Alone
 from stagewise.twice import differentiate_twice
+
+Value = Callable[[Mapping[str, Tensor]], Tensor]
+"""A number that is computed from parameters and buffers by name."""
 
 
 class PureModel:
@@ -40,6 +44,12 @@ class PureModel:
     Raises:
         ValueError: the model is TorchScript, has lazy parameters, or cannot be copied.
     """
+
+    in_place = False
+    """Whether tensors are written into the user's module, see :class:`stagewise.in_place.InPlaceModel`."""
+
+    ranks: Alone = ALONE
+    """The processes that hold the model."""
 
     def __init__(self, model: nn.Module) -> None:
         model = unwrapped(model)
@@ -74,6 +84,25 @@ class PureModel:
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that require a gradient, by name."""
         return {name: tensor for name, tensor in self.module.named_parameters() if tensor.requires_grad}
+
+    def entries(self, name: str) -> int:
+        """How many numbers a tensor is, on all processes together."""
+        return self.state[name].numel()
+
+    def part(self, name: str, tensor: Tensor) -> Tensor:
+        """What is here of a whole tensor of this name: all of it."""
+        del name
+        return tensor
+
+    def add_slopes(self, params: Mapping[str, Tensor], values: Sequence[Value], parts: Mapping[str, Tensor]) -> None:
+        """Add the gradient of a sum of numbers, which are computed from ``params``, to ``parts`` by name."""
+        leaves = {name: params[name].detach().requires_grad_() for name in parts}
+        for leaf, part in zip(leaves.values(), parts.values(), strict=True):
+            leaf.grad = part  # to which backward() adds in place
+        params = {**params, **leaves}
+        for value in values:
+            if (found := value(params)).requires_grad:
+                torch.autograd.backward(found, inputs=list(leaves.values()))
 
     @contextmanager
     def holding(self, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from stagewise.dtensors import is_sharded
 from stagewise.vocabulary import token_losses
 
 IGNORED = -100
@@ -26,7 +27,8 @@ def causal_lm(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     """The loss of every token but the first, given those before it: a loss for :class:`stagewise.Task`.
 
     Of a Hugging Face model the head is applied to a few tokens at a time, in the forward pass and in first and second
-    derivatives: logits ``(tokens, vocabulary)`` are never in memory. Another module is called with ``input_ids``.
+    derivatives: logits ``(tokens, vocabulary)`` are never in memory. Another module is called with ``input_ids``, and
+    one that is sharded is called as a whole.
 
     Args:
         model: a causal language model of Hugging Face, or a module that returns logits ``(batch, tokens, vocabulary)``
@@ -90,8 +92,8 @@ def _logits(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 def _head(model: Any) -> nn.Linear | None:
     """The layer that makes logits of hidden states, where there is one."""
-    if not _is_huggingface(model) or model.base_model is model:
-        return None
+    if not _is_huggingface(model) or model.base_model is model or is_sharded(model):
+        return None  # the parts of a sharded model cannot be called alone
     head = model.get_output_embeddings()
     return head if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward else None
 

@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 from stagewise.checkpoint import Checkpoint
 from stagewise.data import Batch, Collate, Samples
+from stagewise.dtensors import is_sharded
 from stagewise.fitting import fitted
 from stagewise.functional import PureModel
+from stagewise.in_place import InPlaceModel
 from stagewise.labels import NONE, Labels, Texts, as_labels, as_texts
 from stagewise.layers import in_train_mode
 from stagewise.notebook import listed, table
+from stagewise.ranks import Alone
 
 __all__ = ["Batch", "Loss", "Losses", "Objective", "Params", "Samples", "Task"]
 
@@ -53,7 +56,8 @@ class Task:
     beside its values enter both: 0 is padding, a prompt, an ignored label.
 
     Args:
-        model: a module in eval mode. It is never modified.
+        model: a module in eval mode. It is never modified; one that is sharded by ``fully_shard`` is lent to
+            :mod:`stagewise.sharded`, and has its own weights again afterwards.
         loss: ``loss(model, batch)`` returning losses in nats of shape ``(batch,)`` or ``(batch, tokens)``, or a pair of
             losses and weights of that shape. It must be deterministic, and the loss of a sample must not depend on
             the other samples of its batch.
@@ -121,7 +125,7 @@ class Task:
         self.loss = loss
         self.objective: Objective = objective
         self.forward_batch = forward_batch
-        self.pure = PureModel(model)
+        self.pure = InPlaceModel(model) if is_sharded(model) else PureModel(model)
         self.train = Samples(train, "train", collate)
         self.queries = {name: Samples(data, f"queries[{name!r}]", collate) for name, data in queries.items()}
         self.candidates = _indices(candidates, len(self.train))
@@ -165,6 +169,11 @@ class Task:
     def device(self) -> torch.device:
         """Where the model lives; batches are moved there."""
         return next(iter(self.pure.state.values())).device
+
+    @property
+    def ranks(self) -> Alone:
+        """The processes that hold the model."""
+        return self.pure.ranks
 
     @property
     def trainable(self) -> Mapping[str, Tensor]:

@@ -26,11 +26,13 @@ class ParameterVector:
         names: the parameters that move, in the order of the vector.
         shapes: their shapes.
         dtypes: their types, at least float32. The vector has the widest of them.
+        whole: the number of their entries, where only some rows of each are here; 0: all are.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
+    whole: int = 0
 
     @classmethod
     def of(
@@ -62,12 +64,18 @@ class ParameterVector:
                 "those that training moved"
             )
         dtypes = tuple(torch.promote_types(t.dtype, torch.float32) for t in chosen.values())
-        return cls(tuple(chosen), tuple(tuple(t.shape) for t in chosen.values()), dtypes)
+        whole = sum(map(task.pure.entries, chosen))
+        return cls(tuple(chosen), tuple(tuple(t.shape) for t in chosen.values()), dtypes, whole)
 
     @property
     def size(self) -> int:
         """Length of the vector."""
         return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def count(self) -> int:
+        """Length of the vectors of all processes that hold the model together."""
+        return self.whole or self.size
 
     @property
     def dtype(self) -> torch.dtype:

@@ -239,7 +239,7 @@ def test_without_batches_loading_looks_into_one_later_file_and_never_reads_its_w
     looked, known = [], Trajectory.from_directory(tmp_path)
     monkeypatch.setattr(directory, "read_batches", lambda path: looked.append(path.name) or ())
     read = []
-    monkeypatch.setattr(directory, "read_weights", lambda path: read.append(path.name) or ({}, {}))
+    monkeypatch.setattr(directory, "read_weights", lambda path, wanted: read.append(path.name) or ({}, {}))
     known.load(0)
     assert looked == ["step_00000001.safetensors"]
     assert read == ["step_00000000.safetensors"]

@@ -82,6 +82,7 @@ def killed(object_store, process, moment):
     return bool(came)
 
 
+@pytest.mark.timeout(900)
 def test_a_run_killed_at_any_request_goes_on_from_the_store_alone_to_the_same_bits(
     tmp_path, cache, object_store, whole
 ):

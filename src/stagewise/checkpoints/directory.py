@@ -47,6 +47,7 @@ from stagewise.checkpoints.hub_cache import refuse_hub_cache
 from stagewise.checkpoints.shards import METADATA
 from stagewise.checkpoints.trainer import logged_rates, with_optimizer
 from stagewise.checkpoints.weights import INSIDE_FOLDER, read_weights, reason_of
+from stagewise.piece import Wanted
 
 FORMAT = "stagewise-checkpoint-1"
 
@@ -106,7 +107,9 @@ def write_checkpoint(directory: str | Path, checkpoint: Checkpoint) -> Path:
     return path
 
 
-def read_checkpoint(path: str | Path, step: int, clip_norm: float | None = None) -> Checkpoint:
+def read_checkpoint(
+    path: str | Path, step: int, clip_norm: float | None = None, wanted: Wanted | None = None
+) -> Checkpoint:
     """Read one file found by :func:`scan`.
 
     Half precision becomes float32; other dtypes are kept bit for bit. Names that share one tensor in a
@@ -118,6 +121,7 @@ def read_checkpoint(path: str | Path, step: int, clip_norm: float | None = None)
         step: number of updates made before it was saved.
         clip_norm: the norm to which a Trainer's or a sharded run clipped gradients, 0 if it did not; None: as the
             folder says.
+        wanted: which rows of tensors are read, of shards and of safetensors files; default all. Of other files all are.
 
     Raises:
         CheckpointError: the file is missing, damaged, not weights, of another step, or holds values that are
@@ -126,9 +130,9 @@ def read_checkpoint(path: str | Path, step: int, clip_norm: float | None = None)
     """
     path = Path(path)
     if path.name == METADATA:
-        sharded = Checkpoint(step, {}).holding(params=sharded_weights(path))  # not copied: nobody else has them
-        return with_optimizer(folder_of(path), sharded, clip_norm)
-    tensors, metadata = read_weights(path)
+        sharded = Checkpoint(step, {}).holding(params=sharded_weights(path, wanted))  # not copied: nobody else has them
+        return with_optimizer(folder_of(path), sharded, clip_norm, wanted)
+    tensors, metadata = read_weights(path, wanted)
     if not metadata.get("format", "").startswith("stagewise-checkpoint"):
         checkpoint = Checkpoint(step, tensors)
         return with_optimizer(path.parent, checkpoint, clip_norm) if path.name in INSIDE_FOLDER else checkpoint

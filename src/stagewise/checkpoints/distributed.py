@@ -15,6 +15,7 @@ from torch import Tensor
 from stagewise.checkpoint import CheckpointError
 from stagewise.checkpoints.shards import METADATA, Index, Tree, read_index
 from stagewise.checkpoints.weights import STATE_DICT_KEYS, usable
+from stagewise.piece import Wanted
 
 _OF_FSDP = "pytorch_model_fsdp_0"  # as accelerate calls it, and with it the Trainer
 
@@ -27,27 +28,28 @@ def folder_of(file: Path) -> Path:
     return file.parent.parent if file.parent.name == _OF_FSDP else file.parent
 
 
-def sharded_weights(file: Path) -> dict[str, Tensor]:
+def sharded_weights(file: Path, wanted: Wanted | None = None) -> dict[str, Tensor]:
     """The weights by name, each tensor in one piece, at least float32: what ``model.state_dict()`` was.
 
     Args:
         file: the ``.metadata`` of a folder.
+        wanted: which rows of each; default all.
 
     Raises:
         CheckpointError: it, or a file that it names, is missing, damaged or refused, holds no state dict, or values
             that are not finite.
     """
-    index = read_index(file)
+    index = read_index(file, wanted)
     return {name: usable(index.tensor(key), name, file) for name, key in _state_dict_in(index).items()}
 
 
-def sharded_optimizer(file: Path) -> dict[str, Any] | None:
+def sharded_optimizer(file: Path, wanted: Wanted | None = None) -> dict[str, Any] | None:
     """The state of the optimiser, as ``Optimizer.state_dict`` has it, by name or number; None where there is none.
 
     Raises:
         CheckpointError: as :func:`sharded_weights`, or there are several optimisers.
     """
-    index = read_index(file)
+    index = read_index(file, wanted)
     found = [level for level in _levels(index.tree) if _is_nested(level) or _is_flat(level)]
     if not found:
         return None

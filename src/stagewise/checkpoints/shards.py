@@ -22,6 +22,7 @@ from torch import Tensor
 
 from stagewise.checkpoint import CheckpointError
 from stagewise.checkpoints.weights import load_tensors_only, reason_of
+from stagewise.piece import Piece, Wanted
 
 METADATA = ".metadata"
 
@@ -64,12 +65,14 @@ class Index:
         tree: the nested dict that was saved, each leaf a key.
         layouts: of the tensors by key; the other keys are plain values.
         places: by key and offsets (None for values), the name of a file, where in it, and how many bytes.
+        wanted: which rows of a tensor are read; None: all.
     """
 
     file: Path
     tree: Tree
     layouts: Mapping[str, _Layout]
     places: Mapping[tuple[str, tuple[int, ...] | None], tuple[str, int, int]]
+    wanted: Wanted | None = None
 
     def loaded(self, tree: Tree) -> Tree:
         """The tree, or one below it, with what its leaves stand for.
@@ -80,12 +83,15 @@ class Index:
         return {name: self.loaded(leaf) if isinstance(leaf, dict) else self._item(leaf) for name, leaf in tree.items()}
 
     def tensor(self, key: str) -> Tensor:
-        """A tensor in one piece.
+        """A tensor in one piece, or those rows of it that are wanted: what has none of them is not read.
 
         Raises:
             CheckpointError: a file is missing, damaged, refused, or its parts are not those of this tensor.
         """
         layout = self.layouts[key]
+        piece = self.wanted(key, layout.shape) if self.wanted else None
+        if piece is not None and piece.own != layout.shape:
+            return self._rows(key, layout, piece)
         if len(layout.parts) == 1 and layout.parts[0][1] == layout.shape:
             return self._part(key, *layout.parts[0])
         if sum(math.prod(sizes) for _, sizes in layout.parts) != math.prod(layout.shape):
@@ -98,6 +104,21 @@ class Index:
         if not filled.all():
             raise CheckpointError(f"{self.file}: the parts of {key!r} leave gaps in it, or overlap")
         return whole
+
+    def _rows(self, key: str, layout: _Layout, piece: Piece) -> Tensor:
+        first, last, axis = piece.start, piece.start + piece.size, piece.axis
+        rows, filled = torch.empty(piece.own, dtype=layout.dtype), torch.zeros(piece.own, dtype=torch.bool)
+        for offsets, sizes in layout.parts:
+            start, stop = max(first, offsets[axis]), min(last, offsets[axis] + sizes[axis])
+            if start >= stop or not math.prod(sizes):
+                continue
+            there = [slice(begin, begin + size) for begin, size in zip(offsets, sizes, strict=True)]
+            there[axis] = slice(start - first, stop - first)
+            rows[tuple(there)] = self._part(key, offsets, sizes).narrow(axis, start - offsets[axis], stop - start)
+            filled[tuple(there)] = True
+        if not filled.all():
+            raise CheckpointError(f"{self.file}: the parts of {key!r} leave gaps in it")
+        return rows
 
     def _part(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         part = self._read(key, offsets)
@@ -128,8 +149,8 @@ class Index:
         return load_tensors_only(file, io.BytesIO(blob))
 
 
-def read_index(file: Path) -> Index:
-    """What this ``.metadata`` says.
+def read_index(file: Path, wanted: Wanted | None = None) -> Index:
+    """What this ``.metadata`` says; ``wanted`` chooses the rows that are going to be read.
 
     Raises:
         CheckpointError: it is missing, damaged, refused, or names files elsewhere.
@@ -154,7 +175,7 @@ def read_index(file: Path) -> Index:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{file} is not the metadata of torch.distributed.checkpoint: {error!r}") from error
-    return Index(file, tree, layouts, places)
+    return Index(file, tree, layouts, places, wanted)
 
 
 class _Record:

@@ -32,6 +32,7 @@ from stagewise.checkpoints.distributed import sharded_optimizer
 from stagewise.checkpoints.shards import METADATA
 from stagewise.checkpoints.weights import load_tensors_only, reason_of, usable
 from stagewise.numbered import place
+from stagewise.piece import Wanted
 
 _OPTIMIZERS = ("optimizer.pt", "optimizer.bin", f"optimizer_0/{METADATA}", METADATA)
 _STATE, _SCHEDULE, _ARGUMENTS = "trainer_state.json", "scheduler.pt", "training_args.bin"
@@ -48,13 +49,16 @@ _TEXT = {"UNICODE", "BINUNICODE", "SHORT_BINUNICODE"}
 _NUMBER = {"INT", "BININT", "BININT1", "BININT2", "LONG1", "FLOAT", "BINFLOAT"}
 
 
-def with_optimizer(folder: Path, checkpoint: Checkpoint, clip_norm: float | None) -> Checkpoint:
+def with_optimizer(
+    folder: Path, checkpoint: Checkpoint, clip_norm: float | None, wanted: Wanted | None = None
+) -> Checkpoint:
     """The checkpoint with what the folder says of its optimiser, parameters by number; as it is where it says nothing.
 
     Args:
         folder: of one checkpoint.
         checkpoint: its weights.
         clip_norm: the norm to which gradients were clipped, 0: they were not; None: as ``training_args.bin`` says.
+        wanted: which rows of sharded moments are read; default all.
 
     Raises:
         CheckpointError: the folder's own step is another than its name's.
@@ -68,7 +72,7 @@ def with_optimizer(folder: Path, checkpoint: Checkpoint, clip_norm: float | None
     if not files:
         return checkpoint
     try:
-        return _with_optimizer(folder, files[0], checkpoint, clip_norm, state)
+        return _with_optimizer(folder, files[0], checkpoint, clip_norm, state, wanted)
     except CheckpointError as error:
         warnings.warn(f"{error}. The checkpoint is used without its optimizer", stacklevel=2)
         return checkpoint
@@ -96,12 +100,17 @@ def logged_rates(folder: Path) -> tuple[float, ...]:
 
 
 def _with_optimizer(
-    folder: Path, file: Path, checkpoint: Checkpoint, clip_norm: float | None, state: Mapping[str, Any]
+    folder: Path,
+    file: Path,
+    checkpoint: Checkpoint,
+    clip_norm: float | None,
+    state: Mapping[str, Any],
+    wanted: Wanted | None,
 ) -> Checkpoint:
     own = file if file.parent == folder else file.parent
     if others := sorted(other.name for other in folder.glob(f"optimizer_*{own.suffix}") if other != own):
         raise CheckpointError(f"{folder} has {others[0]} beside {own.name}; which optimizer trains this model?")
-    content = sharded_optimizer(file) if file.name == METADATA else load_tensors_only(file)
+    content = sharded_optimizer(file, wanted) if file.name == METADATA else load_tensors_only(file)
     if content is None:
         return checkpoint
     optimizer, names = _rebuilt(content, file, is_trainers=bool(state))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stagewise.checkpoint import Checkpoint, CheckpointError
 from stagewise.notebook import listed, table
+from stagewise.piece import Wanted
 
 if TYPE_CHECKING:
     from stagewise.task import Task
@@ -30,6 +31,7 @@ class Trajectory:
     Attributes:
         steps: the recorded steps, ascending.
         load: reads the checkpoint of a step; raises ``CheckpointError`` with the reason if it cannot be used.
+        load_rows: the same, reading of every tensor only the rows that are wanted, where the files allow that.
 
     Example:
         >>> import torch, stagewise as sw
@@ -41,6 +43,7 @@ class Trajectory:
 
     steps: tuple[int, ...]
     load: Callable[[int], Checkpoint] = field(repr=False)
+    load_rows: Callable[[int, Wanted], Checkpoint] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if list(self.steps) != sorted(set(self.steps)):
@@ -91,7 +94,8 @@ class Trajectory:
         if batch_size is not None and batch_size < 0:
             raise ValueError(f"batch_size must be positive, or 0 for all samples, got {batch_size}")
         files = scan(Path(path))
-        return cls(tuple(files), partial(_read, files, clip_norm, batch_size))
+        read = partial(_read, files, clip_norm, batch_size)
+        return cls(tuple(files), read, read)
 
     @classmethod
     def from_hub(
@@ -178,13 +182,15 @@ def _batched(checkpoint: Checkpoint, batch_size: int | None) -> Checkpoint:
     return checkpoint.holding(optimizer=replace(optimizer, batch_size=batch_size))
 
 
-def _read(files: Mapping[int, Path], clip_norm: float | None, batch_size: int | None, step: int) -> Checkpoint:
+def _read(
+    files: Mapping[int, Path], clip_norm: float | None, batch_size: int | None, step: int, wanted: Wanted | None = None
+) -> Checkpoint:
     from stagewise.checkpoints.directory import read_batches, read_checkpoint, read_learning_rates
 
     if step not in files:
         raise KeyError(f"no checkpoint of step {step}; there are {sorted(files)}")
     return _followed(
-        _batched(read_checkpoint(files[step], step, clip_norm), batch_size),
+        _batched(read_checkpoint(files[step], step, clip_norm, wanted), batch_size),
         sorted(files),
         lambda later: read_learning_rates(files[later]),
         lambda later: read_batches(files[later]),

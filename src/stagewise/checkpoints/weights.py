@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stagewise.checkpoint import CheckpointError
+from stagewise.piece import Wanted
 
 STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict")
 
@@ -29,20 +30,21 @@ INSIDE_FOLDER = (
 """The files that the weights of a Hugging Face folder are read from, the best one first."""
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_weights(path: Path, wanted: Wanted | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Named tensors on the CPU, at least float32, and the header of a safetensors file (empty for others).
 
     Args:
         path: the file, or the index of files that stand beside it (``model.safetensors.index.json``).
+        wanted: which rows of the tensors of safetensors files; default all. Of other files all are read.
 
     Raises:
         CheckpointError: the file, or one of an index, is missing, damaged, refused, holds no state dict, other tensors
             than the index says, or values that are not finite.
     """
     if path.suffix == ".json":
-        return _read_all(path), {}
+        return _read_all(path, wanted), {}
     if path.suffix == ".safetensors":
-        tensors, metadata = _read_safetensors(path)
+        tensors, metadata = _read_safetensors(path, wanted)
     else:
         tensors, metadata = _state_dict_in(load_tensors_only(path), path), {}
     return {name: usable(tensor, name, path) for name, tensor in tensors.items()}, metadata
@@ -72,10 +74,10 @@ def reason_of(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
 
 
-def _read_all(index: Path) -> dict[str, Tensor]:
+def _read_all(index: Path, wanted: Wanted | None) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file, names in shards_of(index).items():
-        part, _ = read_weights(index.with_name(file))
+        part, _ = read_weights(index.with_name(file), wanted)
         if lacking := [name for name in names if name not in part]:
             raise CheckpointError(
                 f"{index} says that {file} holds {lacking[0]!r}, but it does not; is it of another run?"
@@ -86,12 +88,23 @@ def _read_all(index: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_safetensors(path: Path, wanted: Wanted | None) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            return {name: _read_tensor(file, name, wanted) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}, is it damaged or cut off? {reason_of(error)}") from error
+
+
+def _read_tensor(file: Any, name: str, wanted: Wanted | None) -> Tensor:
+    """The rows of a tensor that are wanted."""
+    shape = tuple(file.get_slice(name).get_shape()) if wanted else ()
+    piece = wanted(name, shape) if wanted else None
+    if piece is None or piece.own == shape:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
+    rows: Tensor = file.get_slice(name)[(*(slice(None),) * piece.axis, slice(piece.start, piece.start + piece.size))]
+    return rows
 
 
 def load_tensors_only(path: Path, content: IO[bytes] | None = None) -> Any:

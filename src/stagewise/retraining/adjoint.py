@@ -115,7 +115,7 @@ class Replay:
             room, keep = more, partial(on_disk, self.scratch, vectors)
         states = rewind(self._advance, self.start.state, steps, room, keep)
         stop, last = next(states)
-        _check_finite(self.start.step, stop, last)
+        _check_finite(self.start, stop, last)
         yield stop, last
         del last  # before earlier ones are made again
         yield from states
@@ -146,16 +146,17 @@ class Replay:
         return update(self.start.rule, state, slope[None], step, self.learning_rate, used[None])
 
 
-def _check_finite(start: int, stop: int, state: TrainingState) -> None:
+def _check_finite(start: Start, stop: int, state: TrainingState) -> None:
     """Refuse a replay that leaves the numbers.
 
     Raises:
         ValueError: weights are not finite.
     """
-    if not torch.isfinite(state.params).all():
+    if start.task.ranks.total((~torch.isfinite(state.params)).sum()):
         raise ValueError(
-            f"the replay of steps {start} to {stop} ends with weights that are not finite: training diverges there, or "
-            "a training sample in its batches has a loss that is not finite; leave the step out, or mend the sample"
+            f"the replay of steps {start.step} to {stop} ends with weights that are not finite: training diverges "
+            "there, or a training sample in its batches has a loss that is not finite; leave the step out, or mend the "
+            "sample"
         )
 
 
@@ -270,24 +271,37 @@ def _update_back(
     Returns:
         The adjoint of the gradient ``(number, parameters)``.
     """
-    rule, along = replay.start.rule, torch.empty_like(adjoint.params)
+    rule = replay.start.rule
     norm = rule.optimizer.clip_norm
     gradient = slope if norm is None else clipped(slope, norm)
-    for piece, names, part in _pieces(rule, rule.rates_at(step, replay.learning_rate)):
+    along = unclipped_back(rule, rule.rates_at(step, replay.learning_rate), state, gradient, used, adjoint)
+    if norm is None:
+        return along
+    with differentiable(slope) as leaf:
+        return pull([clipped(leaf, norm)], [leaf], [along[:, None]])[0][:, 0]
+
+
+def unclipped_back(
+    rule: Rule, rates: Tensor, state: TrainingState, gradient: Tensor, used: Tensor, adjoint: Adjoint
+) -> Tensor:
+    """Turn the adjoint into that before an update by a gradient ``(1, parameters)``, clipped or not, in place.
+
+    Returns:
+        The adjoint of that gradient ``(number, parameters)``.
+    """
+    along = torch.empty_like(adjoint.params)
+    for piece, names, part in _pieces(rule, rates):
         primals = (state.params, state.first_moment, state.second_moment, gradient)
         with torch.inference_mode(False), torch.enable_grad():
             leaves = [primal[:, piece].detach().requires_grad_() for primal in primals]
             params, first, second, slope_there = leaves
             before = TrainingState(params, first, second, state.counts[:, names])
-            after = update(part, before, slope_there, step, None, used[:, names])
+            after = update(part, before, slope_there, 0, None, used[:, names])
             outputs = [after.params, after.first_moment, after.second_moment]
             sides = [side[:, None, piece] for side in adjoint]
             for target, found in zip((*adjoint, along), pull(outputs, leaves, sides), strict=True):
                 target[:, piece] = found[:, 0]
-    if norm is None:
-        return along
-    with differentiable(slope) as leaf:
-        return pull([clipped(leaf, norm)], [leaf], [along[:, None]])[0][:, 0]
+    return along
 
 
 def _pieces(rule: Rule, rates: Tensor) -> Iterator[tuple[slice, slice, Rule]]:

@@ -153,7 +153,7 @@ def window_influence(
                     [_forwards(r, trained)[:, rows] if forward else _backwards(r, trained, queried) for r in replays]
                 )
                 off = np.zeros_like(sums)
-            spread, miss = _spread(sums, orders.known), np.nan
+            spread, miss = order_spread(sums, orders.known), np.nan
             if check:
                 miss = max(_miss(each, r, trained, rows) for each, r in zip(sums, replays, strict=True))
             kinds.append(orders.kind)  # of checkpoints that could be used
@@ -222,7 +222,7 @@ def _sums(replay: Replay, places: Tensor, rows: int, queried: Groups) -> Tensor:
     return sums[:, :rows]
 
 
-def _spread(sums: Array, known: bool) -> Array:
+def order_spread(sums: Array, known: bool) -> Array:
     """Standard error over batch orders ``(repeat, ...)``: 0 for one that is known, NaN for one that was drawn."""
     if len(sums) > 1:
         error: Array = sums.std(0, ddof=1) / len(sums) ** 0.5

@@ -146,7 +146,7 @@ def prepare(
     parts = identity(task)
     if make_task is not None:
         check_same_task(make_task(), parts, trajectory, known)
-    store = TraceStore.open(out, parts | _settings(posterior, sampling))
+    store = TraceStore.open(out, parts | settings_of(posterior, sampling))
     build, checked = (partial(_return, task), None) if make_task is None else (make_task, parts)
     work = Work(build, trajectory, posterior, sampling, store, usable, unusable, checked, known)
     for cell in work.cells:
@@ -162,7 +162,7 @@ def begin(work: Work, task: Task, sweep: bool = True) -> None:
     work.store.write_labels(*traced_labels(task, work.sampling))
 
 
-def _settings(posterior: LocalPosterior, sampling: Chains) -> dict[str, str]:
+def settings_of(posterior: LocalPosterior, sampling: Chains) -> dict[str, str]:
     """What the numbers in a run folder depend on beside the task and the checkpoints; blocks may be added later."""
     return {
         "posterior": repr(posterior),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -107,14 +107,27 @@ class Work:
     @property
     def cells(self) -> list[Cell]:
         """All of them, ascending; the folder may hold some."""
-        steps, blocks = sorted({*self.usable, *self.unusable}), range(self.sampling.blocks)
-        return [self._cell(step, block) for step in steps for block in blocks]
+        return sampling_cells(self.store, self.usable, self.unusable, self.sampling.blocks)
 
-    def _cell(self, step: int, block: int) -> Cell:
-        """Under the hash of all that decides its numbers; without a checkpoint's digest it has none."""
-        parts = [f"{name}={value}" for name, value in sorted(self.store.identity.items())]
-        parts += [self.usable.get(step) or "unusable", str(step), str(block)]
+
+def sampling_cells(
+    store: TraceStore, usable: Mapping[int, str], unusable: Mapping[int, str], blocks: int
+) -> list[Cell]:
+    """The cells of a run's chains, ascending, each under the hash of all that decides its numbers.
+
+    Args:
+        store: of the run.
+        usable: the content hash of every checkpoint at which there is a posterior, by step.
+        unusable: the other steps; without a checkpoint's hash.
+        blocks: of every step.
+    """
+    known = [f"{name}={value}" for name, value in sorted(store.identity.items())]
+
+    def cell(step: int, block: int) -> Cell:
+        parts = [*known, usable.get(step) or "unusable", str(step), str(block)]
         return Cell(step, block, hashlib.sha256("\0".join(parts).encode()).hexdigest())
+
+    return [cell(step, block) for step in sorted({*usable, *unusable}) for block in range(blocks)]
 
 
 def traced_labels(task: Task, sampling: Chains) -> tuple[Labels | None, dict[str, Labels | None]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, Self
 
+import torch
 from torch import Generator, Tensor
 
 
@@ -25,6 +26,32 @@ GradientFunction = Callable[[Tensor], Gradient]
 """Positions ``(chain, parameters)`` to their gradient; every call may draw a fresh minibatch."""
 
 
+class Noise(Protocol):
+    """Where chains have their noise from, if not from a generator: see :mod:`stagewise.sampling.row_noise`."""
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Standard normal numbers for the next chains ``(chain, parameters)``."""
+        ...
+
+    def get_state(self) -> Tensor:
+        """How far it has come."""
+        ...
+
+    def set_state(self, state: Tensor) -> object:
+        """Go on from there."""
+        ...
+
+
+Source = Generator | Noise
+
+
+def standard_normal(like: Tensor, source: Source) -> Tensor:
+    """Noise of the shape, type and device of ``like (chain, parameters)``."""
+    if isinstance(source, Generator):
+        return torch.randn(like.shape, generator=source, dtype=like.dtype, device=like.device)
+    return source.normal(like)
+
+
 class Sampler(Protocol):
     """How chains move. ``step`` is pure: a new state, noise from ``generator``, and nothing else is touched."""
 
@@ -33,11 +60,11 @@ class Sampler(Protocol):
         """Length of a step, in the sampler's own units; None where steps have no length."""
         ...
 
-    def init(self, position: Tensor, generator: Generator) -> Any:
+    def init(self, position: Tensor, generator: Source) -> Any:
         """The state of chains that start at ``position`` ``(chain, parameters)``."""
         ...
 
-    def step(self, state: Any, gradient: GradientFunction, generator: Generator) -> Any:
+    def step(self, state: Any, gradient: GradientFunction, generator: Source) -> Any:
         """One transition of every chain."""
         ...
 

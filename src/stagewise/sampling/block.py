@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from stagewise.memory import give_back
-from stagewise.sampling.base import GradientFunction, Sampler
+from stagewise.sampling.base import GradientFunction, Sampler, Source
 from stagewise.sampling.posterior import LocalDensity
 
 _MOST_NUMBERS = 2**22
@@ -39,12 +39,12 @@ class Block:
         density: LocalDensity,
         sampler: Sampler,
         gradient: GradientFunction,
-        noise: Generator,
+        noise: Source,
         chains: int,
         apart: bool,
     ) -> None:
-        self._sampler, self._gradient, self._noise = sampler, gradient, noise
-        sizes = [1] * chains if apart and move_apart(chains, density.vector.size) else [chains]
+        self._sampler, self._gradient, self._noise, self._ranks = sampler, gradient, noise, density.task.ranks
+        sizes = [1] * chains if apart and move_apart(chains, density.vector.count) else [chains]
         self._states: list[Any] = [sampler.init(density.origin.repeat(size, 1), noise) for size in sizes]
 
     def step(self) -> None:
@@ -60,11 +60,11 @@ class Block:
 
     def squared_distance(self) -> Tensor:
         """Of every chain from the checkpoint ``(chain,)``."""
-        return torch.cat([torch.linalg.vecdot(state.position, state.position) for state in self._states])
+        return torch.cat([self._ranks.dot(state.position, state.position) for state in self._states])
 
     def along(self, direction: Tensor) -> Tensor:
         """Displacement of every chain along a direction ``(chain,)``."""
-        return torch.cat([state.position @ direction for state in self._states])
+        return torch.cat([self._ranks.along(state.position, direction) for state in self._states])
 
     def places(self, alive: Tensor) -> Tensor | Sequence[Tensor]:
         """The position of every chain ``(chain, parameters)``; that of the checkpoint for those that are lost."""

@@ -13,7 +13,7 @@ import xarray as xr
 from stagewise.checkpoint import Checkpoint
 from stagewise.memory import release
 from stagewise.sampling.drawing import Drawing, Underway
-from stagewise.sampling.posterior import LocalPosterior, largest_window, size_range
+from stagewise.sampling.posterior import LocalDensity, LocalPosterior, largest_window, size_range
 from stagewise.sampling.tuning import LANGEVIN, SamplerName, Tuning, tune
 from stagewise.sampling.watch import DRAWN, Seen
 from stagewise.stacking import BatchingChoice
@@ -178,7 +178,19 @@ def sample_block(
         raise ValueError("draws='auto' needs to know the error of the draws so far: pass error=")
     density = posterior.at(task, checkpoint)
     del checkpoint  # the density has its own; this copy is free unless the caller keeps it
-    tuning = tune(density, sampling)
+    return draw_block(density, sampling, block, on_step, underway, error)
+
+
+def draw_block(
+    density: LocalDensity,
+    sampling: Chains,
+    block: int = 0,
+    on_step: Callable[[int, int], object] | None = None,
+    underway: Underway | None = None,
+    error: Callable[[xr.DataTree], float] | None = None,
+) -> xr.DataTree:
+    """As :func:`sample_block`, of a posterior whose numbers at the checkpoint are known."""
+    task, posterior, tuning = density.task, density.posterior, tune(density, sampling)
     facts = _facts(tuning, sampling)
     numbers = np.arange(block * sampling.chains, (block + 1) * sampling.chains)
     if tuning.localised is False and posterior.require_localised:

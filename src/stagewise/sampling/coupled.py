@@ -17,8 +17,9 @@ from stagewise.evaluate import sample_weights
 from stagewise.sampling.base import Gradient, GradientFunction
 from stagewise.sampling.block import Block
 from stagewise.sampling.gradient import Turns, full_gradient, of_potential, reshuffled
+from stagewise.sampling.noise import generator
 from stagewise.sampling.posterior import LocalDensity
-from stagewise.sampling.tuning import Tuning, generator
+from stagewise.sampling.tuning import Tuning
 
 if TYPE_CHECKING:
     from stagewise.sampling.chains import Chains

@@ -16,7 +16,10 @@ from torch import Tensor
 
 from stagewise.derivatives import Product, hessian_product
 from stagewise.evaluate import represented
+from stagewise.sampling.base import standard_normal
+from stagewise.sampling.differenced import differenced_product
 from stagewise.sampling.lanczos import ends
+from stagewise.sampling.noise import noise_source
 from stagewise.sampling.posterior import MAX_NEGATIVE_CURVATURE, LocalDensity
 
 _DENSE_LIMIT = 32
@@ -68,24 +71,27 @@ def extreme_curvature(density: LocalDensity) -> Curvature:
     """Both ends of the whitened Hessian's spectrum; the lower to about one per cent of the damping.
 
     Raises:
-        ValueError: the products are not finite, or Lanczos did not converge.
+        ValueError: the products are not finite, or Lanczos or differences did not converge.
     """
-    product, size = hessian_product(density, density.origin, represented(density)), density.vector.size
+    in_place, size = density.task.pure.in_place, density.vector.count
+    product = (
+        differenced_product(density) if in_place else hessian_product(density, density.origin, represented(density))
+    )
 
     def image(vectors: Tensor) -> Tensor:
         found = product(vectors.to(density.anchor))
-        if not torch.isfinite(found).all():
+        if density.task.ranks.total((~torch.isfinite(found)).sum()):
             raise ValueError(
                 "the curvature of the training loss at this checkpoint is not finite: the loss is not twice "
                 "differentiable there, or overflows. Look at the checkpoint's weights and losses"
             )
         return found
 
-    if size <= _DENSE_LIMIT:
+    if size <= _DENSE_LIMIT and not in_place:
         dense = image(torch.eye(size)).cpu().double()
         values, vectors = torch.linalg.eigh((dense + dense.mT) / 2)
         return Curvature(float(values[0]), float(values[-1]), vectors[:, 0].to(density.anchor))
-    found = _stored(image, density) if size <= _STORED_LIMIT else _recurring(image, density)
+    found = _stored(image, density) if size <= _STORED_LIMIT and not in_place else _recurring(image, density)
     if found is None:
         raise ValueError(
             "Lanczos did not find the extreme curvatures of the training loss; use a shorter window (a larger gamma), "
@@ -118,5 +124,8 @@ def _stored(image: Product, density: LocalDensity) -> Curvature | None:
 
 def _recurring(image: Product, density: LocalDensity) -> Curvature | None:
     """With a few vectors in memory, and every product twice."""
-    found = ends(image, density.origin, _PRECISE, density.damping, _PRODUCTS)
+    start, ranks = None, density.task.ranks
+    if density.task.pure.in_place:
+        start = standard_normal(density.origin[None], noise_source(density, 0, 0, "lanczos", 1))
+    found = ends(image, density.origin, _PRECISE, density.damping, _PRODUCTS, start, ranks)
     return Curvature(found.smallest, found.largest, found.softest) if found else None

@@ -15,8 +15,9 @@ from stagewise.evaluate import represented
 from stagewise.sampling.block import Block
 from stagewise.sampling.coupled import Coupled
 from stagewise.sampling.gradient import potential_gradient
+from stagewise.sampling.noise import generator, noise_source
 from stagewise.sampling.posterior import LocalDensity
-from stagewise.sampling.tuning import Tuning, generator
+from stagewise.sampling.tuning import Tuning
 from stagewise.sampling.watch import Seen, Watch
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ class Drawing:
         density = tuning.density
         self.done = 0 if kept is None else kept["done"]
         self._tuning = tuning
-        noise, minibatches = (generator(sampling.seed, block, use, density.anchor.device) for use in ("noise", "batch"))
+        noise = noise_source(density, sampling.seed, block, "noise", sampling.chains)
+        minibatches = generator(sampling.seed, block, "batch", density.anchor.device)
         gradient = potential_gradient(
             density,
             sampling.chains,
@@ -144,9 +146,9 @@ def _farthest(density: LocalDensity, slow: float | None) -> float:
     """
     if slow is None:
         return torch.inf
-    spread = _DIVERGED * (density.vector.size / density.gamma + 4 / slow)
+    spread = _DIVERGED * (density.vector.count / density.gamma + 4 / slow)
     if density.posterior.centred:
         return spread
     rows = represented(density)  # a bound needs no more
-    pull = mean_gradient(density, density.origin, density.task.train, rows).norm()
+    pull = density.task.ranks.norm(mean_gradient(density, density.origin, density.task.train, rows))
     return spread + _DIVERGED * float(density.n_beta * pull / slow) ** 2

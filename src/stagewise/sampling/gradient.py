@@ -11,11 +11,12 @@ from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_map
 
 from stagewise.data import Batch
-from stagewise.derivatives import mean_gradient, slope_at
+from stagewise.derivatives import mean_gradient
 from stagewise.differentiate import differentiable, gradient
-from stagewise.evaluate import Batching, chunks, over_rows, sample_weights
+from stagewise.evaluate import Batching, over_rows, sample_weights
 from stagewise.sampling.base import Gradient, GradientFunction
 from stagewise.sampling.posterior import LocalDensity
+from stagewise.slopes import slope_at
 
 
 def full_gradient(density: LocalDensity) -> Tensor:
@@ -30,12 +31,14 @@ Pieces = Sequence[tuple[float, Batch]]
 
 
 def pieces_of(density: LocalDensity, rows: Tensor) -> Pieces:
-    """The training samples ``rows``, as many at a time as the task allows."""
+    """The training samples ``rows``, as many at a time as the task allows; those that are this process's."""
     task = density.task
-    parts = torch.split(rows, task.forward_batch)
-    shares = [len(part) / len(rows) for part in parts]
-    shares[-1] = 1 - sum(shares[:-1])
-    return [(share, train) for share, train in zip(shares, chunks(task, task.train, rows), strict=True)]
+    parts = task.ranks.parts(rows, task.forward_batch)
+    shares = [count / len(rows) for _, count in parts]
+    if task.ranks.divided == 1:
+        shares[-1] = 1 - sum(shares[:-1])
+    batches = (task.train.batch(part[: max(count, 1)], task.device) for part, count in parts)
+    return list(zip(shares, batches, strict=True))
 
 
 class BatchLoss:

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from stagewise.ranks import ALONE, Alone
 from stagewise.sampling.base import GradientFunction, Langevin
 
 MAX_HEAT = 0.01
@@ -34,7 +35,7 @@ def epoch_correlation(n: int, size: int) -> Tensor:
     return -(1 - lags / epoch) * size / max(n - size, 1)
 
 
-def gradient_noise(gradient: GradientFunction, positions: Tensor, n: int, size: int) -> float:
+def gradient_noise(gradient: GradientFunction, positions: Tensor, n: int, size: int, ranks: Alone = ALONE) -> float:
     """Largest variance of a minibatch gradient of U at ``positions (k, parameters)``, over directions.
 
     Args:
@@ -42,18 +43,19 @@ def gradient_noise(gradient: GradientFunction, positions: Tensor, n: int, size: 
         positions: where chains go.
         n: samples in the training set.
         size: samples in a minibatch.
+        ranks: the processes that hold the vectors.
     """
     epoch = n // size
     minibatches = min(_MINIBATCHES, epoch) if epoch > 1 else _MINIBATCHES
     drawn = torch.stack([gradient(positions).potential for _ in range(minibatches)])
     differences = (drawn - drawn.mean(0)).flatten(0, 1).double()
-    differences = differences[torch.isfinite(differences).all(1)]
+    differences = differences[ranks.total((~torch.isfinite(differences)).sum(1)) == 0]
     if not len(differences):
         return 0.0
     freedom = len(differences) * (1 - 1 / minibatches)
     # Minibatches of one epoch differ from each other by more than from the mean.
     among = 1 - size / n if epoch > 1 else 1.0
-    return among * float(torch.linalg.matrix_norm(differences, 2)) ** 2 / freedom
+    return among * ranks.squared_width(differences) / freedom
 
 
 def quiet(sampler: Langevin, noise: float, fast: float, correlation: Tensor) -> Langevin:

@@ -21,6 +21,7 @@ from stagewise.checkpoint import Checkpoint, Optimizer
 from stagewise.derivatives import mean_gradient
 from stagewise.differentiate import differentiable, pull
 from stagewise.evaluate import Point, chunks, sample_weights, spread_rows
+from stagewise.slopes import weighted_slope
 from stagewise.vector import ParameterVector
 
 _PROBES = 4
@@ -99,10 +100,19 @@ def _squared_gradient(point: Point, batch_size: int | None) -> tuple[Tensor, Ten
     n, rows = len(task.train), spread_rows(_MOST_SAMPLES, len(task.train))
     mean_weight = float(sample_weights(point).mean())
     full = mean_gradient(point, at, task.train, rows)
-    signed = torch.zeros(_PROBES, len(at)).to(at)
     # Drawn at once: how many samples are evaluated together is a matter of memory, not of the answer.
     signs = torch.randint(0, 2, (_PROBES, len(rows)), generator=torch.Generator().manual_seed(0)) * 2 - 1
-    done = 0
+    probe = _probed_one_by_one if task.pure.in_place else _probed
+    squares, touched = probe(point, at, rows, signs, mean_weight)
+    size = min(batch_size or n, n)
+    squared = full.square() + (1 / size - 1 / n) * (squares - full.square()).clamp(min=0)
+    touched = touched | (full != 0)
+    return squared, touched if len(rows) == n else torch.ones_like(touched)
+
+
+def _probed(point: Point, at: Tensor, rows: Tensor, signs: Tensor, mean_weight: float) -> tuple[Tensor, Tensor]:
+    """Mean square of gradients by sums with random signs ``(probe, rows)``, and where one of them is not 0."""
+    task, signed, done = point.task, torch.zeros(_PROBES, len(at)).to(at), 0
     for batch in chunks(task, task.train, rows):
         with differentiable(at) as leaf:
             losses, weights = point.sample_losses(leaf, batch)
@@ -111,11 +121,19 @@ def _squared_gradient(point: Point, batch_size: int | None) -> tuple[Tensor, Ten
                 side = (here[probe] * weights).detach()[None] / mean_weight
                 signed[probe] += pull([losses], [leaf], [side], keep=probe + 1 < _PROBES)[0][0]
         done += len(losses)
-    squares = signed.square().mean(0) / len(rows)
-    size = min(batch_size or n, n)
-    squared = full.square() + (1 / size - 1 / n) * (squares - full.square()).clamp(min=0)
-    touched = (signed != 0).any(0) | (full != 0)
-    return squared, touched if len(rows) == n else torch.ones_like(touched)
+    return signed.square().mean(0) / len(rows), (signed != 0).any(0)
+
+
+def _probed_one_by_one(
+    point: Point, at: Tensor, rows: Tensor, signs: Tensor, mean_weight: float
+) -> tuple[Tensor, Tensor]:
+    """The same with one sum in memory."""
+    squares, touched = torch.zeros_like(at), torch.zeros_like(at, dtype=torch.bool)
+    for own in signs:
+        signed, _ = weighted_slope(point, at, point.task.train, rows, signs=own)
+        touched |= signed != 0
+        squares.add_(signed.square_(), alpha=1 / (len(signs) * len(rows) * mean_weight**2))
+    return squares, touched
 
 
 def clip_factor(point: Point, optimizer: Optimizer) -> float:
@@ -128,7 +146,8 @@ def clip_factor(point: Point, optimizer: Optimizer) -> float:
     vector = ParameterVector.of(point.task)
     whole = point if vector.names == point.vector.names else replace(point, vector=vector)
     squared, _ = squared_gradient(whole, optimizer.batch_size)
-    return min(1.0, optimizer.clip_norm / max(math.sqrt(float(squared.sum())), 1e-30))
+    total = point.task.ranks.total(squared.sum(dtype=torch.float64 if point.task.pure.in_place else None))
+    return min(1.0, optimizer.clip_norm / max(math.sqrt(float(total)), 1e-30))
 
 
 def _adam(checkpoint: Checkpoint) -> Optimizer:

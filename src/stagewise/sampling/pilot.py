@@ -11,9 +11,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import cast
 
-from torch import Generator, Tensor
+import torch
+from torch import Tensor
 
 from stagewise.evaluate import Batching
+from stagewise.sampling.base import Source
+from stagewise.sampling.block import Block
 from stagewise.sampling.curvature import Curvature
 from stagewise.sampling.gradient import exact_gradient
 from stagewise.sampling.posterior import LocalDensity
@@ -24,7 +27,7 @@ MAX_EVEN_SHARE = 0.1
 """Of the spread of the losses, what may be of second order before ``n_beta`` is raised."""
 
 _GOOD_EVEN_SHARE = 0.05
-PILOTS = 16
+PILOTS, _FEW_PILOTS = 16, 4
 """How many chains, or draws."""
 
 _RELAXATIONS = 3
@@ -49,16 +52,21 @@ def pilot(
     return density, positions
 
 
-def by_chains(
-    density: LocalDensity, curvature: Curvature, rows: Tensor, batching: Batching, noise: Generator
-) -> Tensor:
-    """Places that the posterior reaches, by chains on the training samples ``rows``: ``(16, parameters)``."""
+def by_chains(density: LocalDensity, curvature: Curvature, rows: Tensor, batching: Batching, noise: Source) -> Tensor:
+    """Places that the posterior reaches, by chains on the training samples ``rows``: ``(chain, parameters)``."""
     slow, fast = curvature.precision_range(density)
     sampler, gradient = Underdamped.tuned(slow, fast), exact_gradient(density, batching, rows)
-    state = sampler.init(density.origin.repeat(PILOTS, 1), noise)
+    count = pilots(density)
+    chains = Block(density, sampler, gradient, noise, count, apart=density.task.pure.in_place)
     for _ in range(math.ceil(_RELAXATIONS * sampler.relaxation(slow))):
-        state = sampler.step(state, gradient, noise)
-    return state.position
+        chains.step()
+    places = chains.places(torch.ones(count, dtype=torch.bool, device=density.anchor.device))
+    return places if isinstance(places, Tensor) else torch.stack(list(places))
+
+
+def pilots(density: LocalDensity) -> int:
+    """How many chains there are: of a model that several processes hold as few as show a variance."""
+    return _FEW_PILOTS if density.task.pure.in_place else PILOTS
 
 
 def _colder(density: LocalDensity, positions: Tensor, batching: Batching) -> float:

@@ -113,7 +113,13 @@ class LocalPosterior:
         Raises:
             ValueError: the checkpoint lacks what the window (optimiser) or the metric (second moments) needs.
         """
-        point, checkpoint = at(task, checkpoint, names_of(self.parameters), curvature=curvature)
+        return self.around(*at(task, checkpoint, names_of(self.parameters), curvature=curvature))
+
+    def around(self, point: Point, checkpoint: Checkpoint) -> LocalDensity:
+        """The same at a point, u being the parameters themselves, and the checkpoint under the model's own names."""
+        task = point.task
+        if task.pure.in_place and any("[" in pattern and ":" in pattern for pattern in self.parameters):
+            raise ValueError(f"parameters {self.parameters}: of a sharded model parameters move whole, without slices")
         anchor = point.vector.flatten(point.state)
         n_beta = self.n_beta or DEFAULT_N_BETA_PER_SAMPLE * len(task.train)
         optimizer = checkpoint.optimizer
@@ -132,7 +138,7 @@ class LocalPosterior:
             scale = scale * _moving(point, anchor)
         if (chosen := moving(point, self.parameters, anchor)) is not None:
             scale = scale * chosen
-        if not (scale > 0).any():
+        if not task.ranks.total((scale > 0).sum()):
             raise ValueError(
                 f"at step {checkpoint.step} no parameter moves: no training sample has a gradient there, or every "
                 "learning rate is 0"

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from stagewise.sampling.base import GradientFunction
+from stagewise.sampling.base import GradientFunction, Source, standard_normal
 from stagewise.sampling.sgld import heating
 
 
@@ -67,12 +67,12 @@ class RMSpropSGLD:
         """As for SGLD at the longest elementwise step."""
         return heating(self.step_size / self.stability, noise, fast, correlation)
 
-    def init(self, position: Tensor, generator: Generator) -> RMSpropSGLDState:
+    def init(self, position: Tensor, generator: Source) -> RMSpropSGLDState:
         """Start at ``position`` with V = ``start``."""
         del generator
         return RMSpropSGLDState(position, torch.full_like(position, float(self.start)), 0, False)
 
-    def step(self, state: RMSpropSGLDState, gradient: GradientFunction, generator: Generator) -> RMSpropSGLDState:
+    def step(self, state: RMSpropSGLDState, gradient: GradientFunction, generator: Source) -> RMSpropSGLDState:
         """One preconditioned Euler step of every chain."""
         u, v, updates, frozen = state
         del state  # of large models every copy counts
@@ -85,7 +85,7 @@ class RMSpropSGLD:
         corrected = v / (1 - self.decay**updates) if updates else v.clone()
         eps = corrected.sqrt_().add_(self.stability).reciprocal_().mul_(self.step_size)
         moved = slope.mul_(eps / -2).add_(u)
-        noise = torch.randn(u.shape, generator=generator, dtype=u.dtype, device=u.device)
+        noise = standard_normal(u, generator)
         return RMSpropSGLDState(moved.add_(noise.mul_(eps.sqrt_())), v, updates, frozen)
 
     def freeze(self, state: RMSpropSGLDState) -> RMSpropSGLDState:

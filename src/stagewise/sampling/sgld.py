@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from stagewise.sampling.base import GradientFunction
+from stagewise.sampling.base import GradientFunction, Source, standard_normal
 
 
 class SGLDState(NamedTuple):
@@ -52,16 +52,16 @@ class SGLD:
         """step_size noise / 4 for noise that is new at every step; other noise as far as a direction remembers it."""
         return heating(self.step_size, noise, fast, correlation)
 
-    def init(self, position: Tensor, generator: Generator) -> SGLDState:
+    def init(self, position: Tensor, generator: Source) -> SGLDState:
         """Start at ``position``."""
         del generator
         return SGLDState(position)
 
-    def step(self, state: SGLDState, gradient: GradientFunction, generator: Generator) -> SGLDState:
+    def step(self, state: SGLDState, gradient: GradientFunction, generator: Source) -> SGLDState:
         """One Euler step of every chain."""
         u = state.position
         moved = gradient(u).potential.mul_(-self.step_size / 2).add_(u)
-        noise = torch.randn(u.shape, generator=generator, dtype=u.dtype, device=u.device)
+        noise = standard_normal(u, generator)
         return SGLDState(moved.add_(noise.mul_(self.step_size**0.5)))
 
     def freeze(self, state: SGLDState) -> SGLDState:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from stagewise.evaluate import Batching, represented, spread_rows
 from stagewise.sampling.base import Langevin, Sampler
 from stagewise.sampling.curvature import Curvature, extreme_curvature, slowest
 from stagewise.sampling.gradient import potential_gradient
 from stagewise.sampling.heat import epoch_correlation, gradient_noise, quiet
-from stagewise.sampling.pilot import PILOTS, by_chains, pilot
+from stagewise.sampling.noise import generator, noise_source
+from stagewise.sampling.pilot import PILOTS, by_chains, pilot, pilots
 from stagewise.sampling.posterior import LocalDensity, LocalPosterior
 from stagewise.sampling.rmsprop_sgld import RMSpropSGLD
 from stagewise.sampling.sgld import SGLD
@@ -36,6 +35,8 @@ LANGEVIN: dict[SamplerName, type[Langevin]] = {
 
 # The pilot goes by the exact gradient of as many samples as this many minibatches hold.
 _PILOT_BATCHES = 8
+# Where gradients are compared that are too large for many of them to be kept.
+_FEW_PLACES = 2
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def tune(density: LocalDensity, sampling: Chains) -> Tuning:
     sampler, noise, correlation = _sampler(density, curvature, sampling), 0.0, epoch_correlation(n, size or n)
     if (free or size) and (localised or not density.posterior.require_localised):
         rows = spread_rows(_PILOT_BATCHES * size, n) if size else represented(density)
-        random = generator(sampling.seed, 0, "pilot", density.anchor.device)
+        random = noise_source(density, sampling.seed, 0, "pilot", pilots(density))
         reached = partial(by_chains, curvature=curvature, rows=rows, batching=batching, noise=random)
         density, positions = pilot(density, reached, batching, free)
         sampler = _sampler(density, curvature, sampling)
@@ -214,20 +215,14 @@ def _sampler(density: LocalDensity, curvature: Curvature, sampling: Chains) -> L
 
 def _noise(density: LocalDensity, sampling: Chains, batching: Batching, size: int, positions: Tensor) -> float:
     """Largest variance of minibatch gradients, over directions, where the chains will be."""
+    if density.task.pure.in_place:
+        positions = positions[:_FEW_PLACES]
     random = generator(sampling.seed, 0, "pilot batch", density.anchor.device)
     gradient = potential_gradient(density, len(positions), size, sampling.control_variate, batching, random)
-    return gradient_noise(gradient, positions, len(density.task.train), size)
+    return gradient_noise(gradient, positions, len(density.task.train), size, density.task.ranks)
 
 
 def _costs_more(sampling: Chains, size: int, n: int, sampler: Langevin, quieter: Langevin) -> bool:
     """Whether minibatches, with the shorter steps they need, cost more than the whole training set."""
     per_step = size * (1 + sampling.control_variate / sampling.chains)
     return per_step * sampler.step_size > n * quieter.step_size
-
-
-def generator(seed: int, block: int, use: str, device: torch.device) -> Generator:
-    """Independent streams for every (seed, block, use): hashed, so that neighbours share nothing."""
-    digest = hashlib.sha256(f"{seed}/{block}/{use}".encode()).digest()
-    # Minibatches are indices on the CPU; noise is drawn where the chains are.
-    on = torch.device("cpu") if "batch" in use else device
-    return Generator(on).manual_seed(int.from_bytes(digest[:8], "big") % 2**63)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from stagewise.sampling.base import GradientFunction
+from stagewise.sampling.base import GradientFunction, Source, standard_normal
 
 
 class UnderdampedState(NamedTuple):
@@ -59,17 +59,17 @@ class Underdamped:
         at_frequency = 1 + 2 * float(correlation @ phases.cos())
         return self.step_size * noise * at_frequency / (2 * self.friction)
 
-    def init(self, position: Tensor, generator: Generator) -> UnderdampedState:
+    def init(self, position: Tensor, generator: Source) -> UnderdampedState:
         """Start at ``position`` with momenta drawn from their stationary law."""
-        momentum = torch.randn(position.shape, generator=generator, dtype=position.dtype, device=position.device)
+        momentum = standard_normal(position, generator)
         return UnderdampedState(position, momentum)
 
-    def step(self, state: UnderdampedState, gradient: GradientFunction, generator: Generator) -> UnderdampedState:
+    def step(self, state: UnderdampedState, gradient: GradientFunction, generator: Source) -> UnderdampedState:
         """One BAOAB step of every chain."""
         h, p = self.step_size, state.momentum
         u = (h / 2 * p).add_(state.position)
         del state  # of large models every copy counts
-        noise = torch.randn(p.shape, generator=generator, dtype=p.dtype, device=p.device)
+        noise = standard_normal(p, generator)
         keep = math.exp(-self.friction * h)
         p = (keep * p).add_(noise.mul_(math.sqrt(1 - keep**2)))
         del noise

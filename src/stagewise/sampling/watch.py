@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from stagewise.content import content_digest
 from stagewise.data import Batch, Samples
 from stagewise.derivatives import directional_derivatives
-from stagewise.evaluate import Batching, chunks, sample_weights
+from stagewise.evaluate import Batching, sample_weights
 from stagewise.labels import TokenClasses
 from stagewise.sampling.draws import Draws
 from stagewise.sampling.posterior import LocalDensity
@@ -166,16 +166,18 @@ class _Set:
     def __init__(
         self, density: LocalDensity, data: Samples, query: str | None, labels: NDArray[np.str_] | None
     ) -> None:
-        self._density, self._data, self._query = density, data, query
-        self._batches: list[Batch] = list(chunks(density.task, data))
+        self._density, self._data, self._query, self._ranks = density, data, query, density.task.ranks
+        parts = self._ranks.parts(torch.arange(len(data)), density.task.forward_batch)
+        self._batches: list[Batch] = [data.batch(part, density.task.device) for part, _ in parts]
         with torch.no_grad():
             params = density.params(density.origin)
             first = [self._evaluated(params, batch) for batch in self._batches]
         del params  # of large models every copy counts
-        self._width = max(losses.values.shape[1] if losses.values.ndim == 2 else 0 for losses in first)
+        widest = max(losses.values.shape[1] if losses.values.ndim == 2 else 0 for losses in first)
+        self._width = self._ranks.most(widest)
         # float64 before anything is subtracted: losses may be large beside their fluctuations.
-        anchor = torch.cat([self._padded(losses.values) for losses in first]).double()
-        shares = torch.cat([self._padded(density.task.shares(losses)) for losses in first]).double()
+        anchor = self._joined([losses.values for losses in first]).double()
+        shares = self._joined([density.task.shares(losses) for losses in first]).double()
         self._classes = None if labels is None else TokenClasses.of(labels, shares)
         self.anchor = self.kept(anchor)
         self.share = shares if self._classes is None else self._classes.total
@@ -183,7 +185,7 @@ class _Set:
 
     def losses(self, params: Params) -> Tensor:
         """At one place: ``(sample[, token])``."""
-        return torch.cat([self._padded(self._evaluated(params, batch).values) for batch in self._batches])
+        return self._joined([self._evaluated(params, batch).values for batch in self._batches])
 
     def linear(self, places: Tensor | Sequence[Tensor]) -> Tensor:
         """Change to first order at every place ``(place, sample[, token])``, float64."""
@@ -199,6 +201,10 @@ class _Set:
 
     def _evaluated(self, params: Params, batch: Batch) -> Losses:
         return self._density.task.weighted_losses(params, batch, self._query)
+
+    def _joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """Of all samples, from those of this process's batches."""
+        return self._ranks.joined([self._padded(part) for part in parts], len(self._data))
 
     def _padded(self, values: Tensor) -> Tensor:
         """Losses of tokens as wide as those of the longest sample."""

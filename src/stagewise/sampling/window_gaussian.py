@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from stagewise.derivatives import Product, hessian_product
 from stagewise.evaluate import represented
-from stagewise.sampling.base import GradientFunction
+from stagewise.sampling.base import GradientFunction, Source, standard_normal
 from stagewise.sampling.curvature import Curvature
 from stagewise.sampling.frozen_updates import FrozenUpdates, runaway
 from stagewise.sampling.krylov import applied
@@ -67,9 +67,9 @@ class WindowGaussian:
         *reach, flat = self.updates.along(ends).abs().nan_to_num(nan=torch.inf).tolist()
         return runaway(window, max(reach) / flat)
 
-    def draw(self, count: int, like: Tensor, generator: Generator) -> Tensor:
+    def draw(self, count: int, like: Tensor, generator: Source) -> Tensor:
         """Independent displacements ``(count, parameters)``, ``like`` one."""
-        noise = torch.randn(count, len(like), generator=generator, dtype=like.dtype, device=like.device)
+        noise = standard_normal(like.expand(count, -1), generator)
         return applied(self._root, self._product, noise, _TOLERANCE).div_(self.n_beta**0.5)
 
     def _product(self, vectors: Tensor) -> Tensor:
@@ -79,12 +79,12 @@ class WindowGaussian:
     def _root(self, curvatures: Tensor) -> Tensor:
         return self.updates.along(curvatures).clamp(min=0).sqrt()
 
-    def init(self, position: Tensor, generator: Generator) -> WindowGaussianState:
+    def init(self, position: Tensor, generator: Source) -> WindowGaussianState:
         """Nothing to prepare."""
         del generator
         return WindowGaussianState(position)
 
-    def step(self, state: WindowGaussianState, gradient: GradientFunction, generator: Generator) -> WindowGaussianState:
+    def step(self, state: WindowGaussianState, gradient: GradientFunction, generator: Source) -> WindowGaussianState:
         """A new draw of every chain."""
         del gradient
         count, like = len(state.position), state.position[0]

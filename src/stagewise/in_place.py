@@ -1,0 +1,185 @@
+"""A module as a function of its tensors that are written into it: for models that are too large to be copied.
+
+The parameters of a model that FSDP2 has sharded (``torch.distributed.fsdp.fully_shard``) are DTensors, of which this
+process holds some rows. FSDP gathers whole layers while they are computed, from storage of its own: other tensors
+cannot stand in their place, as :class:`stagewise.functional.PureModel` lets them. So they are written into the rows
+that are here, and gradients are read from ``parameter.grad``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stagewise.checkpoint import CheckpointError
+from stagewise.dtensors import fsdp_modules, is_sharded, piece_of, ranks_of, rows_here
+from stagewise.functional import PureModel, unchanged, unwrapped
+from stagewise.piece import Piece
+from stagewise.ranks import Ranks
+
+_MOMENT = re.compile(r"\.(exp_avg|exp_avg_sq|momentum_buffer)$")
+
+
+class InPlaceModel(PureModel):
+    """Stands in for a model whose tensors are written in place; tensors are those rows that are here.
+
+    Args:
+        model: sharded by ``fully_shard``, or a plain module in a process of its own.
+        split: whether the samples of a batch are divided among the processes.
+
+    Attributes:
+        pieces: the part of every parameter that is here, by name.
+        ranks: the processes that hold the model.
+
+    Raises:
+        ValueError: it is sharded in a way that is not supported, or not at all although there are several processes.
+    """
+
+    in_place = True
+    ranks: Ranks
+
+    def __init__(self, model: nn.Module, split: bool = True) -> None:
+        self.module = model = unwrapped(model)
+        self.leftovers: list[str] = []
+        sharded = is_sharded(model)
+        self._sharded_modules = fsdp_modules(model) if sharded else []
+        self._reshard()
+        self.canonical: dict[str, str] = {}
+        self._tensors: dict[str, Tensor] = {}
+        names: dict[int, str] = {}
+        for name, tensor in [
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        ]:
+            self.canonical[name] = names.setdefault(id(tensor), name)
+            self._tensors.setdefault(self.canonical[name], tensor)
+        self._parameters = {name: t for name, t in self._tensors.items() if isinstance(t, nn.Parameter)}
+        self.ranks = ranks_of(self._tensors, sharded, bool(self._sharded_modules), split)
+        self.pieces = {name: piece_of(name, tensor, self.ranks) for name, tensor in self._parameters.items()}
+        kept = model.state_dict(keep_vars=True)
+        self.persistent = {self.canonical[name] for name in kept if name in self.canonical}
+        self.padding = {}
+        self.still = _still_rows(model, names, self)
+
+    @property
+    def state(self) -> dict[str, Tensor]:  # type: ignore[override]
+        """Parameters and buffers by name: views of what is in the module now."""
+        return {name: rows_here(tensor) for name, tensor in self._tensors.items()}
+
+    @property
+    def trainable(self) -> dict[str, Tensor]:  # type: ignore[override]
+        """The parameters that require a gradient, by name."""
+        return {name: rows_here(tensor) for name, tensor in self._parameters.items() if tensor.requires_grad}
+
+    def entries(self, name: str) -> int:
+        """How many numbers a tensor is, on all processes together."""
+        return self._tensors[name].numel()
+
+    def part(self, name: str, tensor: Tensor) -> Tensor:
+        """The rows of a tensor of this name that are here, of the whole or as they are.
+
+        Raises:
+            CheckpointError: it has another shape.
+        """
+        piece = self.pieces.get(name)
+        if piece is None or tuple(tensor.shape) == piece.own:
+            return tensor
+        if tuple(tensor.shape) != piece.shape:
+            raise CheckpointError(f"{name!r} has shape {tuple(tensor.shape)}, the model expects {piece.shape}")
+        return piece.of(tensor)
+
+    def rows_of(self, key: str, shape: tuple[int, ...]) -> Piece | None:
+        """The part that is here of what a file keeps under a name that ends like a parameter's; None: all of it."""
+        words = (
+            key.rpartition("/")[2]
+            .removesuffix(".exp_avg")
+            .removesuffix(".exp_avg_sq")
+            .removesuffix(".momentum_buffer")
+            .split(".")
+        )
+        names = (self.canonical.get(".".join(words[first:]), "") for first in range(len(words)))
+        piece = self.pieces.get(next(filter(None, names), ""))
+        return piece if piece is not None and piece.shape == shape else None
+
+    @contextmanager
+    def holding(self, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+        """The module, into which ``tensors`` are written and stay; see :meth:`borrowed`."""
+        self._reshard()
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                rows_here(self._tensors[name]).copy_(tensor)
+        with unchanged(self.module):
+            yield self.module
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """Context after which the module has the tensors that it has now; they are kept on the CPU."""
+        kept = {name: tensor.to("cpu", copy=True) for name, tensor in self.state.items()}
+        try:
+            yield
+        finally:
+            with self.holding(kept):
+                pass
+
+    def slopes(
+        self, params: Mapping[str, Tensor], values: Sequence[Callable[[Mapping[str, Tensor]], Tensor]]
+    ) -> dict[str, Tensor]:
+        """Gradient of a sum of numbers by the rows that are here, by name, of those parameters that have one.
+
+        Every process has numbers of its own samples, where these are divided, and as many numbers as the others.
+        """
+        self._forget()
+        try:
+            for value in values:
+                if (found := value(params)).requires_grad:
+                    torch.autograd.backward(found)
+            slopes = {n: rows_here(p.grad) for n, p in self._parameters.items() if p.grad is not None}
+        finally:
+            self._forget()
+        if self.ranks.divided > 1:  # FSDP takes the mean over processes
+            for slope in slopes.values():
+                slope.mul_(self.ranks.divided)
+        return slopes
+
+    def add_slopes(
+        self,
+        params: Mapping[str, Tensor],
+        values: Sequence[Callable[[Mapping[str, Tensor]], Tensor]],
+        parts: Mapping[str, Tensor],
+    ) -> None:
+        """Add the gradient of a sum of numbers, which are computed from ``params``, to ``parts`` by name."""
+        found = self.slopes(params, values)
+        for name, part in parts.items():
+            if name in found:
+                part.add_(found[name])
+
+    def reference(self, *_: Any) -> nn.Module:
+        """Refuse: there is no second model of this size."""
+        raise ValueError("a model that is sharded has no copies; use stagewise.sharded")
+
+    def _reshard(self) -> None:
+        """Let go of gathered layers, which would be used again although their rows have changed."""
+        for module in self._sharded_modules:
+            module.reshard()
+
+    def _forget(self) -> None:
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+
+def _still_rows(model: nn.Module, names: Mapping[int, str], own: InPlaceModel) -> dict[str, int]:
+    """Rows of embeddings, among those that are here, that have no gradient by their definition, by name."""
+    rows = {}
+    for module in model.modules():
+        if not isinstance(module, nn.Embedding | nn.EmbeddingBag) or module.padding_idx is None:
+            continue
+        name = names[id(module.weight)]
+        row, shared = module.padding_idx - own.pieces[name].start, [*own.canonical.values()].count(name) > 1
+        if not shared and own.pieces[name].axis == 0 and 0 <= row < own.pieces[name].size:
+            rows[name] = row
+    return rows

@@ -1,0 +1,97 @@
+"""Is the loss one that can be used, and its gradient that of training? One look at a few samples.
+
+There is no second model of this size to compare with: what is differentiated is the model itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stagewise.check import check_form
+from stagewise.data import Samples
+from stagewise.evaluate import Point
+from stagewise.sampling.base import standard_normal
+from stagewise.sampling.noise import noise_source
+from stagewise.slopes import weighted_slope
+from stagewise.tokens import check_tokens
+
+_FEW = 4
+_STEPS = (1e-3, 1e-2, 1e-4)  # of the size of a parameter
+_SLOPE, _CONVERGED = 5e-2, 1e-2
+
+
+def check(point: Point) -> None:
+    """Refuse losses that no estimator could use; once for a task. All processes evaluate the same few samples.
+
+    Raises:
+        ValueError: losses have another form than one per sample or token, are not finite, change between two
+            evaluations or depend on the rest of the batch; or the gradient is not that of the losses.
+    """
+    task = point.task
+    if "model" in task.checked:
+        return
+    task.pure.refuse()
+    for data, query in [(task.train, None), *((data, name) for name, data in task.queries.items())]:
+        data.check_steady()
+        check_tokens(task, data)
+        _check_losses(point, data, query)
+    _check_slope(point)
+    task.checked.add("model")
+
+
+@torch.no_grad()
+def _check_losses(point: Point, data: Samples, query: str | None) -> None:
+    task, few = point.task, data.few(_FEW)
+
+    def losses(rows: Tensor) -> Tensor:
+        found = task.weighted_losses(point.state, data.batch(rows, task.device), query)
+        check_form(task, found, data, rows)
+        return task.by_sample(found)[0]
+
+    first, second = losses(few), losses(few)
+    if not torch.allclose(first, second, rtol=1e-5, atol=1e-6):
+        raise ValueError(
+            f"{data.name}: two evaluations of the same batch differ by up to {float((first - second).abs().max()):.3g} "
+            "nats; losses must be deterministic. Switch off dropout and random augmentation"
+        )
+    alone = torch.cat([losses(row[None]) for row in few])
+    if not torch.allclose(first, alone, rtol=1e-2, atol=1e-5):
+        worst = int((first - alone).abs().argmax())
+        raise ValueError(
+            f"{data.name}: the loss of sample {int(few[worst])} depends on the rest of its batch ({first[worst]:.5g} "
+            f"beside others, {alone[worst]:.5g} alone); such losses cannot be attributed to samples"
+        )
+
+
+def _check_slope(point: Point) -> None:
+    """The gradient along a random direction, as the processes add it up, against differences of the losses."""
+    task, ranks, place = point.task, point.task.ranks, point.vector.flatten(point.state)
+    rows = task.train.few(_FEW)
+    noise = standard_normal(place[None], noise_source(point, 0, 0, "check", 1))[0]
+    # Of the size of each parameter, in whichever process it has most.
+    own = [float(point.state[name].square().mean().sqrt().nan_to_num()) + 0.01 for name in point.vector.names]
+    sizes = torch.tensor(ranks.gathered(own)).amax(0)
+    direction = noise * point.vector.spread(sizes).to(noise)
+    slope, weight = weighted_slope(point, place, task.train, rows)
+    expected = float(ranks.along(slope[None], direction)[0])
+
+    def value(distance: float) -> float:
+        with torch.no_grad():
+            losses, weights = point.sample_losses(place + distance * direction, task.train.batch(rows, task.device))
+        return ranks.gathered(float((weights * losses).sum().double()))[0]
+
+    before: list[float] = []
+    for step in _STEPS:
+        now = (value(step) - value(-step)) / (2 * step)
+        size = max(abs(now), abs(expected))
+        rounding = 1e-5 * max(1.0, abs(value(0.0))) / step
+        if abs(now - expected) <= _SLOPE * size + rounding:
+            return
+        if any(abs(now - other) <= _CONVERGED * size for other in before):
+            raise ValueError(
+                f"train: along a direction the losses change by {now / weight:.4g}, by their gradient they should by "
+                f"{expected / weight:.4g}; something in the model or the loss is hidden from differentiation, or "
+                "gradients are not reduced to their mean over the processes"
+            )
+        before.append(now)
