@@ -14,8 +14,8 @@ The rows that are held out are larger than, and other than, those that were look
 they were chosen beforehand, and nothing was changed in the prediction after they had been seen. That of memory was
 written later than that of seconds, with the first of them in sight.
 
-Of a whole run of examples/own_model, cells and all else are told apart, in seconds of the processor: of two workers those
-of the one that has the most, without the time that a process takes to start.
+Of a whole run of examples/own_model, cells and all else are told apart, in seconds of the processor: of two workers
+those of the one that has the most, without the time that a process takes to start.
 """
 
 from __future__ import annotations

@@ -11,11 +11,13 @@ A forward pass of one token takes, of L layers of width d, V words and contexts 
 
     F = 2 (12 L d^2 + V d) + 4 L d C
 
-operations, and a gradient three times as many: with the parameters of the layers N = 12 L d^2 the usual 6 N. Seconds and
-operations of a part are taken to be a line in F, memory beside the copies of the parameters a line in L d. The lines
-through the two smaller sizes are held against the largest, which had no part in them; those of the table are of all
-three. The shapes of Pythia are 20 to 1,000 times as large as what was measured, and no GPU was: its hours are the
-operations that were counted over a rate that is assumed.
+operations, and a gradient three times as many: with the parameters of the layers N = 12 L d^2 the usual 6 N.
+Seconds and operations of a part are taken to be a line in F, memory beside the copies of the parameters a line in L d.
+The lines through the two smaller sizes are held against the largest, which had no part in them; those of the table are
+of all three. The shapes of Pythia are up to 1,000 times as large as what was measured, and no GPU was: its hours are
+the operations that were counted over a rate that is assumed,
+
+    GPU-hours = (10^15 operations) / (3.6 x sustained TFLOP/s).
 """
 
 from __future__ import annotations

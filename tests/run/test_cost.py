@@ -190,7 +190,8 @@ def test_jobs_are_dealt_cells_beforehand_and_hold_their_cores_until_the_last_of_
     ("settings", "count", "threads", "gpus", "jobs"),
     [
         ({"workers": 2}, 2, 4, 0, 0),
-        ({"workers": 1, "executor": {"name": "local", "threads": 3}}, 1, 8, 0, 0),  # in this process, which has all
+        ({"workers": 1}, 1, 8, 0, 0),
+        ({"workers": 1, "executor": {"name": "local", "threads": 3}}, 1, 3, 0, 0),
         ({"workers": 2, "executor": {"name": "local", "threads": 3}}, 2, 3, 0, 0),
         ({"workers": 5, "executor": {"name": "ray", "cpus": 6, "gpus": 0.5}}, 5, 6, 0.5, 0),
         ({"executor": {"name": "slurm", "jobs": 3, "cpus": 4}}, 12, 1, 0, 3),

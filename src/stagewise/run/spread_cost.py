@@ -67,8 +67,8 @@ class Workers:
             return cls(jobs * each, threads, executor.gpus / each, jobs, True, f"worker(s) in {jobs} job(s) of Slurm")
         if isinstance(executor, Ray):
             return cls(asked or executor.room(), executor.cpus, executor.gpus, away=True, kind="worker(s) of Ray")
-        count, here = asked or default_workers(task), torch.get_num_threads()
-        threads = here if count == 1 else executor.threads or max(1, here // count)
+        count = asked or default_workers(task)
+        threads = executor.threads or max(1, torch.get_num_threads() // count)
         return cls(count, threads, float(task.device.type == "cuda"))
 
     def measured_with(self) -> int:
