@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from end_to_end.tiny import write_run
 from typer.testing import CliRunner
 
+from end_to_end.tiny import write_run
 from stagewise.cli import app
 
 PAGE = (Path(__file__).parents[1] / "docs" / "how_to" / "clusters.md").read_text(encoding="utf-8")
