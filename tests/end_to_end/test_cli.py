@@ -62,6 +62,12 @@ def test_dry_run_predicts_cost_and_samples_nothing(tmp_path):
     assert result.exit_code == 0, result.output
     for word in ("time", "memory", "disk", "16 cells"):
         assert word in result.output
+    assert "slice " not in result.output
+    jobs = ["--cells", "2/3", "--executor", "slurm", "-s", "executor.jobs=2", "-s", "workers=null"]
+    result = cli.invoke(app, ["run", str(config), "--dry-run", *jobs])
+    assert result.exit_code == 0, result.output
+    assert "2 worker(s) in 2 job(s) of Slurm" in result.output
+    assert "slice   2/3: 5 cells" in result.output
     assert not (tmp_path / "run").exists()
 
 

@@ -88,7 +88,7 @@ def _other_machine(workers: Workers, task: Task) -> list[str]:
     if workers.measured_with() < workers.threads:
         notes.append(
             f"measured with {workers.measured_with()} thread(s), as this machine has no more; a worker has "
-            f"{workers.threads} and is faster"
+            f"{workers.threads} and may be faster"
         )
     if workers.gpus and task.device.type == "cpu":
         notes.append("measured on the CPU, where the model lives here: with GPUs hours and memory are others")

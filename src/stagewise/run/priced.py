@@ -157,8 +157,10 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Of so many bytes: ``0.3 MiB``, ``40 MiB``, ``3.5 GiB``."""
+    """Of so many bytes: ``3 KiB``, ``0.3 MiB``, ``40 MiB``, ``3.5 GiB``."""
     mib = count / 2**20
     if mib >= 2**10:
         return f"{mib / 2**10:,.1f} GiB"
-    return f"{mib:.0f} MiB" if mib >= 9.95 else f"{mib:.2g} MiB"
+    if mib >= 9.95:
+        return f"{mib:.0f} MiB"
+    return f"{mib:.2g} MiB" if mib >= 0.1 else f"{count / 2**10:.2g} KiB"
