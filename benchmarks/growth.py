@@ -39,6 +39,7 @@ import torch  # noqa: E402
 from peak import forget_peak, peak  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
+from timing import seconds  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import stagewise as sw  # noqa: E402
@@ -94,15 +95,9 @@ def made(shape: Shape) -> tuple[sw.Task, sw.Checkpoint]:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     torch.manual_seed(0)
-    settings = GPTNeoXConfig(
-        vocab_size=shape.words,
-        hidden_size=shape.width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=4 * shape.width,
-        max_position_embeddings=CONTEXT,
-        attn_implementation="eager",
-    )
+    layers = {"num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "attn_implementation": "eager"}
+    widths = {"hidden_size": shape.width, "intermediate_size": 4 * shape.width, "vocab_size": shape.words}
+    settings = GPTNeoXConfig(max_position_embeddings=CONTEXT, **layers, **widths)
     model = GPTNeoXForCausalLM(settings).eval()
     tokens = torch.randint(shape.words, (TRAIN + QUERIES, CONTEXT))
     task = sw.Task(
@@ -132,7 +127,7 @@ def measured(shape: Shape) -> dict[str, Any]:
     sample_block(task, checkpoint, POSTERIOR, SHORT)
     held = (peak() - before) * 2**20
     chains = sampling_cost(task, run, POSTERIOR, CHAINS, [checkpoint.step], 1)
-    product = Window(timed(lambda: sw.gradient_product(task, run, POSTERIOR, per="sample")), 0.0)
+    product = seconds(lambda: sw.gradient_product(task, run, POSTERIOR, per="sample"), repeats=1)
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(folder, checkpoint)
         file = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
@@ -144,7 +139,7 @@ def measured(shape: Shape) -> dict[str, Any]:
     update = (replayed[1] - replayed[0]) / 2
     return {
         "parameters": sum(parameter.numel() for parameter in task.model.parameters()),
-        "seconds": [Window.of(exact).of_length(WINDOW), product.fixed, chains.stages[0].seconds],
+        "seconds": [Window.of(exact).of_length(WINDOW), product, chains.stages[0].seconds],
         "operations": [
             replayed[0] + (WINDOW - 1) * update,
             counted(lambda: sw.gradient_product(task, run, POSTERIOR, per="sample")),
@@ -159,16 +154,6 @@ def measured(shape: Shape) -> dict[str, Any]:
 
 def longer(burn_in: int, draws: int = 1) -> sw.Chains:
     return sw.Chains(draws=draws, reflect=False, **SETTINGS | {"burn_in": burn_in, "thinning": 1})  # type: ignore[arg-type]
-
-
-def timed(call: Callable[[], object]) -> float:
-    """Least of two times."""
-    times = []
-    for _ in range(2):
-        start = time.process_time()
-        call()
-        times.append(time.process_time() - start)
-    return min(times)
 
 
 def counted(call: Callable[[], object]) -> float:
@@ -218,15 +203,15 @@ def main() -> None:
     for shape, one in zip(MEASURED, found, strict=True):
         assert one["parameters"] == shape.parameters, (one["parameters"], shape.parameters)
         both = zip(one["seconds"], one["operations"], strict=True)
-        cells = [f"{seconds:.3g} s, {operations / 1e9:.3g}" for seconds, operations in both]
+        cells = [f"{spent:.3g} s, {operations / 1e9:.3g}" for spent, operations in both]
         per = f"{one['file'] / shape.parameters:.1f} bytes each"
         table.add_row(shape.name, f"{shape.parameters:,}", *cells, size(one["memory"]), per)
     console.print(table)
     told, last = Growth(MEASURED[:2], found[:2]), MEASURED[-1]
     ratios = [
-        f"{name}: seconds {seconds(last.forward) / found[-1]['seconds'][k]:.2f}, "
+        f"{name}: seconds {of(last.forward) / found[-1]['seconds'][k]:.2f}, "
         f"operations {operations(last.forward) / found[-1]['operations'][k]:.2f}"
-        for k, (name, seconds, operations) in enumerate(zip(PARTS, told.seconds, told.operations, strict=True))
+        for k, (name, of, operations) in enumerate(zip(PARTS, told.seconds, told.operations, strict=True))
     ]
     ratios.append(f"memory {told.memory(last) / found[-1]['memory']:.2f}")
     console.print(f"held out, predicted from the two smaller / measured: {'; '.join(ratios)}")
@@ -235,7 +220,7 @@ def main() -> None:
     title = f"a run over {CHECKPOINTS} checkpoints of the shape of Pythia"
     table = Table("model", "parameters", *columns, "memory of a worker", "checkpoints", "traces", "read", title=title)
     for shape in PYTHIA:
-        seconds = [of(shape.forward) for of in grown.seconds]
+        spent = [of(shape.forward) for of in grown.seconds]
         operations = CHECKPOINTS * sum(of(shape.forward) for of in grown.operations)
         file, data = found[-1]["file"] / MEASURED[-1].parameters * shape.parameters, found[-1]["moved"][1]
         cells = CHECKPOINTS * len(PARTS)
@@ -243,8 +228,8 @@ def main() -> None:
         table.add_row(
             shape.name,
             f"{shape.parameters / 1e6:,.0f} M",
-            f"{CHECKPOINTS * sum(seconds) / 3600:,.1f}",
-            f"{max(seconds) / 3600:.2g}",
+            f"{CHECKPOINTS * sum(spent) / 3600:,.1f}",
+            f"{max(spent) / 3600:.2g}",
             f"{operations / 1e15:,.2g}",
             f"{operations / (TFLOPS * 1e12 * 3600):.2g}",
             size(grown.memory(shape)),
