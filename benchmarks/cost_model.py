@@ -1,6 +1,7 @@
 """What a dry run predicts against what the same work really takes.
 
-    python benchmarks/cost_model.py
+    python benchmarks/cost_model.py            sampling, each number twice
+    python benchmarks/cost_model.py --runs     whole runs, by what they are spent on
 
 Sampling with its files, the largest part of most runs, on one thread and one worker. Each number is of a process of its
 own: what a process does only once is in it.
@@ -12,15 +13,21 @@ MiB         of the run folder's cells, against the predicted disk
 The rows that are held out are larger than, and other than, those that were looked at while the prediction was written:
 they were chosen beforehand, and nothing was changed in the prediction after they had been seen. That of memory was
 written later than that of seconds, with the first of them in sight.
+
+Of a whole run of examples/own_model, cells and all else are told apart, in seconds of the processor: of two workers
+those of the one that has the most, without the time that a process takes to start.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +37,24 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-import stagewise as sw
+# Before anything asks for the clock: that of the processor, which other work on the machine changes little.
+time.perf_counter = time.process_time
+
+import stagewise as sw  # noqa: E402
+from stagewise.retraining.training import train_and_record  # noqa: E402
+from stagewise.run import pipeline  # noqa: E402
+from stagewise.run.chains_cost import sampling_cost  # noqa: E402
+from stagewise.run.config import load_config  # noqa: E402
+from stagewise.run.cost import estimate  # noqa: E402
+from stagewise.run.crew import Crew  # noqa: E402
+from stagewise.run.engine import sample  # noqa: E402
+from stagewise.run.progress import silent  # noqa: E402
+from stagewise.run.stages import RunWork  # noqa: E402
 
 console = Console(width=130)
 CLOSE = 0.25
+NOTED = "noted-"
+EXAMPLE = Path(__file__).parents[1] / "examples" / "own_model"
 LOOKED_AT: dict[str, dict[str, Any]] = {
     "digits, 16 chains, 32 draws": {"chains": 16, "draws": 32},
     "looped": {"chains": 4, "draws": 16, "batching": "loop"},
@@ -78,19 +99,14 @@ def language(words: int) -> Any:
 
 def part(predict: bool, width: int = 32, words: int = 0, checkpoints: int = 4, **chains: Any) -> dict[str, float]:
     """Predicted or measured, of one row."""
-    from stagewise.retraining.training import train_and_record
-    from stagewise.run import cost, probe_cost
-    from stagewise.run.engine import sample
-
     torch.set_num_threads(1)
-    probe_cost.perf_counter = cost.perf_counter = time.process_time  # type: ignore[attr-defined]
     task = language(words) if words else digits(width)
     optimizer, order = sw.Optimizer("sgd", 0.05, momentum=0.9), sw.BatchOrder(len(task.train), 16 if words else 64)
     steps = [20 * 2**k if checkpoints < 8 else 40 * (k + 1) for k in range(checkpoints)]
     run = sw.Trajectory.from_checkpoints(train_and_record(task, optimizer, order, steps))
     posterior, sampling = sw.LocalPosterior(window=4), sw.Chains(**chains)
     if predict:
-        predicted = cost.sampling_cost(task, run, posterior, sampling, steps, 1)
+        predicted = sampling_cost(task, run, posterior, sampling, steps, 1)
         return {"seconds": predicted.seconds, "memory": predicted.memory / 2**20, "disk": predicted.disk / 2**20}
     before, start = forget_peak(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
@@ -98,6 +114,61 @@ def part(predict: bool, width: int = 32, words: int = 0, checkpoints: int = 4, *
         spent, held = time.process_time() - start, peak() - before
         disk = sum(file.stat().st_size for file in (Path(folder) / "cells").glob("*.zip"))
     return {"seconds": spent, "memory": held, "disk": disk / 2**20}
+
+
+@dataclass(frozen=True)
+class Timed(RunWork):
+    """The work of a run that notes in a file, in every process, how long it takes."""
+
+    def __call__(self) -> Any:
+        start = time.process_time()
+        found = super().__call__()
+        self.note(start)
+        return found
+
+    def compute(self, task: sw.Task, cell: Any, progress: Any = silent) -> None:
+        start = time.process_time()
+        super().compute(task, cell, progress)
+        self.note(start)
+
+    def note(self, start: float) -> None:
+        with (self.store.root / f"{NOTED}{os.getpid()}").open("a") as file:
+            file.write(f"{time.process_time() - start}\n")
+
+
+def run_part(predict: bool, folder: str, workers: int) -> dict[str, float]:
+    """Predicted or measured, of a whole run: seconds of its cells, and of all else."""
+    torch.set_num_threads(1)
+    out = Path(folder) / f"run-{workers}"
+    config = load_config(f"{folder}/config.yaml", [f"workers={workers}", f"out={out}"])
+    if predict:
+        found = estimate(config)
+        return {"cells": found.parts["cells"], "all else": found.seconds - found.parts["cells"]}
+    compute, start = Crew.compute, time.process_time()
+
+    def timed(crew: Crew, cells: Any) -> None:
+        compute(replace(crew, work=Timed(**vars(crew.work))), cells)
+
+    Crew.compute = timed  # type: ignore[method-assign]
+    pipeline.run(config)
+    ours = time.process_time() - start
+    spent = {file.name: sum(map(float, file.read_text().split())) for file in out.glob(f"{NOTED}*")}
+    return {"cells": max(spent.values()), "all else": ours - spent.get(f"{NOTED}{os.getpid()}", 0.0)}
+
+
+def runs() -> None:
+    title = "a run of examples/own_model: predicted / measured, seconds of the processor"
+    table = Table("workers", "cells", "ratio", "all else", "ratio", title=title)
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(EXAMPLE, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoints", "runs"))
+        subprocess.run([sys.executable, "train.py"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        for workers in (1, 2):
+            said, was = (in_a_process(predict, {"folder": folder, "workers": workers}) for predict in (True, False))
+            cells = []
+            for what in ("cells", "all else"):
+                cells += [f"{said[what]:.3g} / {was[what]:.3g}", f"{said[what] / was[what]:.2f}"]
+            table.add_row(str(workers), *cells)
+    console.print(table)
 
 
 def in_a_process(predict: bool, settings: dict[str, Any]) -> dict[str, float]:
@@ -132,6 +203,9 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--part"]:
-        print(json.dumps(part(**json.loads(sys.argv[2]))))
+        given = json.loads(sys.argv[2])
+        print(json.dumps((run_part if "folder" in given else part)(**given)))
+    elif sys.argv[1:2] == ["--runs"]:
+        runs()
     else:
         main()

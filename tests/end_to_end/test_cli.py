@@ -60,16 +60,22 @@ def test_dry_run_predicts_cost_and_samples_nothing(tmp_path):
     config = write_run(tmp_path)
     result = cli.invoke(app, ["run", str(config), "--dry-run"])
     assert result.exit_code == 0, result.output
-    for word in ("time", "memory", "disk", "3 cells"):
+    for word in ("time", "memory", "disk", "16 cells"):
         assert word in result.output
+    assert "slice " not in result.output
+    jobs = ["--cells", "2/3", "--executor", "slurm", "-s", "executor.jobs=2", "-s", "workers=null"]
+    result = cli.invoke(app, ["run", str(config), "--dry-run", *jobs])
+    assert result.exit_code == 0, result.output
+    assert "2 worker(s) in 2 job(s) of Slurm" in result.output
+    assert "slice   2/3: 5 cells" in result.output
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_without_chains_is_a_report_of_exact_influence_and_writes_no_traces(tmp_path):
     config = write_run(tmp_path, estimators=["exact", "gradient"])
     priced = cli.invoke(app, ["run", str(config), "--dry-run"])
-    assert "exact influence at 3 checkpoints" in priced.output
-    assert "0 cells" in priced.output
+    assert "sampling\n" not in priced.output
+    assert "exact influence" in priced.output
     result = cli.invoke(app, ["run", str(config)])
     assert result.exit_code == 0, result.output
     assert "3 of 3 checkpoints are answered exactly" in result.output

@@ -11,6 +11,7 @@ import yaml
 from stagewise.run import yaml12
 from stagewise.run.config import ConfigError, Retraining, RunConfig, describe, load_config, make_config, save_config
 from stagewise.run.config import _documented as documented
+from stagewise.run.executors import Ray, Slurm
 from stagewise.sampling.chains import Chains
 
 MINIMAL = {"task": "t.py:task", "checkpoints": "ckpt", "out": "run", "posterior": {"window": 3}}
@@ -221,3 +222,9 @@ def test_a_setting_whose_meaning_spans_lines_is_joined():
 
 def test_paths_given_in_python_are_left_as_they_are():
     assert make_config(MINIMAL | {"out": Path("~/$x")}).out == Path("~/$x")
+
+
+def test_settings_of_an_executor_that_is_named_alone_can_be_overridden(tmp_path):
+    path = written(tmp_path, executor="slurm")
+    assert load_config(path, ["executor.jobs=3"]).executor == Slurm(jobs=3)
+    assert load_config(path, ["executor=ray", "executor.cpus=2"]).executor == Ray(cpus=2)

@@ -63,7 +63,7 @@ def run(
         settings = load_config(local_file(config), _with_executor(overrides, executor))
         part = None if cells is None else Slice.parse(cells)
         if part is None or dry_run:
-            _run(settings, dry_run)
+            _run(settings, dry_run, part)
         else:
             _run_slice(settings, part)
 
@@ -208,7 +208,7 @@ def config(
 
 
 def _with_executor(overrides: Sequence[str] | None, executor: str | None) -> list[str]:
-    """An executor named on the command line takes the place of the configuration's, unless it is the same."""
+    """An executor named on the command line takes the place of the configuration's; its settings come after it."""
     return [*([f"executor={executor}"] if executor else []), *(overrides or ())]
 
 
@@ -233,7 +233,7 @@ def _run_slice(settings: RunConfig, part: Slice) -> None:
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _run(settings: RunConfig, dry_run: bool) -> None:
+def _run(settings: RunConfig, dry_run: bool, part: Slice | None = None) -> None:
     """Predict the cost of a configuration or carry it out, and say what was found."""
     from stagewise.reporting.findings import findings
     from stagewise.run.cost import estimate
@@ -243,7 +243,7 @@ def _run(settings: RunConfig, dry_run: bool) -> None:
 
     quiet_vmap()
     if dry_run:
-        console.print(estimate(settings).text(), highlight=False, markup=False)
+        console.print(estimate(settings, part).text(), highlight=False, markup=False)
         return
     with progress_bars(console) as progress:
         results = carry_out(settings, progress)

@@ -272,6 +272,8 @@ def _override(content: dict[str, Any], override: str) -> None:
     for parent in parents:
         if content.get(parent) is None:
             content[parent] = {}
+        elif parent == "executor" and isinstance(content[parent], str):
+            content[parent] = {"name": content[parent]}
         content = content[parent]
         if not isinstance(content, dict):
             raise ConfigError(f"--set {dotted}: {parent} is not a section")

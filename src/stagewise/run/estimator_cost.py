@@ -21,6 +21,8 @@ from stagewise.run.config import RunConfig
 from stagewise.run.estimators import NAMES, SAMPLED, estimate, unproved
 from stagewise.run.first_order import solver
 from stagewise.run.per import asked, members, size_of
+from stagewise.run.priced import size as words_of
+from stagewise.run.spread_cost import Priced
 from stagewise.sampling.chains import Chains
 from stagewise.task import Task
 from stagewise.traces.columns import Columns
@@ -29,27 +31,35 @@ from stagewise.varied import by_itself
 
 _MANY = 512  # rows of a covariance that are timed
 # Bytes are written as text: once as they come, once beside the other results.
-_ON_DISK = 2 * 4 / 3
+ON_DISK = 2 * 4 / 3
 
 
 def estimator_costs(
     task: Task, trajectory: Trajectory, config: RunConfig, steps: Sequence[int], missing: Mapping[str, str]
-) -> dict[str, float]:
-    """Seconds of every estimator that will be computed, on one process."""
-    per, found = asked(task, config), dict[str, float]()
-    for name in config.estimators:
-        called = NAMES.get(name, f"{BIF} of {per}s")
-        if called in missing or (name == SAMPLED and per == by_itself(task)):
-            continue  # what the chains say of groups is priced with the reading of their traces
-        if name == SAMPLED:
-            seconds = len(steps) * _covariances(config.sampling, members(task, per), len(query_groups(task)))
-        else:
-            timed = _exact if name == "exact" else partial(_at_one, name)
-            seconds = timed(task, trajectory, config, steps)
-        found[f"{called} at {len(steps)} checkpoints"] = seconds
+) -> list[Priced]:
+    """The cells of every estimator without chains that will be computed."""
+    found = list[Priced]()
+    for name in (name for name in config.estimators if name in NAMES and NAMES[name] not in missing):
+        timed = _exact if name == "exact" else partial(_at_one, name)
+        seconds, noisy = timed(task, trajectory, config, steps)
+        found += _stages(NAMES[name], task, config, len(steps), seconds, noisy)
     if SAMPLED in config.estimators and config.sampling.linear:
-        found[f"{FIRST_ORDER} at {len(steps)} checkpoints"] = _first_order(task, trajectory, config, steps)
+        seconds = _first_order(task, trajectory, config, steps)
+        found += _stages(FIRST_ORDER, task, config, len(steps), seconds, noisy=True)
     return found
+
+
+def reading_cost(task: Task, config: RunConfig, steps: Sequence[int], missing: Mapping[str, str]) -> dict[str, float]:
+    """Seconds of what the chains say of single samples or tokens, on one process.
+
+    What they say of groups is priced with the reading of their traces.
+    """
+    per = asked(task, config)
+    name = f"{BIF} of {per}s"
+    if SAMPLED not in config.estimators or name in missing or per == by_itself(task):
+        return {}
+    seconds = len(steps) * _covariances(config.sampling, members(task, per), len(query_groups(task)))
+    return {f"{name} at {len(steps)} checkpoints": seconds}
 
 
 def results_note(task: Task, config: RunConfig, checkpoints: int) -> str:
@@ -57,7 +67,7 @@ def results_note(task: Task, config: RunConfig, checkpoints: int) -> str:
     per = asked(task, config)
     count, queries, size = members(task, per), len(query_groups(task)), size_of(task, per, checkpoints)
     what = f"{count:,} {per}{'' if count == 1 else 's'} x {queries:,} queries"
-    return f"results of each estimator: {what}, {_bytes(size)} in memory, at most {_bytes(_ON_DISK * size)} on disk"
+    return f"results of each estimator: {what}, {words_of(size)} in memory, at most {words_of(ON_DISK * size)} on disk"
 
 
 class Window(NamedTuple):
@@ -90,23 +100,13 @@ class Window(NamedTuple):
         return self.fixed + updates * self.update
 
 
-def duration(seconds: float) -> str:
-    """``40 seconds``, ``3.5 minutes``."""
-    minutes = seconds / 60
-    return f"{minutes:.1f} minutes" if minutes >= 1 else f"{seconds:.0f} seconds"
-
-
-def _bytes(size: float) -> str:
-    return f"{size / 2**20:,.1f} MiB"
-
-
-def _exact(task: Task, trajectory: Trajectory, config: RunConfig, steps: Sequence[int]) -> float:
-    """Seconds of the exact influence at all checkpoints."""
-    compute, step = estimate("exact", task, trajectory, config), steps[-1]
+def _exact(task: Task, trajectory: Trajectory, config: RunConfig, steps: Sequence[int]) -> tuple[float, bool]:
+    """Seconds of the exact influence at one checkpoint, and whether it has errors."""
+    compute, step = estimate("exact", task, trajectory, config), steps[len(steps) // 2]
     window = config.posterior.window or 1
     orders = orders_of(task, trajectory, config, step, window)
     each = Window.of(lambda length: compute(window=length, steps=[step], repeats=1, check=unproved(config)))
-    return len(steps) * each.of_length(orders * window) * _passes(task, config, noisy=orders > 1)
+    return each.of_length(orders * window), orders > 1
 
 
 def orders_of(task: Task, trajectory: Trajectory, config: RunConfig, step: int, window: int) -> int:
@@ -116,24 +116,28 @@ def orders_of(task: Task, trajectory: Trajectory, config: RunConfig, step: int, 
     return len(window_orders(start, recorded_order(task, trajectory, config), window, asked_for, 0).orders)
 
 
-def _at_one(name: str, task: Task, trajectory: Trajectory, config: RunConfig, steps: Sequence[int]) -> float:
-    """Seconds at all checkpoints, from one in the middle."""
+def _at_one(
+    name: str, task: Task, trajectory: Trajectory, config: RunConfig, steps: Sequence[int]
+) -> tuple[float, bool]:
+    """Seconds at one checkpoint, in the middle, and whether it has errors."""
     start = time.perf_counter()
     estimate(name, task, trajectory, config)(steps=[steps[len(steps) // 2]])
-    return len(steps) * (time.perf_counter() - start) * _passes(task, config, noisy=name == "damped")
+    return time.perf_counter() - start, name == "damped"
 
 
 def _first_order(task: Task, trajectory: Trajectory, config: RunConfig, steps: Sequence[int]) -> float:
-    """Seconds at all checkpoints, from one in the middle: of the solve, or until it is seen that there is none."""
+    """Seconds at one checkpoint, in the middle: of the solve, or until it is seen that there is none."""
     start, per = time.perf_counter(), asked(task, config)
     with suppress(ValueError):
         solver(task, trajectory, config, per)(steps=[steps[len(steps) // 2]])
-    return len(steps) * (time.perf_counter() - start) * _passes(task, config, noisy=True)
+    return time.perf_counter() - start
 
 
-def _passes(task: Task, config: RunConfig, noisy: bool) -> int:
+def _stages(name: str, task: Task, config: RunConfig, cells: int, seconds: float, noisy: bool) -> list[Priced]:
     """Groups are computed beside samples and tokens where their errors do not follow from those of single values."""
-    return 2 if noisy and asked(task, config) != by_itself(task) else 1
+    per, own = asked(task, config), by_itself(task)
+    first = Priced(name if per == own else f"{name} of {per}s", cells, seconds)
+    return [first, Priced(name, cells, seconds, later=name != FIRST_ORDER)] if noisy and per != own else [first]
 
 
 def _covariances(sampling: Chains, count: int, queries: int) -> float:

@@ -12,7 +12,7 @@ from stagewise.groups import query_groups
 from stagewise.reporting import words
 from stagewise.retraining.ablation import window_ablation
 from stagewise.retraining.window_influence import window_influence
-from stagewise.run.estimator_cost import duration
+from stagewise.run.priced import duration
 from stagewise.sampling.posterior import LocalPosterior
 from stagewise.studies.estimators import gradients
 from stagewise.studies.runs import Runs, Settings

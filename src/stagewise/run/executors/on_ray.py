@@ -45,16 +45,14 @@ class Ray(BaseModel):
             ValueError: there is no such cluster, or it has no room for a worker.
         """
         del folder
-        try:
-            import cloudpickle
-            import ray
-        except ImportError as error:
-            raise ImportError(_EXTRA) from error
         self._connect()
+        import cloudpickle
+        import ray
+
+        self._check_room()
         options: dict[str, Any] = {"num_cpus": self.cpus, "num_gpus": self.gpus, "max_retries": 0}
         if self.memory:
             options["memory"] = self.memory * 2**30
-        self._check_room(options)
         work_on = ray.remote(_work_on).options(**options)
         pickled = cloudpickle.dumps(setup)  # what a script defines goes with it
         given, key = ray.put(pickled), hashlib.sha256(pickled).hexdigest()
@@ -79,8 +77,10 @@ class Ray(BaseModel):
                 ray.cancel(task, force=True)
 
     def _connect(self) -> None:
-        import ray
-
+        try:
+            import ray
+        except ImportError as error:
+            raise ImportError(_EXTRA) from error
         if ray.is_initialized():
             return
         try:
@@ -91,19 +91,31 @@ class Ray(BaseModel):
                 "`ray start --address=HOST:6379` on the other machines, or give executor.address"
             ) from error
 
-    def _check_room(self, options: dict[str, Any]) -> None:
+    def room(self) -> int:
+        """How many workers the cluster holds at the same time, if nobody else works there.
+
+        Raises:
+            ImportError: Ray is not installed.
+            ValueError: there is no such cluster, or it has no room for a worker.
+        """
+        self._connect()
+        return self._check_room()
+
+    def _check_room(self) -> int:
         """A task that fits no node would wait for ever."""
         import ray
 
-        wanted = {"CPU": options["num_cpus"], "GPU": options["num_gpus"], "memory": options.get("memory", 0)}
+        wanted = {"CPU": self.cpus, "GPU": self.gpus, "memory": (self.memory or 0) * 2**30}
         nodes: list[dict[str, float]] = [node["Resources"] for node in cast(Any, ray).nodes() if node["Alive"]]
-        if not any(all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in nodes):
+        room = sum(int(min(node.get(name, 0) // of for name, of in wanted.items() if of)) for node in nodes)
+        if not room:
             there = "; ".join(", ".join(f"{name} {node.get(name, 0):g}" for name in wanted) for node in nodes)
             asked = ", ".join(f"{name} {amount:g}" for name, amount in wanted.items())
             raise ValueError(
                 f"no node of the Ray cluster has room for a worker, which needs {asked}; the nodes have: {there}. "
                 "Lower executor.cpus, executor.gpus or executor.memory, or add a node"
             )
+        return room
 
     @staticmethod
     def _told(task: Any) -> Told:

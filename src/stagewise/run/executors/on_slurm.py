@@ -100,6 +100,11 @@ class Slurm(BaseModel):
                 if left:
                     job.cancel()
 
+    def shape(self, workers: int | None = None) -> tuple[int, int, int]:
+        """Jobs, processes of each, and threads of each process, for so many cells at a time."""
+        each = self.gpus or self.cpus
+        return self.jobs if workers is None else math.ceil(workers / each), each, max(1, self.cpus // each)
+
     def _submitted(self, board: Board, setup: Setup[Any], cells: Mapping[str, Any], workers: int | None) -> list[_Job]:
         """One array of jobs."""
         try:
@@ -107,9 +112,7 @@ class Slurm(BaseModel):
             import submitit
         except ImportError as error:
             raise ImportError(_EXTRA) from error
-        each = self.gpus or self.cpus
-        threads = max(1, self.cpus // each)
-        jobs = self.jobs if workers is None else math.ceil(workers / each)
+        jobs, each, threads = self.shape(workers)
         count, names, pickled = min(jobs, len(cells)), [*cells], cloudpickle.dumps(setup)
         shares = [
             Share(board, pickled, {name: cells[name] for name in names[k::count]}, each, threads, self.retries)

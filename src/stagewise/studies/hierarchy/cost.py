@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from stagewise.run.cost import sampling_cost
+from stagewise.run.chains_cost import sampling_cost
 from stagewise.sampling.chains import Chains
 from stagewise.studies.hierarchy.lab import INSTANT_GAMMA, LOOSE_GAMMA, Lab
 from stagewise.studies.hierarchy.settings import FULL, Settings
@@ -23,8 +23,7 @@ def cost(folder: Path, settings: Settings = FULL) -> str:
     ]
     total = replace(
         parts[0],
-        cells=sum(part.cells for part in parts),
-        parts={"sampling": sum(part.seconds for part in parts)},
+        stages=tuple(stage for part in parts for stage in part.stages),
         memory=max(part.memory for part in parts),
         disk=sum(part.disk for part in parts),
         steps=sum(part.steps for part in parts),
