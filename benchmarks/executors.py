@@ -4,7 +4,8 @@
     python benchmarks/executors.py --everywhere   the same run also by two nodes of Ray, jobs of submitit, four slices
 
 Efficiency is the time of one worker by twice the time of two. That of the cells is what the executor is answerable
-for; that of the whole run has the work in it that is done once, before and after.
+for, with the start of its workers; that of the whole run has the work in it that is done once: looking at the
+checkpoints, what chains say of single samples, the report and its pages.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stagewise.run.config import RunConfig
+from stagewise.run.crew import Crew
 from stagewise.run.executors import Local, Ray, Slurm
 from stagewise.run.executors.base import quiet_vmap
 from stagewise.run.pipeline import merge, run, run_slice
@@ -40,7 +42,7 @@ class Timed:
 
     Attributes:
         cells: how many were computed.
-        of_cells: seconds from the first word of the cells to the last.
+        of_cells: seconds in which cells were computed.
         whole: seconds of the run.
         bits: hash of all that holds numbers.
     """
@@ -52,21 +54,31 @@ class Timed:
 
 
 class Clock:
-    """Notes when cells end."""
+    """Counts cells as they are told of."""
 
     def __init__(self) -> None:
-        self.counts: dict[str, tuple[int, int]] = {}
-        self.first = self.last = 0.0
+        self.counts: dict[str, int] = {}
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        if what == "steps of this cell":
-            return
-        now = perf_counter()
-        if not self.counts:
-            self.first = now
-        if self.counts.get(what, (0, total))[0] < done <= total:
-            self.last = now
-        self.counts[what] = done, total
+        if what != "steps of this cell":
+            self.counts[what] = total
+
+
+@contextmanager
+def noted() -> Iterator[list[float]]:
+    """The seconds in which cells are computed, wherever they are."""
+    seconds, compute = list[float](), Crew.compute
+
+    def timed_compute(crew: Crew, cells: Sequence[object]) -> None:
+        start = perf_counter()
+        compute(crew, cells)
+        seconds.append(perf_counter() - start)
+
+    Crew.compute = timed_compute  # type: ignore[method-assign]
+    try:
+        yield seconds
+    finally:
+        Crew.compute = compute  # type: ignore[method-assign]
 
 
 def bits(folder: Path) -> str:
@@ -80,14 +92,14 @@ def bits(folder: Path) -> str:
 
 def timed(config: RunConfig, carry_out: Callable[[RunConfig, Clock], object]) -> Timed:
     clock, start = Clock(), perf_counter()
-    carry_out(config, clock)
-    cells = sum(total for _, total in clock.counts.values())
-    return Timed(cells, clock.last - clock.first, perf_counter() - start, bits(config.out))
+    with noted() as seconds:
+        carry_out(config, clock)
+    return Timed(sum(clock.counts.values()), sum(seconds), perf_counter() - start, bits(config.out))
 
 
 def sliced(config: RunConfig, clock: Clock) -> None:
     for number in range(1, 5):
-        run_slice(config, Slice(number, 4))
+        run_slice(config, Slice(number, 4), clock)
     merge(config.out, progress=clock)
 
 

@@ -8,13 +8,14 @@ import signal
 import socket
 import traceback
 import warnings
-from collections import Counter
-from collections.abc import Callable, Generator, Hashable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 C = TypeVar("C", bound=Hashable)
+H = TypeVar("H", bound=Hashable)
 
 Setup = Callable[[], Callable[[C], object]]
 """Called once in every worker: gives what computes a cell there. It is sent to the workers pickled."""
@@ -83,6 +84,41 @@ class Tries:
         """Whether to try once more. A ``ValueError`` is about what was given, and comes again."""
         self._failed[cell] += 1
         return not isinstance(error, ValueError) and self._failed[cell] <= self._most
+
+
+def give_out(
+    cells: Sequence[C],
+    workers: int | None,
+    retries: int,
+    begin: Callable[[C], H],
+    wait: Callable[[Sequence[H]], Iterable[H]],
+    told: Callable[[H], Told],
+) -> Ends[C]:
+    """Give cells one by one to workers, and again those that may be tried again.
+
+    Args:
+        cells: all different.
+        workers: how many cells at the same time; None: whoever begins them knows.
+        retries: how often a cell is tried again.
+        begin: gives a cell to a worker, for a handle.
+        wait: until some of these handles have ended, which are returned.
+        told: what was said of the cell of a handle.
+    """
+    busy, waiting, tries = dict[H, C](), deque(cells), Tries(retries)
+    while waiting or busy:
+        while waiting and (workers is None or len(busy) < workers):
+            cell = waiting.popleft()
+            busy[begin(cell)] = cell
+        for handle in wait([*busy]):
+            cell, said = busy.pop(handle), told(handle)
+            if said.error is None:
+                yield cell, None
+            elif not said.started:
+                raise said.error
+            elif tries.again(cell, said.error):
+                waiting.append(cell)
+            else:
+                yield cell, said.error
 
 
 def finish(ends: Ends[C], tell: Callable[[C], object]) -> None:

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import pickle
 import threading
-from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -18,7 +17,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from stagewise.run.executors.base import Ends, Setup, Told, Tries, Worker, WorkerDiedError, begin_worker
+from stagewise.run.executors.base import Ends, Setup, Told, Worker, WorkerDiedError, begin_worker, give_out
 
 C = TypeVar("C", bound=Hashable)
 
@@ -66,32 +65,32 @@ class Local(BaseModel):
         workers = workers or cores()
         threads = self.threads or max(1, torch.get_num_threads() // workers)
         context, devices = _processes(module), gpus()
-        free = [
+        every = [
             _Process(context, (setup, threads, devices[k % len(devices)] if devices else None))
             for k in range(min(workers, len(cells)))
         ]
-        busy, waiting, tries = dict[Future[Told], tuple[_Process, C]](), deque(cells), Tries(self.retries)
+        free, of = [*every], dict[Future[Told], _Process]()
+
+        def begin(cell: C) -> Future[Told]:
+            process = free.pop()
+            future = process.pool.submit(_work_on, cell)
+            of[future] = process
+            return future
+
+        def told(future: Future[Told]) -> Told:
+            free.append(process := of.pop(future))
+            return process.result(future)
+
         try:
-            while waiting or busy:
-                while free and waiting:
-                    process, cell = free.pop(), waiting.popleft()
-                    busy[process.pool.submit(_work_on, cell)] = process, cell
-                for future in wait(busy, return_when=FIRST_COMPLETED).done:
-                    process, cell = busy.pop(future)
-                    free.append(process)
-                    told = process.result(future)
-                    if told.error is None:
-                        yield cell, None
-                    elif not told.started:
-                        raise told.error
-                    elif tries.again(cell, told.error):
-                        waiting.append(cell)
-                    else:
-                        yield cell, told.error
+            yield from give_out(cells, len(every), self.retries, begin, _ended, told)
         finally:
             # Nobody waits for the cells that are under way, which may take hours: they are absent, and computed again.
-            for process in [*free, *(process for process, _ in busy.values())]:
+            for process in every:
                 process.end()
+
+
+def _ended(futures: Sequence[Future[Told]]) -> set[Future[Told]]:
+    return wait(futures, return_when=FIRST_COMPLETED).done
 
 
 class _Process:

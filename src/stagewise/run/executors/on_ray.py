@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from stagewise.run.executors.base import Ends, Setup, Told, Tries, Worker, WorkerDiedError, begin_worker
+from stagewise.run.executors.base import Ends, Setup, Told, Worker, WorkerDiedError, begin_worker, give_out
 
 C = TypeVar("C", bound=Hashable)
 
@@ -56,24 +55,22 @@ class Ray(BaseModel):
         work_on = ray.remote(_work_on).options(**options)
         pickled = cloudpickle.dumps(setup)  # what a script defines goes with it
         given, key = ray.put(pickled), hashlib.sha256(pickled).hexdigest()
-        busy, waiting, tries = dict[Any, C](), deque(cells), Tries(self.retries)
+        tasks = set[Any]()
+
+        def begin(cell: C) -> Any:
+            tasks.add(task := work_on.remote(given, key, self.cpus, cell))
+            return task
+
+        def told(task: Any) -> Told:
+            tasks.remove(task)
+            return self._told(task)
+
         try:
-            while waiting or busy:
-                while waiting and (workers is None or len(busy) < workers):
-                    cell = waiting.popleft()
-                    busy[work_on.remote(given, key, self.cpus, cell)] = cell
-                for task in ray.wait([*busy], num_returns=1)[0]:
-                    cell, told = busy.pop(task), self._told(task)
-                    if told.error is None:
-                        yield cell, None
-                    elif not told.started:
-                        raise told.error
-                    elif tries.again(cell, told.error):
-                        waiting.append(cell)
-                    else:
-                        yield cell, told.error
+            yield from give_out(
+                cells, workers, self.retries, begin, lambda busy: ray.wait([*busy], num_returns=1)[0], told
+            )
         finally:
-            for task in busy:
+            for task in tasks:
                 ray.cancel(task, force=True)
 
     def _connect(self) -> None:
