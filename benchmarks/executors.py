@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -53,26 +54,16 @@ class Timed:
     bits: str
 
 
-class Clock:
-    """Counts cells as they are told of."""
-
-    def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if what != "steps of this cell":
-            self.counts[what] = total
-
-
 @contextmanager
-def noted() -> Iterator[list[float]]:
-    """The seconds in which cells are computed, wherever they are."""
-    seconds, compute = list[float](), Crew.compute
+def noted() -> Iterator[list[tuple[int, float]]]:
+    """How many cells are asked for each time, and the seconds until they are complete."""
+    seconds, compute = list[tuple[int, float]](), Crew.compute
 
-    def timed_compute(crew: Crew, cells: Sequence[object]) -> None:
+    def timed_compute(crew: Crew, cells: Sequence[Any]) -> None:
+        missing = sum(not crew.work.is_complete(cell) for cell in cells)
         start = perf_counter()
         compute(crew, cells)
-        seconds.append(perf_counter() - start)
+        seconds.append((missing, perf_counter() - start))
 
     Crew.compute = timed_compute  # type: ignore[method-assign]
     try:
@@ -90,17 +81,18 @@ def bits(folder: Path) -> str:
     return whole.hexdigest()[:12]
 
 
-def timed(config: RunConfig, carry_out: Callable[[RunConfig, Clock], object]) -> Timed:
-    clock, start = Clock(), perf_counter()
-    with noted() as seconds:
-        carry_out(config, clock)
-    return Timed(sum(clock.counts.values()), sum(seconds), perf_counter() - start, bits(config.out))
+def timed(config: RunConfig, carry_out: Callable[[RunConfig], object]) -> Timed:
+    start = perf_counter()
+    with noted() as times:
+        carry_out(config)
+    cells, seconds = (sum(column) for column in zip(*times, strict=True))
+    return Timed(int(cells), seconds, perf_counter() - start, bits(config.out))
 
 
-def sliced(config: RunConfig, clock: Clock) -> None:
+def sliced(config: RunConfig) -> None:
     for number in range(1, 5):
-        run_slice(config, Slice(number, 4), clock)
-    merge(config.out, progress=clock)
+        run_slice(config, Slice(number, 4))
+    merge(config.out)
 
 
 @contextmanager

@@ -137,7 +137,7 @@ def _stages(name: str, task: Task, config: RunConfig, cells: int, seconds: float
     """Groups are computed beside samples and tokens where their errors do not follow from those of single values."""
     per, own = asked(task, config), by_itself(task)
     first = Priced(name if per == own else f"{name} of {per}s", cells, seconds)
-    return [first, Priced(name, cells, seconds, later=name != FIRST_ORDER)] if noisy and per != own else [first]
+    return [first, Priced(name, cells, seconds, later=name == NAMES["exact"])] if noisy and per != own else [first]
 
 
 def _covariances(sampling: Chains, count: int, queries: int) -> float:

@@ -16,7 +16,9 @@ from stagewise.run.config import RunConfig, save_config
 from stagewise.run.crew import Crew
 from stagewise.run.engine import begin, prepare
 from stagewise.run.estimators import NAMES, SAMPLED
+from stagewise.run.executors import Local
 from stagewise.run.executors.base import in_words
+from stagewise.run.executors.local import expect_workers
 from stagewise.run.folder import provenance
 from stagewise.run.kept import Kept
 from stagewise.run.preflight import preflight
@@ -121,6 +123,8 @@ def open_run(config: RunConfig, progress: Progress) -> OpenedRun:
     Raises:
         ValueError: the configuration, task, checkpoints or run folder cannot be used, with the reason.
     """
+    if isinstance(config.executor, Local) and config.workers != 1:
+        expect_workers(RunWork.__module__)
     make_task = partial(load_task, config.task, config.task_args)
     task = make_task()
     trajectory = trajectory_of(config.checkpoints, config.steps, config.clip_norm, config.batch_size)

@@ -87,8 +87,9 @@ def _possible(analysis: Analysis) -> Iterator[Stage]:
     for name in (name for name in config.estimators if name in NAMES):
         makers.append(partial(influence_stage, analysis, name, per))
         if per != own:
-            # Needed beside those of single samples or tokens only where these have errors.
-            makers.append(partial(_perhaps, partial(influence_stage, analysis, name, own)))
+            # Needed beside those of single samples or tokens where these have errors, as damped influence has.
+            of_groups = partial(influence_stage, analysis, name, own)
+            makers.append(of_groups if name == "damped" else partial(_perhaps, of_groups))
     if SAMPLED in config.estimators:
         makers += [partial(first_order_stage, analysis, of) for of in dict.fromkeys((own, per))]
         if own == per == "group":  # of single samples to show

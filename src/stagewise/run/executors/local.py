@@ -9,7 +9,7 @@ import threading
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -117,6 +117,12 @@ class _Process:
 
     def _started(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(1, self._context, _start_worker, self._given)
+
+
+def expect_workers(module: str) -> None:
+    """Begin with what all workers need, beside whatever this process does before it has cells for them."""
+    if _processes(module).get_start_method() == "forkserver":
+        forkserver.ensure_running()
 
 
 def cores() -> int:
