@@ -147,9 +147,11 @@ class Slurm(BaseModel):
 
         if self.cluster == "local":
             jobs = [_Job(number, names, partial(_ended, int(number))) for number, names in noted.items()]
-        else:
-            jobs = [_Job.of(submitit.SlurmJob(board.root / "%j", number), names) for number, names in noted.items()]
-        return [job for job in jobs if not job.over()]
+            return [job for job in jobs if not job.over()]
+        there = {number: submitit.SlurmJob(board.root / "%j", number) for number in noted}
+        # Slurm forgets jobs after a while: one that it does not know would be waited for for ever.
+        left = [number for number, job in there.items() if not job.done(force_check=True) and job.state != "UNKNOWN"]
+        return [_Job.of(there[number], noted[number]) for number in left]
 
 
 @dataclass(frozen=True)
