@@ -16,7 +16,7 @@ from stagewise.cli import app
 from stagewise.influence.bif import bif
 from stagewise.reporting.page import Section
 from stagewise.reporting.tables import Table
-from stagewise.run import engine
+from stagewise.run import work
 from stagewise.studies.experiment import Check, Claim, Experiment
 from stagewise.studies.hierarchy import cost as cost_module
 from stagewise.studies.hierarchy import study as study_module
@@ -110,7 +110,7 @@ def test_study_that_ran_is_not_sampled_again_and_finds_the_same(tmp_path, monkey
     def refuse(*_):
         raise AssertionError("sampled again")
 
-    monkeypatch.setattr(engine, "sample_block", refuse)
+    monkeypatch.setattr(work, "sample_block", refuse)
     again = tiny(tmp_path, sampling)
     assert again[0].findings == first[0].findings
     assert cells(tmp_path) == before
@@ -118,7 +118,7 @@ def test_study_that_ran_is_not_sampled_again_and_finds_the_same(tmp_path, monkey
 
 
 def test_killed_study_samples_only_what_is_missing(tmp_path, monkeypatch):
-    done, real = [], engine.sample_block
+    done, real = [], work.sample_block
 
     def killed(*args):
         if len(done) == 1:
@@ -127,7 +127,7 @@ def test_killed_study_samples_only_what_is_missing(tmp_path, monkeypatch):
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "sample_block", killed)
+        patch.setattr(work, "sample_block", killed)
         with pytest.raises(KeyboardInterrupt):
             tiny(tmp_path, sampling)
     before = cells(tmp_path)
