@@ -148,7 +148,7 @@ class Slurm(BaseModel):
         if self.cluster == "local":
             jobs = [_Job(number, names, partial(_ended, int(number))) for number, names in noted.items()]
             return [job for job in jobs if not job.over()]
-        there = {number: submitit.SlurmJob(board.root / "%j", number) for number in noted}
+        there: dict[str, Any] = {number: submitit.SlurmJob(board.root / "%j", number) for number in noted}
         # Slurm forgets jobs after a while: one that it does not know would be waited for for ever.
         left = [number for number, job in there.items() if not job.done(force_check=True) and job.state != "UNKNOWN"]
         return [_Job.of(there[number], noted[number]) for number in left]
