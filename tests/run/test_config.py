@@ -228,3 +228,12 @@ def test_settings_of_an_executor_that_is_named_alone_can_be_overridden(tmp_path)
     path = written(tmp_path, executor="slurm")
     assert load_config(path, ["executor.jobs=3"]).executor == Slurm(jobs=3)
     assert load_config(path, ["executor=ray", "executor.cpus=2"]).executor == Ray(cpus=2)
+
+
+def test_settings_of_an_executor_without_its_name_are_of_this_machine(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("{task: 't.py:task', checkpoints: c, out: o, posterior: {window: 3}}")
+    assert load_config(path, ["executor.threads=2"]).executor.model_dump()["threads"] == 2
+    assert load_config(path, ["executor=ray", "executor.cpus=2"]).executor.name == "ray"
+    with pytest.raises(ConfigError, match="jobs"):
+        load_config(path, ["executor.jobs=2"])

@@ -129,7 +129,9 @@ class RunConfig(_Settings):
     @field_validator("executor", mode="before")
     @classmethod
     def _by_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
+        if isinstance(value, str):
+            return {"name": value}
+        return {"name": "local"} | value if isinstance(value, dict) else value
 
     @field_serializer("checkpoints", "out")
     def _as_text(self, source: Path | HubName | Remote) -> str:
@@ -290,7 +292,9 @@ def _explain(fault: Any) -> str:
 
 def _keys(location: Sequence[Any]) -> list[str]:
     """The valid keys of the section at ``location``."""
-    schema: Any = _SECTIONS[str(location[0])] if location else RunConfig
+    schema: Any = _SECTIONS.get(str(location[0])) if location else RunConfig
+    if schema is None:  # one of several, by its name
+        schema = {"local": Local, "ray": Ray, "slurm": Slurm}[str(location[-1])]
     return list(schema.model_fields) if issubclass(schema, BaseModel) else [f.name for f in fields(schema)]
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
+import torch
+
 from stagewise.run.analysis import Analysis, Stage
 from stagewise.run.before import look
 from stagewise.run.cells_file import CellList
@@ -77,7 +79,7 @@ class OpenedRun:
         Raises:
             RunLockedError: somebody else works on it, or on a slice of it.
         """
-        with self.work.store.lock(), self._told("run"):
+        with self.work.store.lock(), self._told("run"), _threads(self.config.executor.threads):
             begin(self.work, self.task)
             if again:
                 self.analysis.kept.forget_refusals()
@@ -115,6 +117,17 @@ class OpenedRun:
             write_text(store.root / failures, in_words(error))
             store.push(failures)
             raise
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """As many threads in this process as in each worker, where that is said: the bits depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def open_run(config: RunConfig, progress: Progress) -> OpenedRun:

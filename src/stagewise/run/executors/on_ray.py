@@ -34,6 +34,11 @@ class Ray(BaseModel):
     memory: float | None = Field(None, gt=0, description="GiB that each worker is to find free")
     retries: int = Field(2, ge=0, description="how often a cell is tried again whose worker was lost, or failed")
 
+    @property
+    def threads(self) -> int:
+        """Of PyTorch in each worker."""
+        return self.cpus
+
     def map(
         self, setup: Setup[C], cells: Sequence[C], workers: int | None = None, folder: Path | None = None
     ) -> Ends[C]:

@@ -55,6 +55,11 @@ class Slurm(BaseModel):
     retries: int = Field(2, ge=0, description="how often a cell is tried again whose job was killed, or that failed")
     poll: float = Field(2.0, gt=0, description="seconds between two looks at what the jobs have done")
 
+    @property
+    def threads(self) -> int:
+        """Of PyTorch in each worker."""
+        return max(1, self.cpus // (self.gpus or self.cpus))
+
     def map(
         self, setup: Setup[C], cells: Sequence[C], workers: int | None = None, folder: Path | None = None
     ) -> Ends[C]:
