@@ -4,6 +4,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
+import torch
 import yaml
 from test_resume import contents
 from tiny import write_run
@@ -145,3 +146,17 @@ def test_a_checkpoint_that_is_another_one_where_a_worker_is_is_named_and_nothing
         with pytest.raises(ValueError, match=f"checkpoint of step {cell.step} is another one on"):
             work.compute(opened.task, cell)
         assert not work.is_complete(cell)
+
+
+def test_the_last_cell_alone_is_computed_with_the_threads_of_a_worker_as_its_bits_depend_on_them(tmp_path, monkeypatch):
+    opened = open_run(load_config(write_run(tmp_path, **BRIEF | {"workers": 2})), silent)
+    before, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(type(opened.work), "compute", lambda *_: seen.append(torch.get_num_threads()))
+    monkeypatch.setattr(type(opened.crew), "_see", lambda *_: None)
+    try:
+        torch.set_num_threads(4)
+        opened.crew.compute(opened.cells[:1])
+        assert seen == [2]
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)

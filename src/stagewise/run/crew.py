@@ -67,15 +67,15 @@ class Crew:
         if isinstance(executor, Local):
             workers = workers or default_workers(self.task)
             if workers == 1 or len(cells) <= 1:
-                return self._here(cells, executor.threads)
+                return self._here(cells, executor.threads_each(workers))
         return executor.map(self.work, cells, workers, self.work.store.root / "executor")
 
-    def _here(self, cells: Sequence[Any], threads: int | None) -> Ends[Any]:
-        """One after another in this process, with so many threads."""
+    def _here(self, cells: Sequence[Any], threads: int) -> Ends[Any]:
+        """One after another in this process, with so many threads: those of a worker, also for the last cell alone."""
         before = torch.get_num_threads()
         try:
             for cell in cells:
-                torch.set_num_threads(threads or before)
+                torch.set_num_threads(threads)
                 self.work.compute(self.task, cell, self.progress)
                 yield cell, None
         finally:

@@ -68,8 +68,7 @@ class Workers:
         if isinstance(executor, Ray):
             return cls(asked or executor.room(), executor.cpus, executor.gpus, away=True, kind="worker(s) of Ray")
         count = asked or default_workers(task)
-        threads = executor.threads or max(1, torch.get_num_threads() // count)
-        return cls(count, threads, float(task.device.type == "cuda"))
+        return cls(count, executor.threads_each(count), float(task.device.type == "cuda"))
 
     def measured_with(self) -> int:
         """Threads that tell here what a worker takes; this machine may have fewer than a worker."""

@@ -11,7 +11,7 @@ gradients are the products with the curvature, and those of the losses on the wa
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -193,6 +193,4 @@ def _unclipped(rule: Rule) -> Rule:
 
 
 def _task(start: Start) -> LentTask:
-    task = start.task
-    assert isinstance(task, LentTask)
-    return task
+    return cast(LentTask, start.task)

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
-from stagewise.traces.files import explain_write, write_text
+from stagewise.traces.files import RunFolderError, explain_write, write_text
 
 _ALONE, _HOLDER = ".lock", "-holder"
 _MADE = 30.0  # seconds in which a folder is made
@@ -38,8 +38,7 @@ def run_lock(root: Path) -> Iterator[None]:
     with _held(root, _ALONE):
         for other in sorted(root.glob(f"{_ALONE}-slice-*")):
             if not other.name.endswith(_HOLDER):
-                with _held(root, other.name):
-                    pass
+                _check_free(root, other.name)
         yield
 
 
@@ -52,8 +51,7 @@ def slice_lock(root: Path, name: str) -> Iterator[None]:
         RunFolderError: the folder cannot be written.
     """
     with _held(root, f"{_ALONE}-{name}"):
-        with _held(root, _ALONE, _MOMENT):
-            pass
+        _check_free(root, _ALONE, _MOMENT)
         yield
 
 
@@ -63,31 +61,25 @@ def making_lock(root: Path) -> AbstractContextManager[None]:
 
 
 def holders(root: Path) -> list[str]:
-    """Who works in a run folder, by what their locks say; those that were killed leave nothing else behind."""
+    """Who works in a run folder, by what their locks say; a lock that nobody has named himself for is not touched."""
     found = []
-    for lock in sorted(root.glob(f"{_ALONE}*")):
-        if not lock.name.endswith(_HOLDER):
-            try:
-                with _held(root, lock.name):
-                    pass
-            except RunLockedError:
-                part = lock.name.removeprefix(_ALONE).strip("-") or "the whole run"
-                found.append(f"{part}: {_name_holder(root / f'{lock.name}{_HOLDER}')}")
+    for holder in sorted(root.glob(f"{_ALONE}*{_HOLDER}")):
+        name = holder.name.removesuffix(_HOLDER)
+        try:
+            _check_free(root, name)  # of a process that was killed
+        except (RunLockedError, RunFolderError):
+            found.append(f"{name.removeprefix(_ALONE).strip('-') or 'the whole run'}: {_name_holder(holder)}")
     return found
+
+
+def _check_free(root: Path, name: str, patience: float = 0) -> None:
+    """Refuse where somebody holds this lock."""
+    _acquired(root, name, patience).release()
 
 
 @contextmanager
 def _held(root: Path, name: str, patience: float = 0) -> Iterator[None]:
-    holder = root / f"{name}{_HOLDER}"
-    lock = FileLock(root / name, timeout=patience)
-    try:
-        with explain_write(root):
-            lock.acquire()
-    except Timeout:
-        raise RunLockedError(
-            f"{root} is in use by {_name_holder(holder)}; wait until it has finished or stop it, or choose "
-            "another folder (out=...)"
-        ) from None
+    holder, lock = root / f"{name}{_HOLDER}", _acquired(root, name, patience)
     try:
         with explain_write(root):
             write_text(holder, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
@@ -95,6 +87,19 @@ def _held(root: Path, name: str, patience: float = 0) -> Iterator[None]:
     finally:
         holder.unlink(missing_ok=True)
         lock.release()
+
+
+def _acquired(root: Path, name: str, patience: float) -> BaseFileLock:
+    lock = FileLock(root / name, timeout=patience)
+    try:
+        with explain_write(root):
+            lock.acquire()
+    except Timeout:
+        raise RunLockedError(
+            f"{root} is in use by {_name_holder(root / f'{name}{_HOLDER}')}; wait until it has finished or stop it, or "
+            "choose another folder (out=...)"
+        ) from None
+    return lock
 
 
 def _name_holder(path: Path) -> str:

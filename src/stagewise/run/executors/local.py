@@ -41,6 +41,10 @@ class Local(BaseModel):
     )
     retries: int = Field(2, ge=0, description="how often a cell is tried again whose worker was killed, or failed")
 
+    def threads_each(self, workers: int) -> int:
+        """Of PyTorch in each of so many workers."""
+        return self.threads or max(1, torch.get_num_threads() // workers)
+
     def map(
         self, setup: Setup[C], cells: Sequence[C], workers: int | None = None, folder: Path | None = None
     ) -> Ends[C]:
@@ -63,7 +67,7 @@ class Local(BaseModel):
             module: what all workers import.
         """
         workers = workers or cores()
-        threads = self.threads or max(1, torch.get_num_threads() // workers)
+        threads = self.threads_each(workers)
         context, devices = _processes(module), gpus()
         every = [
             _Process(context, (setup, threads, devices[k % len(devices)] if devices else None))
