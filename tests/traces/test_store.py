@@ -14,7 +14,9 @@ from numcodecs import Pickle
 from synthetic_cells import bits, make_cell, make_empty_cell
 from zarr.storage import ZipStore
 
+from stagewise.traces import files as files_module
 from stagewise.traces import store as store_module
+from stagewise.traces.files import SweptError
 from stagewise.traces.store import Cell, RunFolderError, RunMismatchError, TraceStore
 
 CELL = "cells/00000010-0000.zip"
@@ -538,16 +540,24 @@ def test_pickles_in_a_strangers_cell_are_never_opened(store, tmp_path, monkeypat
 def test_sweep_removes_leftovers_and_nothing_else(store):
     store.write(Cell(10, 0, "k"), make_cell())
     before = files(store.root)
-    for name in ("cells/.partial-00000011-0000.zip-1-a", ".partial-identity.json-1"):
+    (store.root / "kept").mkdir()
+    (store.root / "executor" / "said").mkdir(parents=True)
+    of_a_living_job = store.root / "executor" / "said" / ".partial-cell-1"
+    of_a_living_job.touch()
+    for name in ("cells/.partial-00000011-0000.zip-1-a", ".partial-identity.json-1", "kept/.partial-exact.json-1"):
         (store.root / name).write_text("{")
+    (store.root / "kept" / ".partial-folder").mkdir()
+    (store.root / "kept" / ".partial-folder" / "file").touch()
     store.sweep()
+    of_a_living_job.unlink()
     assert files(store.root) == before
+    assert not list((store.root / "kept").iterdir())
     assert {path.name for path in (store.root / "cells").iterdir()} == {"00000010-0000.zip"}
 
 
 def test_an_orphaned_writer_that_was_swept_does_not_publish_what_is_left(store, monkeypatch):
-    monkeypatch.setattr(store_module, "fsync", lambda _partial: store.sweep())
-    with pytest.raises(RunFolderError, match="swept by another run"):
+    monkeypatch.setattr(files_module, "fsync", lambda _partial: store.sweep())
+    with pytest.raises(SweptError, match="swept by another run"):
         store.write(Cell(10, 0, "k"), make_cell())
     assert store.steps == ()
     assert not list((store.root / "cells").iterdir())
@@ -560,7 +570,7 @@ def test_a_writer_that_comes_second_with_the_same_cell_is_content(store, monkeyp
         monkeypatch.undo()
         other.write(Cell(10, 0, "k"), make_cell())
 
-    monkeypatch.setattr(store_module, "fsync", be_overtaken)
+    monkeypatch.setattr(files_module, "fsync", be_overtaken)
     store.write(Cell(10, 0, "k"), make_cell())
     assert bits(store.load(10)) == bits(make_cell())
     assert [path.name for path in (store.root / "cells").iterdir()] == ["00000010-0000.zip"]

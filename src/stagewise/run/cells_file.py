@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from stagewise.run.kept import all_ended
-from stagewise.traces.files import PARTIAL, RunFolderError, explain_read, explain_write, fsync, write_text
+from stagewise.traces.files import RunFolderError, explain_read, explain_write, whole, write_text
 from stagewise.traces.identity import check_identity
 from stagewise.traces.store import RunMismatchError, TraceStore
 
@@ -148,12 +147,5 @@ def collect(source: Path, root: Path) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    partial = target.with_name(f"{PARTIAL}{target.name}-{os.getpid()}")
-    try:
-        with explain_write(target.parent):
-            shutil.copyfile(source, partial)
-            fsync(partial)
-            partial.replace(target)
-            fsync(target.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+    with explain_write(target.parent), whole(target) as partial:
+        shutil.copyfile(source, partial)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import uuid
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from stagewise.traces.files import PARTIAL, fsync
+from stagewise.traces.files import beside, fsync
 
 
 @contextmanager
@@ -41,8 +40,3 @@ def unpack_folder(archive: Path, target: Path) -> None:
         fsync(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def beside(path: Path) -> Path:
-    """A name in the same folder for what is not whole yet."""
-    return path.with_name(f"{PARTIAL}{path.name}-{uuid.uuid4().hex}")

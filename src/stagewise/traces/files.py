@@ -19,6 +19,35 @@ class RunFolderError(ValueError):
     """A folder that cannot be used as a run folder; the message names the folder and the reason."""
 
 
+class SweptError(RuntimeError):
+    """A run took a writer for dead and removed what it was writing. No ``ValueError``: it may be tried again."""
+
+
+def beside(path: Path) -> Path:
+    """A name in the same folder for what is not whole yet; no two writers get the same, on whatever machines."""
+    return path.with_name(f"{PARTIAL}{path.name}-{uuid.uuid4().hex}")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name to write a file under, which takes the place of ``path`` in one instant if nothing is raised.
+
+    Raises:
+        SweptError: somebody has removed it before it was whole.
+    """
+    partial = beside(path)
+    try:
+        yield partial
+        try:
+            fsync(partial)
+            partial.replace(path)
+        except FileNotFoundError:
+            raise SweptError(f"{partial} was swept by another run before it was whole") from None
+        fsync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write or replace a small file in one instant."""
     write_bytes(path, text.encode())
@@ -26,11 +55,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """As :func:`write_text`."""
-    partial = path.with_name(f"{PARTIAL}{path.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")  # numbers repeat on machines
-    partial.write_bytes(content)
-    fsync(partial)
-    partial.replace(path)
-    fsync(path.parent)
+    with whole(path) as partial:
+        partial.write_bytes(content)
 
 
 def fsync(path: Path) -> None:

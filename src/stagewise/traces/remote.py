@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stagewise.traces.archive import beside, packed, unpack_folder
-from stagewise.traces.files import RunFolderError, explain_write, fsync
+from stagewise.traces.archive import packed, unpack_folder
+from stagewise.traces.files import RunFolderError, beside, explain_write, fsync
 from stagewise.traces.marker import Marker
 
 _MARKERS, _IDENTITIES = "complete", "identity"

@@ -14,9 +14,8 @@ complete when the store has it; what is read is fetched first.
 from __future__ import annotations
 
 import json
-import os
 import re
-import uuid
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
@@ -30,7 +29,7 @@ from stagewise.labels import Labels
 from stagewise.memory import release
 from stagewise.notebook import listed, table
 from stagewise.traces.cells import Cell, Facts, check_cell, join_blocks, join_facts, pack, unpack
-from stagewise.traces.files import PARTIAL, RunFolderError, explain_read, explain_write, fsync, write_text
+from stagewise.traces.files import PARTIAL, RunFolderError, explain_read, explain_write, whole, write_text
 from stagewise.traces.identity import (
     RunMismatchError,
     check_identity,
@@ -220,23 +219,19 @@ class TraceStore:
             ValueError: the tree is not a cell, see :mod:`stagewise.traces.cells`.
             RunMismatchError: a cell with another key stands in its place.
             RunFolderError: the folder cannot be written.
+            SweptError: another run has taken this writer for dead.
         """
         check_cell(tree)
         if self.is_complete(cell):
             return
-        partial = self._cells / f"{PARTIAL}{cell.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        try:
-            with self._writing():
+        with self._writing():
+            with whole(self._cells / cell.name) as partial:
                 packed = pack(tree)
                 write_tree(packed, partial, asdict(cell) | {"probe": dict(probe or {})})
                 release(packed)
-                fsync(partial)
                 if self.remote is not None:
                     self.remote.put(partial, f"cells/{cell.name}")
-                self._publish(partial, cell)
-                self._underway(cell.name).unlink(missing_ok=True)
-        finally:
-            partial.unlink(missing_ok=True)
+            self._underway(cell.name).unlink(missing_ok=True)
 
     def underway(self, cell: Cell) -> UnderwayFile:
         """Where the chains of a cell are kept until it is complete."""
@@ -245,8 +240,11 @@ class TraceStore:
     def sweep(self) -> None:
         """Remove what killed writers left behind. Call it under :meth:`lock`, before workers start."""
         with self._writing():
-            for partial in (*self.root.glob(f"{PARTIAL}*"), *self._cells.glob(f"{PARTIAL}*")):
-                partial.unlink(missing_ok=True)  # a writer that is still alive has done it itself
+            for partial in (*self.root.glob(f"{PARTIAL}*"), *self.root.glob(f"*/{PARTIAL}*")):
+                if partial.is_dir():
+                    shutil.rmtree(partial, ignore_errors=True)
+                else:
+                    partial.unlink(missing_ok=True)  # its writer may be alive, and be done with it by now
             for whole in self._files().values():
                 self._underway(whole.name).unlink(missing_ok=True)
 
@@ -370,13 +368,6 @@ class TraceStore:
             raise KeyError(f"{self.place} holds no traces of step {step}; it holds {list(self.steps)}")
         self.has(*(f"cells/{file.name}" for file in blocks))
         return blocks
-
-    def _publish(self, partial: Path, cell: Cell) -> None:
-        try:
-            partial.replace(self._cells / cell.name)
-        except FileNotFoundError:  # this is an orphaned worker of a run that was killed
-            raise RunFolderError(f"{partial} was swept by another run before it was complete") from None
-        fsync(self._cells)
 
     @contextmanager
     def _explain_blocks(self, step: int) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from stagewise.traces.files import PARTIAL, explain_write, fsync
+from stagewise.traces.files import explain_write, whole
 
 SECONDS = 300.0
 """Between one time that chains are kept and the next: at most so much work is lost."""
@@ -45,14 +44,8 @@ class UnderwayFile:
         """
         if time.monotonic() - self._last < SECONDS:
             return
-        partial = self._path.with_name(f"{PARTIAL}{self._path.name}-{os.getpid()}")
-        try:
-            with explain_write(self._path.parent.parent):
-                with partial.open("wb") as file:  # given a name, torch does not say that the disk is full
-                    torch.save({"key": self._key, "state": state()}, file)
-                fsync(partial)
-                partial.replace(self._path)
-                fsync(self._path.parent)
-        finally:
-            partial.unlink(missing_ok=True)
+        kept = {"key": self._key, "state": state()}
+        # Given a name in the place of a file, torch does not say that the disk is full.
+        with explain_write(self._path.parent.parent), whole(self._path) as partial, partial.open("wb") as file:
+            torch.save(kept, file)
         self._last = time.monotonic()
