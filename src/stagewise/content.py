@@ -34,15 +34,22 @@ _LIBRARY = Path(sysconfig.get_path("stdlib")).resolve()
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]+")
 
 
-def content_digest(value: Any) -> str:
-    """Hash of a value's content."""
-    return _Contents().digest(value)
+def content_digest(value: Any, text: bool = True) -> str:
+    """Hash of a value's content.
+
+    Args:
+        value: anything.
+        text: whether functions are their text; else their instructions, which they keep where they are sent to a
+            process that has not their file. These change with the version of Python.
+    """
+    return _Contents(text).digest(value)
 
 
 class _Contents:
     """One walk through a value; what is met twice, a recursive function for one, is walked through once."""
 
-    def __init__(self) -> None:
+    def __init__(self, text: bool) -> None:
+        self._by_text = text
         self._met: dict[int, str] = {}
         self._alive: list[Any] = []  # so that no address is used twice
 
@@ -92,8 +99,7 @@ class _Contents:
         return ["function", self._source(code), *map(self.digest, bound), *named]
 
     def _source(self, code: types.CodeType) -> str:
-        text = _lambda_text(code) if code.co_name == "<lambda>" else _text(code)
-        if text:
+        if self._by_text and (text := _lambda_text(code) if code.co_name == "<lambda>" else _text(code)):
             return text
         # Typed into an interpreter or made by exec: the instructions themselves.
         constants = [self._source(c) if isinstance(c, types.CodeType) else self.digest(c) for c in code.co_consts]

@@ -39,11 +39,16 @@ _RELATIVE = 1e-4
 _ROUNDINGS = 30
 
 
-def identity(task: Task) -> dict[str, str]:
-    """What a stored number depends on, one hash per part, so that a mismatch can name the part."""
+def identity(task: Task, text: bool = True) -> dict[str, str]:
+    """What a stored number depends on, one hash per part, so that a mismatch can name the part.
+
+    Args:
+        task: the task.
+        text: whether code is its text, see :func:`stagewise.content.content_digest`.
+    """
     parts = {
-        "model": content_digest(task.pure.module),
-        "loss": content_digest(task.loss),
+        "model": content_digest(task.pure.module, text),
+        "loss": content_digest(task.loss, text),
         "objective": task.objective,
         "training data": task.train.digest,
         "candidates": content_digest(task.candidates),
@@ -52,7 +57,7 @@ def identity(task: Task) -> dict[str, str]:
     of_tokens = {name: labels for name, labels in task.label_sets.items() if labels is not None and labels.ndim == 2}
     if of_tokens:  # losses are kept by (sample, label)
         parts["labels of tokens"] = content_digest(of_tokens)
-    return parts | {f"query loss {name!r}": content_digest(loss) for name, loss in task.query_losses.items()}
+    return parts | {f"query loss {name!r}": content_digest(loss, text) for name, loss in task.query_losses.items()}
 
 
 def probe(task: Task, checkpoint: Checkpoint, *, rounded: bool = False) -> Probe:

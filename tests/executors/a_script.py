@@ -23,16 +23,21 @@ def losses(model, batch):
     return functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
-if __name__ == "__main__":
+def make_task():
     torch.manual_seed(0)
     x, y = torch.randn(30, 5), torch.arange(30) % 3
-    task = sw.Task(Net(), losses, train=(x, y), queries={"q": (x[:6], y[:6])})
+    return sw.Task(Net(), losses, train=(x, y), queries={"q": (x[:6], y[:6])})
+
+
+if __name__ == "__main__":
+    task = make_task()
     sgd = sw.Optimizer("sgd", 0.1, batch_size=0)
     run = sw.Trajectory.from_checkpoints(
         sw.Checkpoint(step, {name: tensor + 0.01 * step for name, tensor in task.state().items()}, sgd)
         for step in range(3)
     )
     executors = {"ray": sw.Ray(), "slurm": sw.Slurm(cluster="local", jobs=2, poll=0.1), "local": sw.Local(threads=1)}
+    there = executors[sys.argv[1]]
     with tempfile.TemporaryDirectory() as folder:
         stores = [
             sw.sample(
@@ -44,7 +49,11 @@ if __name__ == "__main__":
                 draws=16,
                 workers=workers,
                 executor=executor,
+                make_task=make,
             )
-            for number, (workers, executor) in enumerate([(1, sw.Local(threads=1)), (2, executors[sys.argv[1]])])
+            for number, (workers, executor, make) in enumerate(
+                [(1, sw.Local(threads=1), None), (2, there, None), (2, there, make_task)]
+            )
         ]
-        print(all(stores[0].load(step).identical(stores[1].load(step)) for step in run.steps))
+        trees = [[store.load(step) for store in stores] for step in run.steps]
+        print([all(same.identical(first) for same in others) for first, *others in trees])

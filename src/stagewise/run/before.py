@@ -63,15 +63,15 @@ def check_same_task(
 
     Args:
         again: the task.
-        parts: :func:`stagewise.identity.identity` of the first; None where the first was sent itself: its code may have
-            travelled without its text.
+        parts: :func:`stagewise.identity.identity` of the first, of code by its instructions; None where the first was
+            sent itself.
         trajectory: the checkpoints.
         known: a step, and the probe of the first there.
 
     Raises:
         ValueError: with the parts that differ.
     """
-    now = identity(again) if parts is not None else {}
+    now = identity(again, text=False) if parts is not None else {}
     parts = parts or {}
     differ = [part for part in sorted({*parts, *now}) if parts.get(part) != now.get(part)]
     if not differ:

@@ -76,7 +76,7 @@ def estimate(config: RunConfig, part: Slice | None = None) -> Cost:
 
 def _set_up(config: RunConfig, task: Task, trajectory: Trajectory, step: int) -> float:
     """Seconds until a worker has made the task and knows that it is the same."""
-    parts, known = identity(task), (step, probe(task, task.fitted(trajectory.load(step))))
+    parts, known = identity(task, text=False), (step, probe(task, task.fitted(trajectory.load(step))))
     start = perf_counter()
     check_same_task(load_task(config.task, config.task_args), parts, trajectory, known)
     return perf_counter() - start

@@ -143,12 +143,11 @@ def prepare(
     usable, unusable = looked
     last = max(usable)
     known = last, probe(task, task.fitted(trajectory.load(last)))
-    parts = identity(task)
+    build, parts = (partial(_return, task), None) if make_task is None else (make_task, identity(task, text=False))
     if make_task is not None:
         check_same_task(make_task(), parts, trajectory, known)
-    store = TraceStore.open(out, parts | settings_of(posterior, sampling))
-    build, checked = (partial(_return, task), None) if make_task is None else (make_task, parts)
-    work = Work(build, trajectory, posterior, sampling, store, usable, unusable, checked, known)
+    store = TraceStore.open(out, identity(task) | settings_of(posterior, sampling))
+    work = Work(build, trajectory, posterior, sampling, store, usable, unusable, parts, known)
     for cell in work.cells:
         store.is_complete(cell)  # refuses one of other weights
     check_reusable(store, task, trajectory, sampling.single_tokens)

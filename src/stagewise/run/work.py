@@ -38,7 +38,8 @@ class Work:
         store: where cells go.
         usable: the content hash of every checkpoint at which there is a posterior, by step.
         unusable: reasons why there is none, by step.
-        parts: identity of the task, which every worker's must have; None where the task itself is sent.
+        parts: identity of the task, which every worker's must have, of code by its instructions; None where the task
+            itself is sent.
         known: a step, and the probe that it must give there.
     """
 
