@@ -1,6 +1,8 @@
 """A run folder on an object store: what is there is whole, damage is named, mirrors hold nothing of their own."""
 
+import errno
 import json
+import os
 import pickle
 import re
 import shutil
@@ -146,6 +148,40 @@ def test_a_mirror_that_differs_from_the_store_is_fetched_anew(url, object_store)
     again = opened(url)
     assert bits(again.load(10)) == bits(make_cell())
     assert again.labels == {"train": ["a"], "queries": {"val": None}}
+
+
+def test_a_reader_on_the_machine_of_a_run_leaves_what_it_has_written_and_not_uploaded_yet(url, cache):
+    store = opened(url)
+
+    def write(text):
+        (store.root / "results").mkdir(exist_ok=True)
+        for file in (store.root / "results" / "a.json", store.root / "cells.json"):
+            file.write_text(text)
+
+    with store.lock():
+        write("old")
+        store.push("results", "cells.json")
+        write("new")
+        reader = TraceStore.read_only(url)
+        assert reader.has("cells.json", "results")
+        assert local_file(f"{url}/cells.json").read_text() == "new"
+        store.push("results", "cells.json")
+    another_machine(cache)
+    root = TraceStore.read_only(url).root
+    assert {(root / name).read_text() for name in ("results/a.json", "cells.json")} == {"new"}
+
+
+def test_a_full_disk_of_this_machine_is_not_told_as_a_fault_of_the_store(url, cache, monkeypatch):
+    written(url)
+    another_machine(cache)
+    reader = TraceStore.read_only(url)
+
+    async def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("s3fs.S3FileSystem._get_file", full)
+    with pytest.raises(RunFolderError, match="free some space"):
+        reader.load(10)
 
 
 def test_a_mirror_of_another_run_is_emptied(url, cache, object_store):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -72,7 +73,7 @@ def run(
 def merge(
     folder: RunFolder,
     others: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Argument(metavar="[SLICES]...", help="Folders of other slices, where they did not work in one."),
     ] = None,
 ) -> None:
@@ -214,10 +215,10 @@ def _with_executor(overrides: Sequence[str] | None, executor: str | None) -> lis
 
 def _what_is_next(found: Status, folder: str) -> str:
     if found.missing:
-        return f"{found.missing} cells are missing: `stagewise run {folder}/config.yaml` computes them"
+        return f"{found.missing} cells are missing: `stagewise run {quote(f'{folder}/config.yaml')}` computes them"
     if found.reported:
         return f"complete; report: {folder}/report.html"
-    return f"all cells are complete: `stagewise merge {folder}` makes the report"
+    return f"all cells are complete: `stagewise merge {quote(folder)}` makes the report"
 
 
 def _run_slice(settings: RunConfig, part: Slice) -> None:
@@ -229,7 +230,8 @@ def _run_slice(settings: RunConfig, part: Slice) -> None:
     quiet_vmap()
     with progress_bars(console) as progress:
         count = run_slice(settings, part, progress)
-    line = f"slice {part}: its {count} cells are complete; when all slices are, `stagewise merge {settings.out}`"
+    command = f"stagewise merge {quote(str(settings.out))}"
+    line = f"slice {part}: its {count} cells are complete; when all slices are, `{command}`"
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

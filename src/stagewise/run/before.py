@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.evaluate import at
@@ -105,16 +104,17 @@ def check_reusable(store: TraceStore, task: Task, trajectory: Trajectory, single
                 if not same(anchor, losses[path], rounding(now[part], rounded[part])):
                     differ.add(part)
             if differ:
-                raise RunMismatchError(_no_longer(store.root, step, differ))
+                raise RunMismatchError(no_longer(store.place, step, differ))
 
 
-def _no_longer(root: Path, step: int, differ: set[str]) -> str:
+def no_longer(place: object, step: int, differ: set[str]) -> str:
+    """What to say of a folder whose task was another one, by the parts whose numbers differ."""
     if differ == {GRADIENT}:
-        what = f"{root}: the {GRADIENT} at step {step} is no longer the one"
+        what = f"{place}: the {GRADIENT} at step {step} is no longer the one"
     else:
-        what = f"{root}: the losses at step {step} ({_listed(differ - {GRADIENT})}) are no longer those"
+        what = f"{place}: the losses at step {step} ({_listed(differ - {GRADIENT})}) are no longer those"
     return (
-        f"{what} the folder was sampled with: the loss or the model has changed. Their traces must not be mixed: give "
+        f"{what} that its results are of: the loss or the model has changed. Results of both must not be mixed: give "
         "this run another folder (out=...), or delete that one if it is no longer wanted"
     )
 

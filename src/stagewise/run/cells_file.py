@@ -8,9 +8,11 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any, Self
 
 from stagewise.run.kept import all_ended
+from stagewise.run.vouching import check_alike
 from stagewise.traces.files import RunFolderError, explain_read, explain_write, whole, write_text
 from stagewise.traces.identity import check_identity
 from stagewise.traces.store import RunMismatchError, TraceStore
@@ -117,7 +119,7 @@ class CellList:
             more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
             raise ValueError(
                 f"{store.place} lacks {len(missing)} of {len(self.cells)} cells: {shown}{more}. Run the slices that "
-                f"lack them again, or `stagewise run {store.place}/config.yaml`, which computes what is missing"
+                f"lack them again, or `stagewise run {quote(f'{store.place}/config.yaml')}`, which computes the rest"
             )
 
 
@@ -142,7 +144,9 @@ def collect(source: Path, root: Path) -> None:
     for folder in ("cells", "kept"):
         (root / folder).mkdir(exist_ok=True)
         for name in other.names(folder):
-            if not (root / name).exists():
+            if (root / name).exists():
+                check_alike(root / name, source / name)
+            else:
                 _copy(source / name, root / name)
 
 

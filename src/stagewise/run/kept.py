@@ -42,6 +42,15 @@ class Kept:
         key = hashlib.sha256("\0".join([*self._cause, name, cause]).encode()).hexdigest()
         return f"{_FOLDER}/{name.replace(' ', '-')}-{key[:32]}.json"
 
+    @property
+    def place(self) -> object:
+        """The run folder as the user named it."""
+        return self._store.place
+
+    def has(self, name: str, cause: str) -> bool:
+        """Whether a result is kept."""
+        return self._store.has(self.file(name, cause))
+
     def get(self, name: str, cause: str, compute: Callable[[], xr.Dataset]) -> xr.Dataset:
         """What is kept, else what ``compute`` gives, which is kept then.
 
@@ -55,7 +64,7 @@ class Kept:
             RunFolderError: the file is damaged, or cannot be written.
         """
         file = self.file(name, cause)
-        if self._store.has(file):
+        if self.has(name, cause):
             with explain_read(self._store.root, file):
                 return dataset_from_json(json.loads(self._read(file)))
         if self._store.has(refused := f"{file}{_REFUSED}"):

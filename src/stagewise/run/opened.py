@@ -29,6 +29,7 @@ from stagewise.run.slices import Slice
 from stagewise.run.source import trajectory_of
 from stagewise.run.stages import RunWork, cells_of, stages
 from stagewise.run.task_file import load_task
+from stagewise.run.vouching import check_kept
 from stagewise.task import Task
 from stagewise.traces.files import write_text
 from stagewise.usable import chosen_steps
@@ -79,14 +80,17 @@ class OpenedRun:
         Raises:
             RunLockedError: somebody else works on it, or on a slice of it.
         """
-        with self.work.store.lock(), self._told("run"), _threads(self.config.executor.threads):
+        store = self.work.store
+        with store.lock(), self._told("run"), _threads(self.config.executor.threads):
+            self._save_settings()
             begin(self.work, self.task)
             if again:
                 self.analysis.kept.forget_refusals()
             cells = CellList.of(self.cells)
-            cells.write(self.work.store)
+            cells.write(store)
             yield
-            replace(cells, reported=True).write(self.work.store)
+            store.remove(*store.names(FAILED))  # slices failed at what is computed by now
+            replace(cells, reported=True).write(store)
 
     @contextmanager
     def beside_others(self, part: Slice) -> Iterator[None]:
@@ -96,19 +100,25 @@ class OpenedRun:
             RunLockedError: somebody works on the whole run, or on the same slice.
             RunMismatchError: the others work on other cells.
         """
-        with self.work.store.lock(part.name), self._told(part.name):
+        store = self.work.store
+        with store.lock(part.name), self._told(part.name):
+            CellList.of(self.cells).agree(store)
+            if not store.has("config.yaml"):  # what is there is of who began, and of the same cells
+                self._save_settings()
             begin(self.work, self.task, sweep=False)  # others are writing
-            CellList.of(self.cells).agree(self.work.store)
             yield
 
-    @contextmanager
-    def _told(self, who: str) -> Iterator[None]:
-        """Who works on what, for a resumed run and for who asks how it stands."""
+    def _save_settings(self) -> None:
+        """What was asked for, for a resumed run."""
         store = self.work.store
         save_config(self.config, store.root / "config.yaml")
         write_text(store.root / "provenance.json", json.dumps(provenance(), indent=1))
         store.push("config.yaml", "provenance.json")
-        failures = f"{FAILED}/{who}.txt"
+
+    @contextmanager
+    def _told(self, who: str) -> Iterator[None]:
+        """What went wrong, for who asks how the run stands."""
+        store, failures = self.work.store, f"{FAILED}/{who}.txt"
         store.remove(failures)
         try:
             yield
@@ -146,5 +156,6 @@ def open_run(config: RunConfig, progress: Progress) -> OpenedRun:
     left_out = preflight(task, trajectory, config, list(looked[0]))
     possible = tuple(name for name in config.estimators if NAMES.get(name) not in left_out)
     prepared = prepare(task, trajectory, config.posterior, config.sampling, config.out, looked, make_task)
+    check_kept(Kept(prepared.store, task), task, trajectory, prepared.usable)
     work = RunWork(**vars(prepared), config=config.model_copy(update={"estimators": possible}))
     return OpenedRun(config, task, work, Crew(work, task, config.executor, config.workers, progress), left_out)

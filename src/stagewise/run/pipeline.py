@@ -42,7 +42,8 @@ from stagewise.run.progress import Progress, silent
 from stagewise.run.samples import described
 from stagewise.run.slices import Slice
 from stagewise.traces.draws import mean_losses_of_draws
-from stagewise.traces.mirror import local
+from stagewise.traces.mirror import local, place_of
+from stagewise.traces.remote import Remote
 from stagewise.traces.store import TraceStore
 from stagewise.varied import by_itself
 
@@ -83,7 +84,7 @@ def run_slice(config: RunConfig, part: Slice, progress: Progress = silent) -> in
     return len(cells)
 
 
-def merge(folder: str | Path, others: Sequence[Path] = (), progress: Progress = silent) -> Results:
+def merge(folder: str | Path, others: Sequence[str | Path] = (), progress: Progress = silent) -> Results:
     """Make the results and the report of a run whose slices are computed.
 
     Args:
@@ -92,10 +93,16 @@ def merge(folder: str | Path, others: Sequence[Path] = (), progress: Progress = 
         progress: is told of what is left to do.
 
     Raises:
-        ValueError: cells are missing, with their names; or folders are not of one run.
+        ValueError: cells are missing, with their names; folders are not of one run; or ``others`` are given and one of
+            the folders is a url.
     """
+    if others and (urls := [place for place in map(place_of, (folder, *others)) if isinstance(place, Remote)]):
+        raise ValueError(
+            f"slices are copied between folders of this machine, and {urls[0]} is none; slices on an object store work "
+            "in one url, out=..., and are merged there: give its url alone"
+        )
     for other in others:
-        collect(other, Path(folder))
+        collect(Path(other), Path(folder))
     opened = open_run(load_config(local(folder, "config.yaml") / "config.yaml"), progress)
     CellList.of(opened.cells).check_whole(opened.work.store)
     with opened.alone(again=False):

@@ -18,6 +18,7 @@ from stagewise.run.first_order import first_order_stage
 from stagewise.run.kept import Kept, RefusedError, ended
 from stagewise.run.per import asked
 from stagewise.run.progress import Progress, silent
+from stagewise.run.vouching import vouch
 from stagewise.run.work import Work
 from stagewise.task import Task
 from stagewise.varied import by_itself
@@ -56,10 +57,14 @@ class RunWork(Work):
         if not isinstance(cell, StageCell):
             super().compute(task, cell, progress)
             return
-        digests = self.usable if cell.step is None else {cell.step: self.usable[cell.step]}
+        digests, kept = (
+            self.usable if cell.step is None else {cell.step: self.usable[cell.step]},
+            Kept(self.store, task),
+        )
         for step in digests:
             self.checkpoint(task, step)
-        analysis = Analysis(task, self.trajectory, self.config, digests, Kept(self.store, task), progress)
+        vouch(kept, task, self.trajectory, {step: digests[step] for step in [max(digests)]})
+        analysis = Analysis(task, self.trajectory, self.config, digests, kept, progress)
         with suppress(RefusedError):  # which is kept too: the reason is part of the answer
             # The stages behind it are not made: what a replay depends on is every checkpoint of the run, read anew.
             stage = next(stage for stage in _possible(analysis) if stage.name == cell.stage)

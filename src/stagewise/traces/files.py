@@ -14,6 +14,9 @@ from filelock import Timeout
 PARTIAL = ".partial-"
 """Start of the name of whatever is not whole yet."""
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says of a disk without room."""
+
 
 class RunFolderError(ValueError):
     """A folder that cannot be used as a run folder; the message names the folder and the reason."""
@@ -78,7 +81,7 @@ def explain_write(root: Path) -> Iterator[None]:
     except Timeout:  # an OSError too, but about the lock
         raise
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in DISK_FULL
         remedy = (
             "free some space and run again: what is complete is kept" if full else "choose another folder (out=...)"
         )

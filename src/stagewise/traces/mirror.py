@@ -11,11 +11,12 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from stagewise.traces.files import RunFolderError, explain_write, write_text
-from stagewise.traces.lock import RunLockedError, run_lock
+from stagewise.traces.lock import RunLockedError, holders, run_lock
 from stagewise.traces.remote import Remote
 
 _ONLY_SHOWN = ("explorer", "figures", "report.html")  # and never read again, but by a person who asks for it
@@ -84,7 +85,7 @@ def local(folder: str | Path, *names: str) -> Path:
     if isinstance(place, Path):
         return place
     root = existing(place)
-    if missing := {*names} - place.fetch(root, names):
+    if missing := {*names} - fetch(place, root, names):
         raise FileNotFoundError(f"{place} has no {', '.join(sorted(missing))} yet; write it with `stagewise run`")
     return root
 
@@ -112,6 +113,19 @@ def local_file(path: str) -> Path:
     return local(folder, name) / name if "://" in path else Path(path)
 
 
+def fetch(remote: Remote, root: Path, names: Sequence[str]) -> set[str]:
+    """Bring names into the mirror to be read; what a run has written that works in it stays, and is not older.
+
+    Returns:
+        Those that are there.
+
+    Raises:
+        RunFolderError: as :meth:`Remote.fetch`.
+    """
+    newer = {name for name in names if (root / name).exists()} if holders(root) else set()
+    return newer | remote.fetch(root, [name for name in names if name not in newer])
+
+
 def pull(remote: Remote, root: Path) -> None:
     """Bring all but the cells that a run reads of its folder into the mirror, many files at once.
 
@@ -119,7 +133,7 @@ def pull(remote: Remote, root: Path) -> None:
         RunFolderError: a content is damaged, or the store cannot be read.
     """
     names = [name for name in remote.names() if not name.startswith(("cells/", *_ONLY_SHOWN))]
-    remote.fetch(root, names)
+    fetch(remote, root, names)
     gone = [path for path in (root / "results", *root.glob("imported/*.json")) if path.exists()]
     gone = [path for path in gone if path.relative_to(root).as_posix() not in names]
     if gone:

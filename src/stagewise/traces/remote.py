@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from stagewise.traces.archive import packed, unpack_folder
-from stagewise.traces.files import RunFolderError, beside, explain_write, fsync
+from stagewise.traces.files import DISK_FULL, RunFolderError, beside, explain_write, fsync
 from stagewise.traces.marker import Marker
 
 _MARKERS, _IDENTITIES = "complete", "identity"
@@ -234,6 +234,8 @@ class Remote:
             package = _PACKAGES.get(protocol, f"the fsspec package for {protocol}")
             raise RunFolderError(f"{self} needs a package that is not installed: pip install {package}") from None
         except Exception as error:
+            if how == "read" and isinstance(error, OSError) and error.errno in DISK_FULL:
+                raise  # the disk of this machine
             raise RunFolderError(
                 f"cannot {how} {self}: {type(error).__name__}: {_first_line(error)}; check the bucket, the "
                 "credentials and the network, and run again: what is complete is kept"

@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from stagewise.traces.identity import (
     write_identity,
 )
 from stagewise.traces.lock import RunLockedError, making_lock, run_lock, slice_lock
-from stagewise.traces.mirror import existing, mirror_of, place_of, pull
+from stagewise.traces.mirror import existing, fetch, mirror_of, place_of, pull
 from stagewise.traces.remote import Remote
 from stagewise.traces.underway import UnderwayFile
 from stagewise.traces.zarr_tree import read_attrs, read_label, read_tree, write_tree
@@ -143,7 +144,8 @@ class TraceStore:
     def has(self, *names: str) -> bool:
         """Whether all these are in the run folder, e.g. ``labels.json``. Those of an object store are fetched."""
         if self.remote is not None:
-            return self.remote.fetch(self.root, names) >= {*names}
+            bring = self.remote.fetch if self.writable else partial(fetch, self.remote)
+            return bring(self.root, names) >= {*names}
         return all((self.root / name).exists() for name in names)
 
     def push(self, *names: str) -> None:
