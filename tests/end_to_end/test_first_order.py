@@ -12,9 +12,10 @@ from tiny import write_run
 import stagewise as sw
 from stagewise.reporting.findings import findings
 from stagewise.run import first_order
+from stagewise.run.checkup import checkup
 from stagewise.run.config import load_config
 from stagewise.run.estimators import OneByOne
-from stagewise.run.pipeline import checkup, report, run
+from stagewise.run.pipeline import report, run
 from stagewise.run.task_file import load_task
 
 LINEAR = {"chains": 4, "draws": 40, "batching": "stacked", "linear": True}

@@ -14,8 +14,9 @@ import pytest
 from driver import drive
 from tiny import write_run
 
+from stagewise.run.checkup import checkup
 from stagewise.run.config import load_config
-from stagewise.run.pipeline import checkup, run
+from stagewise.run.pipeline import run
 from stagewise.traces.store import RunFolderError
 
 # A new process for every run, but all from one that has imported everything: that takes most of the time.

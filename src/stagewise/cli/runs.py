@@ -162,7 +162,7 @@ def doctor(folder: RunFolder) -> None:
     """
     from rich.table import Table
 
-    from stagewise.run.pipeline import checkup
+    from stagewise.run.checkup import checkup
 
     with readable_errors(code=2):
         verdicts = checkup(folder)

@@ -15,9 +15,11 @@ import numpy as np
 import xarray as xr
 
 from stagewise.checkpoints.trajectory import Trajectory
+from stagewise.influence.bif import bif
 from stagewise.influence.damped import damped_influence
 from stagewise.influence.remainder import NoFirstOrderError
 from stagewise.influence.response import response_influence
+from stagewise.influence.trusted import NoTrustedCheckpointError, ReadOnce
 from stagewise.results import FIRST_ORDER
 from stagewise.run.analysis import Analysis, Stage
 from stagewise.run.config import RunConfig
@@ -79,3 +81,11 @@ def completed(estimate: Callable[..., xr.Dataset], known: xr.Dataset | None) -> 
 def _without(known: xr.Dataset, step: int, reason: str) -> xr.Dataset:
     omitted = json.loads(known.attrs["omitted"]) | {str(step): reason}
     return known.drop_sel(step=step, errors="ignore").assign_attrs(omitted=json.dumps(omitted))
+
+
+def sampled_influence(traces: ReadOnce, known: xr.Dataset | None) -> xr.Dataset | None:
+    """Group influence at every checkpoint that can be sampled, with what is known of it; None if there is none."""
+    try:
+        return completed(partial(bif, traces), known) if traces.steps else None
+    except NoTrustedCheckpointError:
+        return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,11 +14,11 @@ import xarray as xr
 from stagewise.dynamics.events import events
 from stagewise.dynamics.kernel_map import influence_map
 from stagewise.explorer.page import write_explorer
-from stagewise.influence.bif import NoTrustedCheckpointError, bif
+from stagewise.influence.bif import bif
 from stagewise.influence.loss_kernel import loss_kernel
 from stagewise.influence.trusted import ReadOnce, untrusted
 from stagewise.reporting.contents import write_report
-from stagewise.results import BIF, EXACT, FIRST_ORDER, Exemplar, Results, headline, size_check
+from stagewise.results import BIF, EXACT, FIRST_ORDER, Exemplar, Results
 from stagewise.run import yaml12
 from stagewise.run.analysis import Analysis, in_two_times, mean_losses, measure, spread
 from stagewise.run.cells_file import CellList, collect
@@ -33,7 +33,7 @@ from stagewise.run.estimators import (
     without_chains,
 )
 from stagewise.run.exemplars import chosen, exemplars, from_untrusted, tokens_of
-from stagewise.run.first_order import completed, first_order
+from stagewise.run.first_order import first_order, sampled_influence
 from stagewise.run.folder import load_results, save_results
 from stagewise.run.imported import fitting, groups_digest
 from stagewise.run.opened import OpenedRun, open_run
@@ -123,7 +123,7 @@ def _analyse(
     known = first_order(analysis) if SAMPLED in config.estimators else None
     if known is not None:
         datasets[FIRST_ORDER] = known
-    influence, found = _influence(traces, known), without_chains(analysis)
+    influence, found = sampled_influence(traces, known), without_chains(analysis)
     datasets |= {f"baseline {name}": curves for name, curves in found.curves.items()}
     failed, per = found.left_out, asked(task, config)
     if per == by_itself(task):
@@ -186,7 +186,7 @@ def report(folder: str | Path) -> Results:
     """
     traces = ReadOnce.of(TraceStore.read_only(folder))
     known = load_results(traces.root)[0].get(FIRST_ORDER)  # else it says how to get them, before anything is computed
-    return _report(traces, _influence(traces, known))
+    return _report(traces, sampled_influence(traces, known))
 
 
 def _report(traces: ReadOnce, influence: xr.Dataset | None) -> Results:
@@ -238,76 +238,3 @@ def _positions(traces: ReadOnce, steps: list[int]) -> xr.Dataset | None:
     if labels is None or np.ndim(labels) != 1 or not 2 < traces.load(steps[0])["train"].sizes["sample"] <= _MOST_MAPPED:
         return None
     return influence_map(loss_kernel(traces, steps=spread(steps, _MAPS)))
-
-
-@dataclass(frozen=True)
-class Checkup:
-    """The doctor's findings.
-
-    Attributes:
-        rows: words per checkpoint.
-        advice: what to change.
-        untrusted: the checkpoints whose chains cannot be trusted, and why.
-        replay: whether retraining repeats the run.
-    """
-
-    rows: list[tuple[str, ...]]
-    advice: list[str]
-    untrusted: dict[int, str]
-    replay: str = ""
-
-
-def checkup(folder: str | Path) -> Checkup:
-    """Verdict on the chains of every checkpoint of a run folder.
-
-    Raises:
-        RunFolderError: it is no run folder.
-        ValueError: nothing has been sampled yet.
-    """
-    traces = ReadOnce.of(TraceStore.read_only(folder))
-    verdicts, sizes = traces.diagnostics, _sizes(traces)
-    rows, advice = [], []
-    for step in verdicts["step"].values:
-        one = verdicts.sel(step=step)
-        numbers = [
-            f"{float(one[name]):.3g}" if name in one and np.isfinite(float(one[name])) else "-"
-            for name in ("rhat", "ess_bulk", "rhat_products", "ess_products", "loss_rise", "even_share")
-        ]
-        chains = f"{int(one['chains_ok'])}/{int(one['chains_ok']) + int(one['chains_failed'])}"
-        rows.append((str(step), str(one["verdict"].item()), *numbers, chains, sizes.get(int(step), "-")))
-        if text := str(one["advice"].item()):
-            advice.append(f"step {step}: {text}")
-    return Checkup(rows, advice, untrusted(traces.verdicts), _repeats(traces.root))
-
-
-def _sizes(traces: ReadOnce) -> dict[int, str]:
-    """Correlation and slope of exact on sampled influence, by step; empty where one of them was not computed."""
-    try:
-        datasets = load_results(traces.root)[0]
-    except FileNotFoundError:
-        return {}
-    exact, sampled = datasets.get(f"baseline {EXACT}"), _influence(traces, datasets.get(FIRST_ORDER))
-    if exact is None or sampled is None:
-        return {}
-    scores = size_check(sampled, exact)
-    pairs = zip(*(scores[headline(scores, name)].values for name in ("correlation", "slope")), strict=True)
-    return {
-        step: f"{r:.2f} / {slope:.2f}" for step, (r, slope) in zip(scores["step"].values.tolist(), pairs, strict=True)
-    }
-
-
-def _repeats(folder: Path) -> str:
-    """What the replay of the run said; empty where nothing was retrained yet."""
-    try:
-        replay = load_results(folder)[0].get("replay")
-    except FileNotFoundError:
-        return ""
-    return "" if replay is None else str(replay.attrs["verdict"])
-
-
-def _influence(traces: ReadOnce, known: xr.Dataset | None) -> xr.Dataset | None:
-    """Group influence at every checkpoint that can be sampled, with what is known of it; None if there is none."""
-    try:
-        return completed(partial(bif, traces), known) if traces.steps else None
-    except NoTrustedCheckpointError:
-        return None
