@@ -1,10 +1,12 @@
 """Covariances of losses whose first order is known: what is left for the draws has no bias, and less noise."""
 
+import pickle
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from small_networks import Problem
 from synthetic_traces import Traces
 
@@ -12,6 +14,7 @@ from stagewise.checkpoint import Checkpoint, Optimizer
 from stagewise.checkpoints.trajectory import Trajectory
 from stagewise.influence.bif import bif
 from stagewise.influence.damped import damped_influence
+from stagewise.influence.remainder import NoFirstOrderError
 from stagewise.influence.response import response_influence
 from stagewise.run.engine import sample
 from stagewise.sampling import block
@@ -250,3 +253,16 @@ def test_a_step_that_first_order_says_it_lacks_is_of_the_draws_alone_and_named(s
     assert found.attrs["first_order_omitted"] == '{"5": "negative curvature"}'
     np.testing.assert_array_equal(found["value"], bif(traces)["value"])
     assert bif(traces, first_order=known).attrs["first_order_omitted"] == "{}"
+
+
+def test_all_steps_that_the_draws_contradict_are_named_at_once_also_by_another_process(sampled):
+    """So that a run without them needs no attempt for each."""
+    traces, known = sampled
+    both = Traces({step: traces.load(5).assign() for step in (5, 6, 7)}, LABELS)
+    for step, tree in both.trees.items():
+        tree.attrs = tree.attrs | {"step": step}
+    three = xr.concat([known.assign_coords(step=[step]) for step in (5, 6, 7)], "step")
+    three["value"][1:] *= 2
+    with pytest.raises(NoFirstOrderError, match="step 6 is not what.*step 7 is not what") as caught:
+        bif(both, first_order=three)
+    assert set(pickle.loads(pickle.dumps(caught.value)).steps) == {6, 7}

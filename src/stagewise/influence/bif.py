@@ -19,7 +19,7 @@ from stagewise.groups import Labels
 from stagewise.influence.common_mode import controlled
 from stagewise.influence.covariance import Centring
 from stagewise.influence.pairs import Estimator, Kind, influence_matrix
-from stagewise.influence.remainder import check_question, completed, omitted, remainder
+from stagewise.influence.remainder import NoFirstOrderError, check_question, completed, omitted, remainder
 from stagewise.influence.trusted import (
     DataSets,
     NoTrustedCheckpointError,
@@ -113,17 +113,24 @@ def bif(
 
     by_token = tokens or (labels[0] is not None and np.ndim(labels[0]) == 2)
     missing = {} if first_order is None else omitted(first_order)
+    refused: dict[int, str] = {}
 
     def estimate(step: int, tree: xr.DataTree) -> xr.Dataset:
         if first_order is not None and step not in missing:
             sides = remainder(tree, labels, grouped, part, tokens)
             linear = data_sets(tree, labels, grouped, "linear", tokens, self_pairs)
             found, known = (_at_checkpoint(of, tree, kind, centring) for of in (sides, linear))
-            return completed(found, known, first_order, tree.attrs, tokens)
+            try:
+                return completed(found, known, first_order, tree.attrs, tokens)
+            except NoFirstOrderError as error:
+                refused.update(error.steps)
+                return found
         sides = data_sets(tree, labels, grouped, part, tokens, self_pairs)
         return _at_checkpoint(controlled(sides, tree, part) if kind == "partial" else sides, tree, kind, centring)
 
     stacked = over_checkpoints(traces, traces.steps, trusted_only, estimate)
+    if refused:
+        raise NoFirstOrderError(refused)
     units = "nats per unit weight" if kind == "covariance" else "1"
     answered = stacked["step"].values.tolist()
     used = first_order is not None and any(step not in missing for step in answered)

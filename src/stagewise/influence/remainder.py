@@ -10,6 +10,7 @@ of losses are uncorrelated: there the noise of their products is left out too.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,15 +28,18 @@ _FAR = 8
 
 
 class NoFirstOrderError(ValueError):
-    """The first order that is given has no answer for the draws of one step."""
+    """The first order that is given has no answer at some steps, or the draws there show another.
 
-    def __init__(self, step: int, message: str) -> None:
-        super().__init__(message)
-        self.step = step
+    Attributes:
+        steps: the reason at each of them.
+    """
 
+    def __init__(self, steps: Mapping[int, str]) -> None:
+        super().__init__(dict(steps))
+        self.steps = dict(steps)
 
-class ContradictedError(NoFirstOrderError):
-    """The draws of one step show another first order than the one that is given."""
+    def __str__(self) -> str:
+        return "; ".join(self.steps.values())
 
 
 def check_question(kind: Kind, centring: Centring, part: Part, self_pairs: bool) -> None:
@@ -98,12 +102,11 @@ def completed(
 
     Raises:
         ValueError: it is of another posterior.
-        NoFirstOrderError: it lacks the step, or is of another grouping.
-        ContradictedError: it is not what the draws show.
+        NoFirstOrderError: it lacks the step, is of another grouping, or is not what the draws show.
     """
     _check_posterior(first_order.attrs, facts)
     if (step := facts["step"]) not in first_order["step"].values:
-        raise NoFirstOrderError(step, f"first_order lacks step {step}; compute it at every step of these traces")
+        raise NoFirstOrderError({step: f"first_order lacks step {step}; compute it at every step of these traces"})
     exact = first_order.sel(step=step, drop=True)
     for side in ("train", "query"):
         ours, theirs = (
@@ -112,9 +115,10 @@ def completed(
         )
         if ours.keys() != theirs.keys() if tokens and side == "query" else ours != theirs:
             raise NoFirstOrderError(
-                step,
-                f"first_order is of the {side} groups {_short(theirs)}, these traces are of {_short(ours)}; group both "
-                "alike",
+                {
+                    step: f"first_order is of the {side} groups {_short(theirs)}, these traces are of {_short(ours)}; "
+                    "group both alike"
+                }
             )
     exact = exact.sel(train=found["train"].values, query=found["query"].values).transpose("train", "query")
     value, error = exact["value"].values, exact["stderr"].values
@@ -150,15 +154,17 @@ def _check_draws(linear: xr.Dataset, value: np.ndarray[Any, np.dtype[np.float64]
     """
     norm = float((value**2).sum())
     if not np.isfinite(norm):
-        raise ContradictedError(step, f"first_order is not finite at step {step}; leave that step out")
+        raise NoFirstOrderError({step: f"first_order is not finite at step {step}; leave that step out"})
     if "replicates" not in linear or norm == 0:
         return
     mean, error = mean_and_stderr((linear["replicates"].values * value).sum((1, 2)) / norm)
     if abs(mean - 1) > _FAR * error:
-        raise ContradictedError(
-            step,
-            f"first_order at step {step} is not what the draws show of it, which is {mean:.2g} times as large, with a "
-            f"standard error of {error:.1g}; compute it for the run, data and parameters of these traces",
+        raise NoFirstOrderError(
+            {
+                step: f"first_order at step {step} is not what the draws show of it, which is {mean:.2g} times as "
+                f"large, with a standard error of {error:.1g}; compute it for the run, data and parameters of these "
+                "traces"
+            }
         )
 
 

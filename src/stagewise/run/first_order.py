@@ -7,7 +7,7 @@ verdicts are of the draws alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -74,13 +74,13 @@ def completed(estimate: Callable[..., xr.Dataset], known: xr.Dataset | None) -> 
         try:
             return estimate(first_order=known)
         except NoFirstOrderError as error:
-            known = _without(known, error.step, str(error))
+            known = _without(known, error.steps)
     return estimate()
 
 
-def _without(known: xr.Dataset, step: int, reason: str) -> xr.Dataset:
-    omitted = json.loads(known.attrs["omitted"]) | {str(step): reason}
-    return known.drop_sel(step=step, errors="ignore").assign_attrs(omitted=json.dumps(omitted))
+def _without(known: xr.Dataset, steps: Mapping[int, str]) -> xr.Dataset:
+    omitted = json.loads(known.attrs["omitted"]) | {str(step): reason for step, reason in steps.items()}
+    return known.drop_sel(step=list(steps), errors="ignore").assign_attrs(omitted=json.dumps(omitted))
 
 
 def sampled_influence(traces: ReadOnce, known: xr.Dataset | None) -> xr.Dataset | None:
