@@ -60,16 +60,17 @@ def identity(task: Task, text: bool = True) -> dict[str, str]:
     return parts | {f"query loss {name!r}": content_digest(loss, text) for name, loss in task.query_losses.items()}
 
 
-def probe(task: Task, checkpoint: Checkpoint, *, rounded: bool = False) -> Probe:
+def probe(task: Task, checkpoint: Checkpoint, *, rounded: bool = False, samples: int = _FEW) -> Probe:
     """Numbers that change when the model or a loss does.
 
     Args:
         task: the task.
         checkpoint: as :meth:`Task.fitted` returns it.
         rounded: with the last bits of all weights changed, to see what rounding does.
+        samples: of how many of every data set the losses are looked at; they are spread over it.
 
     Returns:
-        By data set, the losses of a few samples at the checkpoint and at a place away from it; and the derivatives of
+        By data set, the losses of these samples at the checkpoint and at a place away from it; and the derivatives of
         the objective on a few samples, at both places along two directions.
     """
     vector = ParameterVector.of(task)
@@ -80,9 +81,10 @@ def probe(task: Task, checkpoint: Checkpoint, *, rounded: bool = False) -> Probe
         places = [place * (1 + torch.finfo(place.dtype).eps * _noise(place, 1).sign()) for place in places]
     numbers: Probe = {}
     for name, data, query in _data_sets(task):
-        batch = data.batch(data.few(_FEW), task.device)
+        batches = [*chunks(task, data, data.few(samples))]
         with torch.no_grad():
-            numbers[name] = [loss for u in places for loss in point.sample_losses(u, batch, query)[0].tolist()]
+            losses = (point.sample_losses(u, batch, query)[0] for u in places for batch in batches)
+            numbers[name] = [loss for values in losses for loss in values.tolist()]
     slopes = [mean_gradient(point, u, task.train, task.train.few(_FEW)) for u in places]
     numbers[GRADIENT] = [float(slope @ (size * _noise(anchor, seed))) for slope in slopes for seed in (2, 3)]
     return numbers
