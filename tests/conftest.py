@@ -43,12 +43,20 @@ def wide_terminal():
 
 @pytest.fixture(scope="module")
 def no_pictures():
-    """Reports without pictures."""
+    """Reports without pictures, from the first test that asks for it to the last of its file."""
     from hurried import without_pictures
 
     with pytest.MonkeyPatch.context() as patch:
         without_pictures(patch.setattr)
         yield
+
+
+@pytest.fixture
+def no_pictures_here(monkeypatch):
+    """As :func:`no_pictures`, for one test of a file whose others may want some."""
+    from hurried import without_pictures
+
+    without_pictures(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="module")

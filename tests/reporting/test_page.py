@@ -90,7 +90,7 @@ def shown(page):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
-def test_a_browser_runs_nothing_that_the_data_say(make, tmp_path, no_pictures):
+def test_a_browser_runs_nothing_that_the_data_say(make, tmp_path, no_pictures_here):
     bad = "document.title='it ran'"
     evil = [f"<script>{bad}</script>", f'"><img src=x onerror="{bad}">', f"</title><svg onload={bad}>"]
     results = replace(make(labels=evil, steps=[0, 20, 30, 90]), title=evil[2], config={"model": evil[0]})
@@ -196,7 +196,7 @@ def test_the_curves_of_a_report_are_exact_with_what_was_measured_beside_them(exa
     assert "Open squares: sampled" in unmeasured.caption
 
 
-def test_a_report_without_chains_has_every_section(exact, tmp_path, no_pictures):
+def test_a_report_without_chains_has_every_section(exact, tmp_path, no_pictures_here):
     bare = replace(exact, influence=None, correlation=None, diagnostics=exact.diagnostics.isel(step=[]), measured=None)
     write_report(bare, tmp_path)
     page = (tmp_path / "report.html").read_text()

@@ -210,7 +210,7 @@ def test_every_arm_is_told_with_intervals_beside_the_unchanged_run_and_beside_ch
     assert len(plate(found, "intervention").axes) == 2
 
 
-@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.usefixtures("no_pictures_here")
 def test_a_study_that_ends_on_the_plateau_is_told_without_numbers_that_are_not_there(tmp_path):
     parts = study(tmp_path, settings=PLATEAU)
     assert "None of 1 run learns induction in 4 steps." in parts[0].findings
@@ -222,7 +222,7 @@ def test_a_study_that_ends_on_the_plateau_is_told_without_numbers_that_are_not_t
         assert text in page
 
 
-@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.usefixtures("no_pictures_here")
 def test_a_study_goes_on_from_the_runs_and_results_that_its_folder_holds(tmp_path, monkeypatch):
     first = study(tmp_path, settings=PLATEAU)
 
@@ -236,7 +236,7 @@ def test_a_study_goes_on_from_the_runs_and_results_that_its_folder_holds(tmp_pat
     ]
 
 
-@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.usefixtures("no_pictures_here")
 def test_command_carries_out_the_study_and_predicts_its_cost(tmp_path, monkeypatch):
     monkeypatch.setattr(study_module, "study", partial(study, settings=PLATEAU, experiments=(stages,)))
     monkeypatch.setattr(cost_module, "cost", partial(cost, PLATEAU))
@@ -258,7 +258,7 @@ def test_command_carries_out_the_study_and_predicts_its_cost(tmp_path, monkeypat
     assert (tmp_path / "induction" / "report.html").exists()
 
 
-@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.usefixtures("no_pictures_here")
 def test_command_carries_out_one_experiment_alone_and_names_those_there_are(tmp_path, monkeypatch):
     monkeypatch.setattr(study_module, "study", partial(study, settings=PLATEAU))
     result = cli.invoke(app, ["study", "induction", "--out", str(tmp_path), "--only", "intervention"])

@@ -387,7 +387,7 @@ def test_peaks_are_held_against_the_stage_they_were_said_to_belong_to(lab):
 # The study
 
 
-@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.usefixtures("no_pictures_here")
 def test_a_study_goes_on_from_the_runs_and_results_that_its_folder_holds(alone, monkeypatch):
     for experiment in (stages, windows, class_influence):
         experiment(alone)
@@ -405,7 +405,7 @@ def test_a_study_goes_on_from_the_runs_and_results_that_its_folder_holds(alone, 
     assert not [text for part in parts for text in part.findings if "nan" in text]
 
 
-@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.usefixtures("no_pictures_here")
 def test_command_carries_out_one_experiment_and_predicts_the_cost_without_writing(tmp_path, monkeypatch):
     short = replace(MINIATURE, seeds=1, last=8, checkpoints=2, window_starts=(4,), solved=(), sampled=())
     monkeypatch.setattr(study_module, "study", partial(study, settings=short))
