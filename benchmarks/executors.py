@@ -2,6 +2,7 @@
 
     python benchmarks/executors.py                two single-thread workers against one, on the digits demo
     python benchmarks/executors.py --everywhere   the same run also by two nodes of Ray, jobs of submitit, four slices
+    python benchmarks/executors.py --draws 512    a run of longer cells, beside which what is done once weighs less
 
 Efficiency is the time of one worker by twice the time of two. That of the cells is what the executor is answerable
 for, with the start of its workers; that of the whole run has the work in it that is done once: looking at the
@@ -16,7 +17,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -114,13 +115,15 @@ def two_nodes() -> Iterator[None]:
         os.environ["HOME"] = home
 
 
-def main(everywhere: bool) -> None:
+def main(everywhere: bool, draws: int) -> None:
     quiet_vmap()
     with tempfile.TemporaryDirectory() as folder:
         recorded = demo(Path(folder) / "demo")
 
         def settings(name: str, **changes: object) -> RunConfig:
-            return recorded.model_copy(update={"out": Path(folder) / name, "two_times": 0} | changes)
+            sampling = replace(recorded.sampling, draws=draws)
+            fixed = {"out": Path(folder) / name, "two_times": 0, "sampling": sampling}
+            return recorded.model_copy(update=fixed | changes)
 
         found = {
             f"{workers} worker{'s' * (workers > 1)} here": timed(
@@ -149,4 +152,5 @@ def main(everywhere: bool) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--everywhere", action="store_true")
-    main(parser.parse_args().everywhere)
+    parser.add_argument("--draws", type=int, default=64, help="of each chain")
+    main(**vars(parser.parse_args()))
