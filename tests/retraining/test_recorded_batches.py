@@ -1,6 +1,5 @@
 """Windows and replays with the batches that a run has recorded."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -123,9 +122,12 @@ def test_a_batch_of_everything_is_said_to_be_the_whole_training_set(task, run):
 
 def test_recorded_batches_stand_in_for_an_unknown_batch_size(task, run):
     unknown = changed(run, optimizer=of_size(None))
-    got = window_ablation(task, unknown, window=5, repeats=2)
-    assert got.step.values.tolist() == [0, 5]
-    assert "does not say how many samples" in json.loads(got.attrs["omitted"])["12"]
+    got, known = (window_ablation(task, this, window=5, repeats=2) for this in (unknown, run))
+    assert got.step.values.tolist() == [0, 5, 12]  # of the last the updates before it are known
+    np.testing.assert_array_equal(got["effect"], known["effect"])
+    without = changed(run, optimizer=of_size(None), batches=lambda _checkpoint: ())
+    with pytest.raises(ValueError, match="step 0: .*does not say how many samples"):
+        window_ablation(task, without, window=5, repeats=2)
 
 
 def test_batches_of_a_larger_training_set_are_refused_wherever_in_the_window_they_are(task, run):

@@ -207,9 +207,20 @@ def _followed(
     rates, batches = _coming(checkpoint.step, steps, rates_of), _coming(checkpoint.step, steps, batches_of)
     held = checkpoint.optimizer.learning_rate if checkpoint.optimizer else None
     changing = not all(rate == held for rate in rates)
-    if not changing and not batches:
+    if changing or batches:
+        checkpoint = checkpoint.followed_by(
+            rates if changing else checkpoint.coming_rates, batches or checkpoint.coming_batches
+        )
+    return _sized(checkpoint)
+
+
+def _sized(checkpoint: Checkpoint) -> Checkpoint:
+    """With the batch size that its recorded updates show, where nothing else says it."""
+    known, optimizer = [*checkpoint.batches, *checkpoint.coming_batches], checkpoint.optimizer
+    if optimizer is None or optimizer.batch_size is not None or not known:
         return checkpoint
-    return checkpoint.followed_by(rates if changing else checkpoint.coming_rates, batches or checkpoint.coming_batches)
+    size = max(map(len, known))  # the last batch of an epoch may be smaller than the others
+    return checkpoint.holding(optimizer=replace(optimizer, batch_size=size))
 
 
 def _coming(step: int, steps: Sequence[int], made: Callable[[int], Sequence[T]]) -> list[T]:
