@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import traceback
 
 import torch
 import xarray as xr
@@ -27,6 +28,15 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
+
+
+def let_go(error: BaseException) -> None:
+    """Free what the functions hold that an error came through; where it was raised stays known."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+    give_back()
 
 
 def release(tree: xr.DataTree) -> None:

@@ -34,6 +34,14 @@ def test_a_path_stands_for_the_run_in_its_folder(tmp_path, kind):
     assert torch.equal(run.load(3).params["scale"], tensors()["scale"])
 
 
+def test_a_run_in_a_folder_beside_this_process_is_found_from_another_one_too(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "run", Checkpoint(3, tensors()))
+    monkeypatch.chdir(tmp_path)
+    run = as_trajectory("run")
+    monkeypatch.chdir("/")
+    assert run.load(3).step == 3
+
+
 def test_a_trajectory_stands_for_itself():
     run = Trajectory.from_checkpoints([Checkpoint(1, tensors())])
     assert as_trajectory(run) is run

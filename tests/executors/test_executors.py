@@ -1,6 +1,9 @@
 """What becomes of cells whose workers die, fail or cannot begin, on every executor."""
 
 import os
+import re
+import subprocess
+import sys
 
 import pytest
 from toys import NoModule, Nothing, Toy, written
@@ -10,6 +13,22 @@ from stagewise.run.executors.base import finish
 from stagewise.run.executors.local import gpus
 
 CELLS = list(range(8))
+UNGUARDED = """
+from pathlib import Path
+
+from stagewise.run.executors import Local
+
+with Path(__file__).with_name("begun").open("a") as file:
+    file.write(".")
+
+
+class Toy:
+    def __call__(self):
+        return print
+
+
+print(*Local().map(Toy(), [0, 1], 2))
+"""
 
 
 def computed(executor, setup, tmp_path, cells=CELLS):
@@ -19,7 +38,8 @@ def computed(executor, setup, tmp_path, cells=CELLS):
 
 
 @pytest.fixture(params=["local", "ray", "slurm"])
-def executor(request):
+def executor(request, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__), prepend=os.pathsep)
     if request.param == "ray":
         request.getfixturevalue("two_nodes")
         from stagewise.run.executors import Ray
@@ -64,6 +84,29 @@ def test_an_error_that_does_not_come_again_costs_one_more_try(tmp_path):
 def test_a_module_that_is_missing_in_the_workers_is_named_at_once(tmp_path):
     with pytest.raises(ModuleNotFoundError, match="no_such_module_anywhere"):
         computed(Local(), NoModule(), tmp_path)
+
+
+def test_what_workers_cannot_be_sent_or_do_not_know_is_named_with_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot be sent to worker processes \(.*<lambda>.*workers=1"):
+        computed(Local(), lambda: None, tmp_path)
+    of_a_notebook = b"c__main__\nno_such_setup\n."
+    with pytest.raises(ValueError, match=r"does not know .*no_such_setup.*main__.*workers=1"):
+        finish(Local().map_pickled(of_a_notebook, CELLS, 1), CELLS.append)
+
+
+def test_a_script_that_is_not_guarded_is_not_said_to_lack_memory_and_is_not_tried_again(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(UNGUARDED)
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    last = ended.stderr.strip().splitlines()[-1]
+    assert re.search(r"ended before it had computed anything, with exit code 1.*if __name__ ==", last), ended.stderr
+    assert len((tmp_path / "begun").read_text()) <= 3, "it was tried again"
+
+
+def test_a_worker_that_ends_by_itself_is_not_said_to_lack_memory_and_its_cell_is_tried_again(tmp_path):
+    with pytest.raises(CellsFailedError, match="3: a worker process ended with exit code 7"):
+        computed(Local(retries=1), Toy(tmp_path, "exit"), tmp_path)
+    assert len((tmp_path / "tried").read_text().split()) == 2
 
 
 def test_where_nothing_can_work_it_ends_with_the_first_cells_and_not_after_all_of_them(tmp_path):

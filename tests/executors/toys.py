@@ -1,7 +1,9 @@
 """Setups for executors that know nothing of influence: a cell is a number, and complete once its file is there."""
 
+import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
 
@@ -28,6 +30,11 @@ class Toy:
             file.write("once\n")
         if self.fault == "killed" or (self.fault == "killed once" and first):
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.fault == "exit":
+            os._exit(7)
+        if self.fault == "time limit once" and first:  # what Slurm sends to the job
+            os.kill(multiprocessing.parent_process().pid, signal.SIGUSR2)
+            time.sleep(60)
         if self.fault == "error" or (self.fault == "error once" and first):
             raise RuntimeError("three is bad")
         if self.fault == "refused":

@@ -196,7 +196,8 @@ def test_jobs_are_dealt_cells_beforehand_and_hold_their_cores_until_the_last_of_
         ({"workers": 5, "executor": {"name": "ray", "cpus": 6, "gpus": 0.5}}, 5, 6, 0.5, 0),
         ({"executor": {"name": "slurm", "jobs": 3, "cpus": 4}}, 12, 1, 0, 3),
         ({"executor": {"name": "slurm", "jobs": 3, "cpus": 8, "gpus": 2}}, 6, 4, 1, 3),
-        ({"workers": 6, "executor": {"name": "slurm", "jobs": 99, "cpus": 4}}, 8, 1, 0, 2),
+        ({"workers": 6, "executor": {"name": "slurm", "cpus": 4}}, 8, 1, 0, 2),
+        ({"workers": 6, "executor": {"name": "slurm", "jobs": 3, "cpus": 4}}, 12, 1, 0, 3),
     ],
 )
 def test_workers_threads_and_gpus_are_those_of_the_executor(settings, count, threads, gpus, jobs, monkeypatch):

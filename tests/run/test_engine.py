@@ -125,6 +125,32 @@ def test_steps_without_a_checkpoint_are_refused_with_those_there_are(tmp_path, s
     assert not (tmp_path / "out").exists()
 
 
+class Asked:
+    """An executor that only says for how many workers, and for which folder, it was asked."""
+
+    def map(self, setup, _cells, workers, _folder):
+        self.workers, self.folder = workers, setup.store.root
+        raise InterruptedError
+
+
+def test_an_executor_is_asked_for_all_the_workers_it_has_room_for_and_else_this_process_works(tmp_path, monkeypatch):
+    for given, workers in [({}, None), ({"workers": 3}, 3)]:
+        asked = Asked()
+        with pytest.raises(InterruptedError):
+            sampled(tmp_path / "asked", executor=asked, **given)
+        assert asked.workers == workers
+    monkeypatch.setattr("stagewise.run.executors.Local.map", lambda *_: pytest.fail("other processes were asked for"))
+    assert sampled(tmp_path / "here").steps == (0, 5, 9)
+
+
+def test_workers_that_begin_in_another_folder_find_the_run_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = Asked()
+    with pytest.raises(InterruptedError):
+        sampled("beside", executor=asked)
+    assert asked.folder == tmp_path / "beside"
+
+
 # Continued runs.
 
 

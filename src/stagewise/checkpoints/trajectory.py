@@ -93,7 +93,7 @@ class Trajectory:
             raise ValueError(f"clip_norm must be positive, or 0 for no clipping, got {clip_norm}")
         if batch_size is not None and batch_size < 0:
             raise ValueError(f"batch_size must be positive, or 0 for all samples, got {batch_size}")
-        files = scan(Path(path))
+        files = scan(Path(path).expanduser().absolute())  # it may be read elsewhere
         read = partial(_read, files, clip_norm, batch_size)
         return cls(tuple(files), read, read)
 

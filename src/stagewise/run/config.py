@@ -111,7 +111,10 @@ class RunConfig(_Settings):
         description="where cells are computed: local, ray or slurm, or a section with the name and its settings",
     )
     workers: int | None = Field(
-        None, gt=0, description="cells at the same time; default one per core, or per GPU if the model lives on GPUs"
+        None,
+        gt=0,
+        description="cells at the same time; default one per core, or per GPU if the model lives on GPUs, as "
+        "many as a Ray cluster has room for, or those of executor.jobs, which counts more than this",
     )
 
     @field_validator("task", "checkpoints", "out", mode="before")

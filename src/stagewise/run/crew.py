@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from stagewise.run.executors import Executor, Local
-from stagewise.run.executors.base import Ends, finish
+from stagewise.memory import let_go
+from stagewise.run.executors import Executor, Local, Ray, Slurm
+from stagewise.run.executors.base import Ends, Told, finish, give_out
 from stagewise.run.executors.local import cores, gpus
 from stagewise.run.progress import Progress
 from stagewise.run.work import Work
@@ -33,6 +34,9 @@ class Crew:
         executor: where workers are; None for this machine.
         workers: how many; None for as many as there is room for.
         progress: is told of every cell, by its stage.
+
+    Raises:
+        ValueError: there are to be no workers.
     """
 
     work: Work
@@ -41,11 +45,16 @@ class Crew:
     workers: int | None
     progress: Progress
 
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers must be at least 1, got {self.workers}; leave it out for the default")
+
     def compute(self, cells: Sequence[Any]) -> None:
         """Compute those of the cells that the run folder lacks.
 
         Raises:
             CellsFailedError: some could not be computed, and are named.
+            ValueError: the task is on a GPU, and the executor's workers have none.
             Exception: no worker can be set up, or the first cells to end failed.
         """
         todo = [cell for cell in cells if not self.work.is_complete(cell)]
@@ -58,7 +67,8 @@ class Crew:
             done[cell.stage] += 1
             self.progress(cell.stage, done[cell.stage], counts[cell.stage])
 
-        finish(self._ended(todo), tell)
+        if todo:
+            finish(self._ended(todo), tell, before=len(todo) < len(cells))
         for cell in todo:
             self._see(cell)
 
@@ -67,17 +77,29 @@ class Crew:
         if isinstance(executor, Local):
             workers = workers or default_workers(self.task)
             if workers == 1 or len(cells) <= 1:
-                return self._here(cells, executor.threads_each(workers))
+                return self._here(cells, executor.threads_each(workers), executor.retries)
+        elif isinstance(executor, Ray | Slurm) and not executor.gpus and self.task.device.type == "cuda":
+            raise ValueError(
+                f"the task is on {self.task.device}, and workers of executor {executor.name} have no GPU: set "
+                "executor.gpus, e.g. to 1, or build the task on the CPU"
+            )
         return executor.map(self.work, cells, workers, self.work.store.root / "executor")
 
-    def _here(self, cells: Sequence[Any], threads: int) -> Ends[Any]:
+    def _here(self, cells: Sequence[Any], threads: int, retries: int) -> Ends[Any]:
         """One after another in this process, with so many threads: those of a worker, also for the last cell alone."""
         before = torch.get_num_threads()
-        try:
-            for cell in cells:
-                torch.set_num_threads(threads)
+
+        def computed(cell: Any) -> Told:
+            torch.set_num_threads(threads)
+            try:
                 self.work.compute(self.task, cell, self.progress)
-                yield cell, None
+            except Exception as error:
+                let_go(error)  # or the next cell has no room beside what this one held
+                return Told(error)
+            return Told()
+
+        try:
+            yield from give_out(cells, 1, retries, begin=lambda cell: cell, wait=lambda cells: cells, told=computed)
         finally:
             torch.set_num_threads(before)
 

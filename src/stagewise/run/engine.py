@@ -22,6 +22,7 @@ from stagewise.sampling.chains import Chains
 from stagewise.sampling.posterior import LocalPosterior
 from stagewise.sampling.tuning import SamplerName, check_sampler
 from stagewise.task import Task
+from stagewise.traces.mirror import place_of
 from stagewise.traces.remote import Remote
 from stagewise.traces.store import TraceStore
 from stagewise.usable import chosen_steps
@@ -61,7 +62,7 @@ def sample(
     out: str | Path | Remote,
     sampling: Chains | None = None,
     steps: Sequence[int] | None = None,
-    workers: int | None = 1,
+    workers: int | None = None,
     executor: Executor | None = None,
     progress: Progress = silent,
     make_task: Callable[[], Task] | None = None,
@@ -79,9 +80,10 @@ def sample(
         out: run folder, or its url on an object store; a killed run continues where it was.
         sampling: how it is sampled; default ``Chains()``.
         steps: checkpoints to sample, default all.
-        workers: processes, None for as many as there is room for. Above one, the task must be picklable and the calling
-            script guarded by ``if __name__ == "__main__":``.
-        executor: where they are, e.g. ``sw.Ray()``; default this machine.
+        workers: cells at the same time; default with an executor, as many as it has room for, and without one, one.
+            Above one, the task must be picklable and the calling script guarded by ``if __name__ == "__main__":``.
+        executor: where they are computed, e.g. ``sw.Ray()``, or ``sw.Local()`` for a process on every core; default
+            this process, or as many processes of this machine as ``workers``.
         progress: called with (what, done, in all) after every cell.
         make_task: builds the task in a worker, where the task itself cannot be pickled. It must build the same task
             each time.
@@ -93,6 +95,7 @@ def sample(
     Raises:
         RunMismatchError: the folder holds traces of another model, data set, loss, posterior or sampler.
         RunLockedError: another process is sampling into the folder.
+        CellsFailedError: some cells could not be computed; the others are complete.
         ValueError: the task, a setting or every checkpoint cannot be used, or ``make_task`` builds another task each
             time.
 
@@ -117,9 +120,10 @@ def sample(
     check_sampler(posterior, chosen)
     looked = look(task, run, posterior, chosen_steps(run, steps))
     work = prepare(task, run, posterior, chosen, out, looked, make_task)
+    crew = Crew(work, task, executor, 1 if executor is None and workers is None else workers, progress)
     with work.store.lock():
         begin(work, task)
-        Crew(work, task, executor, workers, progress).compute(work.cells)
+        crew.compute(work.cells)
     return work.store
 
 
@@ -146,7 +150,9 @@ def prepare(
     build, parts = (partial(_return, task), None) if make_task is None else (make_task, identity(task, text=False))
     if make_task is not None:
         check_same_task(make_task(), parts, trajectory, known)
-    store = TraceStore.open(out, identity(task) | settings_of(posterior, sampling))
+    place = place_of(out)
+    whole = place.absolute() if isinstance(place, Path) else place  # workers may begin in another folder than this
+    store = TraceStore.open(whole, identity(task) | settings_of(posterior, sampling))
     work = Work(build, trajectory, posterior, sampling, store, usable, unusable, parts, known)
     for cell in work.cells:
         store.is_complete(cell)  # refuses one of other weights

@@ -85,6 +85,10 @@ class Tries:
         self._failed[cell] += 1
         return not isinstance(error, ValueError) and self._failed[cell] <= self._most
 
+    def failed(self, cell: Hashable) -> int:
+        """How often it has failed."""
+        return self._failed[cell]
+
 
 def give_out(
     cells: Sequence[C],
@@ -96,6 +100,9 @@ def give_out(
 ) -> Ends[C]:
     """Give cells one by one to workers, and again those that may be tried again.
 
+    They are tried again after all others, when what they failed of may be over; but as long as no cell is complete,
+    after the next one: where nothing can work, that is known after a few cells and not after all of them.
+
     Args:
         cells: all different.
         workers: how many cells at the same time; None: whoever begins them knows.
@@ -104,7 +111,7 @@ def give_out(
         wait: until some of these handles have ended, which are returned.
         told: what was said of the cell of a handle.
     """
-    busy, waiting, tries = dict[H, C](), deque(cells), Tries(retries)
+    busy, waiting, tries, complete = dict[H, C](), deque(cells), Tries(retries), False
     while waiting or busy:
         while waiting and (workers is None or len(busy) < workers):
             cell = waiting.popleft()
@@ -112,17 +119,23 @@ def give_out(
         for handle in wait([*busy]):
             cell, said = busy.pop(handle), told(handle)
             if said.error is None:
+                complete = True
                 yield cell, None
             elif not said.started:
                 raise said.error
             elif tries.again(cell, said.error):
-                waiting.append(cell)
+                waiting.insert(len(waiting) if complete else 1, cell)
             else:
                 yield cell, said.error
 
 
-def finish(ends: Ends[C], tell: Callable[[C], object]) -> None:
+def finish(ends: Ends[C], tell: Callable[[C], object], before: bool = False) -> None:
     """Go through the cells as they end; ``tell`` is called for each that is complete.
+
+    Args:
+        ends: the cells.
+        tell: called with a cell.
+        before: whether other cells like these were complete before.
 
     Raises:
         CellsFailedError: some failed; the others are complete.
@@ -134,7 +147,7 @@ def finish(ends: Ends[C], tell: Callable[[C], object]) -> None:
             if error is None:
                 complete += 1
                 tell(cell)
-            elif complete:
+            elif complete or (before and isinstance(error, ValueError)):  # which is about the cell, not the machine
                 failed[cell] = error
             else:
                 raise error
@@ -169,7 +182,7 @@ class Worker:
         """Compute one."""
         try:
             if self._compute is None:
-                self._compute = pickle.loads(self._setup)()
+                self._compute = _unpickled(self._setup)()
         except Exception as error:
             return Told(_portable(error), started=False)
         try:
@@ -177,6 +190,17 @@ class Worker:
         except Exception as error:
             return Told(_portable(error))
         return Told()
+
+
+def _unpickled(setup: bytes) -> Setup[Any]:
+    try:
+        made: Setup[Any] = pickle.loads(setup)
+    except AttributeError as error:
+        raise ValueError(
+            f"a worker does not know what the task is made of ({error}): define it in a file that workers can import, "
+            "not in a notebook or on the command line, or compute in this process: workers=1"
+        ) from error
+    return made
 
 
 def begin_worker(threads: int) -> None:

@@ -16,7 +16,7 @@ _JOBS = "jobs.json"
 
 @dataclass(frozen=True)
 class Board:
-    """What jobs have said, a file for each cell.
+    """What jobs have said of the cells that they began, a file for each.
 
     Attributes:
         root: a folder of this run's alone, which jobs and driver share. Errors in it are pickled: it must be nobody
@@ -43,10 +43,21 @@ class Board:
                 found[file.name] = Told(*pickle.loads(file.read_bytes()))
         return found
 
+    def begin(self, name: str) -> None:
+        """Say that the cell of this name is under way."""
+        with explain_write(self.root):
+            self._begun.mkdir(parents=True, exist_ok=True)
+            (self._begun / name).touch()
+
+    def begun(self, names: Collection[str]) -> set[str]:
+        """Those of these cells that were said to be under way, whether they have ended or not."""
+        return {file.name for file in self._begun.iterdir()} & {*names} if self._begun.is_dir() else set()
+
     def forget(self, names: Collection[str]) -> None:
-        """What was said of these cells."""
+        """What was said of these cells, and that they were begun."""
         for name in names:
             (self._said / name).unlink(missing_ok=True)
+            (self._begun / name).unlink(missing_ok=True)
 
     def note_jobs(self, jobs: Mapping[str, Collection[str]]) -> None:
         """Remember which jobs there are, and the names of the cells of each."""
@@ -61,6 +72,10 @@ class Board:
             return {}
         with explain_read(self.root, _JOBS):
             return {str(job): set(names) for job, names in json.loads(path.read_text(encoding="utf-8")).items()}
+
+    @property
+    def _begun(self) -> Path:
+        return self.root / "begun"
 
     @property
     def _said(self) -> Path:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import signal
 import threading
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection, forkserver
@@ -22,6 +23,11 @@ from stagewise.run.executors.base import Ends, Setup, Told, Worker, WorkerDiedEr
 C = TypeVar("C", bound=Hashable)
 
 _DEVICES = "CUDA_VISIBLE_DEVICES"
+_NOT_BEGUN = (
+    "a worker process ended before it had computed anything, with exit code {code}; its own message is above. Workers "
+    'import the script that asks for them: keep it in a file, and what it does under `if __name__ == "__main__":`, or '
+    "compute in this process: workers=1"
+)
 
 
 class Local(BaseModel):
@@ -53,10 +59,15 @@ class Local(BaseModel):
         Every process has a pool of its own: when one dies it is known at which cell, and the others go on.
         """
         del folder
-        yield from self.map_pickled(pickle.dumps(setup), cells, workers, type(setup).__module__)
+        yield from self.map_pickled(_pickled(setup), cells, workers, type(setup).__module__)
 
     def map_pickled(
-        self, setup: bytes, cells: Sequence[C], workers: int | None = None, module: str = __name__
+        self,
+        setup: bytes,
+        cells: Sequence[C],
+        workers: int | None = None,
+        module: str = __name__,
+        begun: Callable[[C], object] = lambda _: None,
     ) -> Ends[C]:
         """The same with a setup that is pickled already, perhaps as this process could not do it.
 
@@ -65,6 +76,7 @@ class Local(BaseModel):
             cells: all different.
             workers: how many at the same time.
             module: what all workers import.
+            begun: told of every cell that is about to be given to a worker.
         """
         workers = workers or cores()
         threads = self.threads_each(workers)
@@ -76,6 +88,7 @@ class Local(BaseModel):
         free, of = [*every], dict[Future[Told], _Process]()
 
         def begin(cell: C) -> Future[Told]:
+            begun(cell)
             process = free.pop()
             future = process.pool.submit(_work_on, cell)
             of[future] = process
@@ -93,6 +106,16 @@ class Local(BaseModel):
                 process.end()
 
 
+def _pickled(setup: Setup[Any]) -> bytes:
+    try:
+        return pickle.dumps(setup)
+    except Exception as error:  # of whatever the task is made of
+        raise ValueError(
+            f"the task cannot be sent to worker processes ({error}): make it of functions and classes that a file "
+            "defines at its top level, or give make_task, or compute in this process: workers=1"
+        ) from error
+
+
 def _ended(futures: Sequence[Future[Told]]) -> set[Future[Told]]:
     return wait(futures, return_when=FIRST_COMPLETED).done
 
@@ -102,16 +125,27 @@ class _Process:
 
     def __init__(self, context: BaseContext, given: tuple[bytes, int, str | None]) -> None:
         self._context, self._given = context, given
-        self.pool = self._started()
+        self.pool, self._has_begun = self._started(), False
 
     def result(self, future: Future[Told]) -> Told:
         """What it says of a cell, or that it died."""
         try:
-            return future.result()
+            said = future.result()
         except BrokenProcessPool:
-            self.end()
-            self.pool = self._started()
+            return self._dead()
+        self._has_begun = True
+        return said
+
+    def _dead(self) -> Told:
+        """Another one is in its place from now on."""
+        (process,) = self.pool._processes.values()
+        self.pool.shutdown()  # which joins the process: a code that two threads ask for at a time is not known
+        self.pool, code = self._started(), process.exitcode or 0
+        if code == -signal.SIGKILL:
             return Told(WorkerDiedError("a worker process was killed, most likely because memory ran out"))
+        if self._has_begun or code < 0:
+            return Told(WorkerDiedError(f"a worker process ended with exit code {code}"))
+        return Told(RuntimeError(_NOT_BEGUN.format(code=code)), started=False)
 
     def end(self) -> None:
         """Whatever it is at."""

@@ -10,10 +10,8 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -21,12 +19,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from stagewise.run.executors.base import Ends, Setup, Told, Tries, WorkerDiedError
 from stagewise.run.executors.board import Board
-from stagewise.run.executors.local import Local
+from stagewise.run.executors.share import Share
+from stagewise.run.executors.slurm_job import Job, Over, state_of
 
 C = TypeVar("C", bound=Hashable)
 
 _EXTRA = "executor slurm needs submitit: pip install 'stagewise[slurm]'"
-_LAST_LINES = 5
+_JOBS = 8
+_REQUEUED = 20
+"""How often a job that comes near its time limit is requeued, before it is over: one cell may take longer than that."""
 
 
 class Slurm(BaseModel):
@@ -41,10 +42,15 @@ class Slurm(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["slurm"] = "slurm"
-    jobs: int = Field(8, gt=0, description="jobs of the array; each goes through its share of the cells")
+    jobs: int | None = Field(
+        None,
+        gt=0,
+        description=f"jobs of the array; each goes through its share of the cells; default as many as workers need, "
+        f"or {_JOBS} where there are none given",
+    )
     cpus: int = Field(1, gt=0, description="cores of each job, which works on so many cells at a time if it has no GPU")
     gpus: int = Field(0, ge=0, description="GPUs of each job, which works on so many cells at a time")
-    minutes: int = Field(240, gt=0, description="time limit of each job; one that reaches it is requeued")
+    minutes: int = Field(240, gt=0, description="time limit of each job; one that comes near it is requeued")
     memory: float | None = Field(None, gt=0, description="GB of each job")
     partition: str | None = Field(None, description="of the cluster")
     account: str | None = Field(None, description="that pays")
@@ -71,7 +77,7 @@ class Slurm(BaseModel):
         """
         if folder is None:
             raise ValueError("executor slurm needs a folder that its jobs share with this process")
-        board, tries = Board(folder.absolute() / "slurm"), Tries(self.retries)
+        board, tries, complete = Board(folder.absolute() / "slurm"), Tries(self.retries), False
         left: dict[str, C] = {_name(cell): cell for cell in cells}
         jobs = [job for job in self._found(board) if job.names & set(left)]
         waiting = set(left).difference(*(job.names for job in jobs))
@@ -79,24 +85,25 @@ class Slurm(BaseModel):
             while left:
                 if waiting:
                     board.forget(waiting)
-                    jobs += self._submitted(
-                        board, setup, {name: left[name] for name in left if name in waiting}, workers
-                    )
+                    names = _in_order([name for name in left if name in waiting], tries, complete)
+                    alone = {name for name in names if tries.failed(name)}
+                    jobs += self._submitted(board, setup, {name: left[name] for name in names}, alone, workers)
                     board.note_jobs({job.number: job.names for job in jobs})
                     waiting = set()
                 over = [job for job in jobs if job.over()]  # asked before what they said is read
                 said = board.told(left)
                 for job in over:
                     jobs.remove(job)
-                    for name in job.names & set(left) - set(said):
+                    if lost := job.names & set(left) - set(said):
                         error = WorkerDiedError(f"job {job.number} ended: {job.words()}")
-                        if tries.again(name, error):
-                            waiting.add(name)
-                        else:
-                            said[name] = Told(error)
+                        # It has not died of cells that it had not begun, unless it died before it began any.
+                        again = {name: tries.again(name, error) for name in board.begun(lost) or lost}
+                        said |= {name: Told(error) for name in again if not again[name]}
+                        waiting |= lost - set(said)
                 for name, told in said.items():
                     if not told.started:
                         raise told.error or RuntimeError(name)
+                    complete = complete or told.error is None
                     yield left.pop(name), told.error
                 if left and not waiting:
                     time.sleep(self.poll)
@@ -106,11 +113,19 @@ class Slurm(BaseModel):
                     job.cancel()
 
     def shape(self, workers: int | None = None) -> tuple[int, int, int]:
-        """Jobs, processes of each, and threads of each process, for so many cells at a time."""
+        """Jobs, processes of each, and threads of each process; for so many cells at a time, unless jobs are given."""
         each = self.gpus or self.cpus
-        return self.jobs if workers is None else math.ceil(workers / each), each, max(1, self.cpus // each)
+        jobs = self.jobs or (_JOBS if workers is None else math.ceil(workers / each))
+        return jobs, each, max(1, self.cpus // each)
 
-    def _submitted(self, board: Board, setup: Setup[Any], cells: Mapping[str, Any], workers: int | None) -> list[_Job]:
+    def _submitted(
+        self,
+        board: Board,
+        setup: Setup[Any],
+        cells: Mapping[str, Any],
+        alone: set[str],
+        workers: int | None,
+    ) -> list[Job]:
         """One array of jobs."""
         try:
             import cloudpickle
@@ -119,24 +134,23 @@ class Slurm(BaseModel):
             raise ImportError(_EXTRA) from error
         jobs, each, threads = self.shape(workers)
         count, names, pickled = min(jobs, len(cells)), [*cells], cloudpickle.dumps(setup)
-        shares = [
-            Share(board, pickled, {name: cells[name] for name in names[k::count]}, each, threads, self.retries)
-            for k in range(count)
-        ]
+        parts = [{name: cells[name] for name in names[k::count]} for k in range(count)]
+        shares = [Share(board, pickled, part, alone & set(part), each, threads, self.retries) for part in parts]
         try:
-            executor = submitit.AutoExecutor(folder=board.root / "%j", cluster=self.cluster)
+            executor = submitit.AutoExecutor(board.root / "%j", self.cluster, slurm_max_num_timeout=_REQUEUED)
         except RuntimeError as error:
             raise ValueError(f"there is no Slurm here ({error}): run this where sbatch is") from error
         executor.update_parameters(**self._parameters())
-        made = executor.map_array(Share.work, shares)
-        return [_Job.of(job, set(share.cells)) for job, share in zip(made, shares, strict=True)]
+        with _as_if_outside(), executor.batch():
+            made = [executor.submit(share) for share in shares]
+        return [Job.of(job, set(share.cells)) for job, share in zip(made, shares, strict=True)]
 
     def _parameters(self) -> dict[str, Any]:
         given = {
             "name": "stagewise",
             "timeout_min": self.minutes,
             "cpus_per_task": self.cpus,
-            "gpus_per_node": self.gpus,
+            "gpus_per_node": self.gpus or None,
             "mem_gb": self.memory,
             "slurm_partition": self.partition,
             "slurm_account": self.account,
@@ -144,91 +158,37 @@ class Slurm(BaseModel):
         }
         return {name: value for name, value in given.items() if value is not None}
 
-    def _found(self, board: Board) -> list[_Job]:
+    def _found(self, board: Board) -> list[Job]:
         """Jobs that a driver before this one has submitted, and that are still there."""
         if not (noted := board.noted_jobs()):
             return []
         import submitit
 
         if self.cluster == "local":
-            jobs = [_Job(number, names, partial(_ended, int(number))) for number, names in noted.items()]
+            jobs = [Job.here(int(number), names) for number, names in noted.items()]
             return [job for job in jobs if not job.over()]
         there: dict[str, Any] = {number: submitit.SlurmJob(board.root / "%j", number) for number in noted}
         # Slurm forgets jobs after a while: one that it does not know would be waited for for ever.
-        left = [number for number, job in there.items() if not job.done(force_check=True) and job.state != "UNKNOWN"]
-        return [_Job.of(there[number], noted[number]) for number in left]
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one job does.
-
-    Attributes:
-        board: where it tells of its cells.
-        setup: the pickled setup of a worker.
-        cells: by the names under which they are told of.
-        processes: how many cells at a time.
-        threads: of each process.
-        retries: how often a cell is tried again in this job.
-    """
-
-    board: Board
-    setup: bytes
-    cells: Mapping[str, Any]
-    processes: int
-    threads: int
-    retries: int
-
-    def work(self) -> None:
-        """Go through the cells that are not told of yet."""
-        told = self.board.told(self.cells)
-        names = {cell: name for name, cell in self.cells.items() if name not in told}
-        executor = Local(threads=self.threads, retries=self.retries)
-        try:
-            for cell, error in executor.map_pickled(self.setup, [*names], self.processes):
-                self.board.tell(names[cell], Told(error))
-        except Exception as error:
-            for name in names.values():
-                self.board.tell(name, Told(error, started=False))
-
-    def checkpoint(self) -> Any:
-        """Called by submitit at the time limit, and when a job is preempted: the job is to begin again."""
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self.work)
-
-
-@dataclass(eq=False)
-class _Job:
-    """A job of the array."""
-
-    number: str
-    names: set[str]
-    over: Callable[[], bool]
-    words: Callable[[], str] = lambda: "an earlier driver has submitted it"
-    cancel: Callable[[], object] = lambda: None
-
-    @classmethod
-    def of(cls, job: Any, names: set[str]) -> _Job:
-        return cls(job.job_id, names, job.done, partial(_last_words, job), partial(job.cancel, check=False))
+        left = [number for number, job in there.items() if state_of(job) != "UNKNOWN" and not Over(job)()]
+        return [Job.of(there[number], noted[number]) for number in left]
 
 
 def _name(cell: Any) -> str:
     return hashlib.sha256(repr(cell).encode()).hexdigest()[:32]
 
 
-def _last_words(job: Any) -> str:
-    """How a job ended, and the end of what it wrote."""
-    lines = (job.stderr() or job.stdout() or "").strip().splitlines()
-    return "\n".join([f"state {job.state}", *lines[-_LAST_LINES:]])
+def _in_order(names: Sequence[str], tries: Tries, complete: bool) -> list[str]:
+    """Those at which a job may have died come last, so that others are complete before one dies again.
+
+    But where jobs died at several and no cell is complete they come first: it may be all that they die of.
+    """
+    fresh = [name for name in names if not tries.failed(name)]
+    suspect = sorted((name for name in names if tries.failed(name)), key=tries.failed)
+    return [*fresh, *suspect] if complete or len(suspect) <= 1 else [*suspect, *fresh]
 
 
-def _ended(process: int) -> bool:
-    """Whether a process of this machine is no more."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return True
-    with suppress(OSError):
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    return False
+def _as_if_outside() -> AbstractContextManager[None]:
+    """A job that is submitted from within another one must not take over what Slurm has set for that."""
+    from submitit.helpers import clean_env
+
+    return clean_env() if "SLURM_JOB_ID" in os.environ else nullcontext()
