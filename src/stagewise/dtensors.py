@@ -25,6 +25,11 @@ def _mesh(tensor: Tensor) -> Any:
     return getattr(tensor, "device_mesh", None)
 
 
+def is_cut(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which a part is here."""
+    return _mesh(tensor) is not None
+
+
 def fsdp_modules(model: nn.Module) -> list[Any]:
     """The modules that ``fully_shard`` was called on."""
     from torch.distributed.fsdp import FSDPModule

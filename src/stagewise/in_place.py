@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from stagewise.checkpoint import CheckpointError
-from stagewise.dtensors import fsdp_modules, is_sharded, piece_of, ranks_of, rows_here
+from stagewise.dtensors import fsdp_modules, is_cut, is_sharded, piece_of, ranks_of, rows_here
 from stagewise.functional import PureModel, unchanged, unwrapped
-from stagewise.piece import Piece
+from stagewise.piece import Piece, Wanted
 from stagewise.ranks import Ranks
 
 _MOMENT = re.compile(r"\.(exp_avg|exp_avg_sq|momentum_buffer)$")
@@ -49,6 +49,8 @@ class InPlaceModel(PureModel):
         sharded = is_sharded(model)
         self._sharded_modules = fsdp_modules(model) if sharded else []
         self._reshard()
+        self._read: set[str] = set()
+        """Parameters of which the files being read gave the rows that are here."""
         self.canonical: dict[str, str] = {}
         self._tensors: dict[str, Tensor] = {}
         names: dict[int, str] = {}
@@ -81,20 +83,37 @@ class InPlaceModel(PureModel):
         return self._tensors[name].numel()
 
     def part(self, name: str, tensor: Tensor) -> Tensor:
-        """The rows of a tensor of this name that are here, of the whole or as they are.
+        """The rows of a tensor of this name that are here: of a whole one, of a DTensor, or as a file gave them.
 
         Raises:
-            CheckpointError: it has another shape.
+            CheckpointError: it has another shape, or is cut in another way.
         """
-        piece = self.pieces.get(name)
-        if piece is None or tuple(tensor.shape) == piece.own:
+        piece, shape = self.pieces.get(name), tuple(tensor.shape)
+        if piece is None or (name in self._read and shape == piece.own):
             return tensor
-        if tuple(tensor.shape) != piece.shape:
-            raise CheckpointError(f"{name!r} has shape {tuple(tensor.shape)}, the model expects {piece.shape}")
-        return piece.of(tensor)
+        if shape != piece.shape:
+            hint = "; whole tensors are expected, or those of model.state_dict()" if shape == piece.own else ""
+            raise CheckpointError(f"{name!r} has shape {shape}, the model expects {piece.shape}{hint}")
+        if is_cut(tensor):
+            if piece_of(name, tensor, self.ranks) != piece:
+                raise CheckpointError(f"{name!r} is cut among the processes in another way than the model's")
+            return rows_here(tensor)
+        return tensor if piece.own == shape else piece.of(tensor)
 
-    def rows_of(self, key: str, shape: tuple[int, ...]) -> Piece | None:
-        """The part that is here of what a file keeps under a name that ends like a parameter's; None: all of it."""
+    @contextmanager
+    def reading_rows(self) -> Iterator[Wanted]:
+        """What chooses the rows that are here while a checkpoint is read; inside they are taken as such."""
+        try:
+            yield self._rows_of
+        finally:
+            self._read.clear()
+
+    def _rows_of(self, key: str, shape: tuple[int, ...]) -> Piece | None:
+        """The part that is here of what a file keeps under a name that ends like a parameter's; None: all of it.
+
+        Raises:
+            CheckpointError: what the file keeps is as long as that part.
+        """
         words = (
             key.rpartition("/")[2]
             .removesuffix(".exp_avg")
@@ -103,8 +122,13 @@ class InPlaceModel(PureModel):
             .split(".")
         )
         names = (self.canonical.get(".".join(words[first:]), "") for first in range(len(words)))
-        piece = self.pieces.get(next(filter(None, names), ""))
-        return piece if piece is not None and piece.shape == shape else None
+        piece = self.pieces.get(name := next(filter(None, names), ""))
+        if piece is None or shape not in (piece.shape, piece.own):
+            return None
+        if shape != piece.shape:
+            raise CheckpointError(f"{name!r} has shape {shape}, the model expects {piece.shape}")
+        self._read.add(name)
+        return piece
 
     @contextmanager
     def holding(self, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:

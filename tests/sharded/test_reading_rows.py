@@ -59,7 +59,7 @@ def test_the_rows_of_all_processes_are_the_whole_checkpoint(saved, count, tmp_pa
     parts = []
     for index in range(count):
         model = held_by(index, count)
-        parts.append(trajectory.load_rows(3, model.rows_of))
+        parts.append(trajectory.load_rows(3, model._rows_of))
         assert all(parts[-1].params[name].shape == piece.own for name, piece in model.pieces.items())
         read_here, read[:] = {tensor.numel() for tensor in read}, []
         assert saved is of_one_process or max(read_here) <= 6 * -(-11 // count)  # no embedding in one piece

@@ -5,12 +5,15 @@ There is no second model of this size to compare with: what is differentiated is
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from stagewise.check import check_form
 from stagewise.data import Samples
 from stagewise.evaluate import Point
+from stagewise.ranks import Ranks
 from stagewise.sampling.base import standard_normal
 from stagewise.sampling.noise import noise_source
 from stagewise.slopes import weighted_slope
@@ -21,8 +24,10 @@ _STEPS = (1e-3, 1e-2, 1e-4)  # of the size of a parameter
 _SLOPE, _CONVERGED = 5e-2, 1e-2
 
 
-def check(point: Point) -> None:
-    """Refuse losses that no estimator could use; once for a task. All processes evaluate the same few samples.
+def check(point: Point, ranks: Ranks) -> None:
+    """Refuse losses that no estimator could use; once for a task.
+
+    All processes evaluate the same few samples, and where one of them refuses, all do.
 
     Raises:
         ValueError: losses have another form than one per sample or token, are not finite, change between two
@@ -33,29 +38,33 @@ def check(point: Point) -> None:
         return
     task.pure.refuse()
     for data, query in [(task.train, None), *((data, name) for name, data in task.queries.items())]:
-        data.check_steady()
-        check_tokens(task, data)
-        _check_losses(point, data, query)
+        ranks.together(data.check_steady)
+        ranks.together(partial(check_tokens, task, data))
+        _check_losses(point, ranks, data, query)
     _check_slope(point)
     task.checked.add("model")
 
 
 @torch.no_grad()
-def _check_losses(point: Point, data: Samples, query: str | None) -> None:
+def _check_losses(point: Point, ranks: Ranks, data: Samples, query: str | None) -> None:
     task, few = point.task, data.few(_FEW)
 
     def losses(rows: Tensor) -> Tensor:
         found = task.weighted_losses(point.state, data.batch(rows, task.device), query)
-        check_form(task, found, data, rows)
+        ranks.together(lambda: check_form(task, found, data, rows))
         return task.by_sample(found)[0]
 
-    first, second = losses(few), losses(few)
+    first, second, alone = losses(few), losses(few), torch.cat([losses(row[None]) for row in few])
+    ranks.together(lambda: _check_same(data, few, first, second, alone))
+
+
+def _check_same(data: Samples, few: Tensor, first: Tensor, second: Tensor, alone: Tensor) -> None:
+    """Whether a few losses are the same again, and alone; rounding may let this process see it and others not."""
     if not torch.allclose(first, second, rtol=1e-5, atol=1e-6):
         raise ValueError(
             f"{data.name}: two evaluations of the same batch differ by up to {float((first - second).abs().max()):.3g} "
             "nats; losses must be deterministic. Switch off dropout and random augmentation"
         )
-    alone = torch.cat([losses(row[None]) for row in few])
     if not torch.allclose(first, alone, rtol=1e-2, atol=1e-5):
         worst = int((first - alone).abs().argmax())
         raise ValueError(
