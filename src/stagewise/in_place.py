@@ -9,16 +9,17 @@ that are here, and gradients are read from ``parameter.grad``.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from stagewise.checkpoint import CheckpointError
-from stagewise.dtensors import fsdp_modules, is_cut, is_sharded, piece_of, ranks_of, rows_here
-from stagewise.functional import PureModel, unchanged, unwrapped
+from stagewise.dtensors import check_precision, fsdp_modules, is_cut, is_sharded, piece_of, ranks_of, rows_here
+from stagewise.functional import PureModel, unchanged, unwrapped, with_bare_names
 from stagewise.piece import Piece, Wanted
 from stagewise.ranks import Ranks
 
@@ -35,6 +36,7 @@ class InPlaceModel(PureModel):
     Attributes:
         pieces: the part of every parameter that is here, by name.
         ranks: the processes that hold the model.
+        tied_padding: embeddings of which a row has no gradient by definition, but has one by another layer.
 
     Raises:
         ValueError: it is sharded in a way that is not supported, or not at all although there are several processes.
@@ -48,6 +50,7 @@ class InPlaceModel(PureModel):
         self.leftovers: list[str] = []
         sharded = is_sharded(model)
         self._sharded_modules = fsdp_modules(model) if sharded else []
+        check_precision(self._sharded_modules)
         self._reshard()
         self._read: set[str] = set()
         """Parameters of which the files being read gave the rows that are here."""
@@ -60,13 +63,16 @@ class InPlaceModel(PureModel):
         ]:
             self.canonical[name] = names.setdefault(id(tensor), name)
             self._tensors.setdefault(self.canonical[name], tensor)
+        places = Counter(self.canonical.values())
+        self.canonical = with_bare_names(self.canonical)
         self._parameters = {name: t for name, t in self._tensors.items() if isinstance(t, nn.Parameter)}
         self.ranks = ranks_of(self._tensors, sharded, bool(self._sharded_modules), split)
         self.pieces = {name: piece_of(name, tensor, self.ranks) for name, tensor in self._parameters.items()}
         kept = model.state_dict(keep_vars=True)
         self.persistent = {self.canonical[name] for name in kept if name in self.canonical}
-        self.padding = {}
-        self.still = _still_rows(model, names, self)
+        self.padding = _padding_rows(model, names, self.pieces)
+        self.still = {name: row for name, row in self.padding.items() if places[name] == 1}
+        self.tied_padding = [module for module in _padded(model) if places[names[id(module.weight)]] > 1]
 
     @property
     def state(self) -> dict[str, Tensor]:  # type: ignore[override]
@@ -196,14 +202,19 @@ class InPlaceModel(PureModel):
             parameter.grad = None
 
 
-def _still_rows(model: nn.Module, names: Mapping[int, str], own: InPlaceModel) -> dict[str, int]:
-    """Rows of embeddings, among those that are here, that have no gradient by their definition, by name."""
+def _padding_rows(model: nn.Module, names: Mapping[int, str], pieces: Mapping[str, Piece]) -> dict[str, int]:
+    """Rows of embeddings that have no gradient by their definition, by name, where some of their entries are here."""
     rows = {}
-    for module in model.modules():
-        if not isinstance(module, nn.Embedding | nn.EmbeddingBag) or module.padding_idx is None:
-            continue
-        name = names[id(module.weight)]
-        row, shared = module.padding_idx - own.pieces[name].start, [*own.canonical.values()].count(name) > 1
-        if not shared and own.pieces[name].axis == 0 and 0 <= row < own.pieces[name].size:
+    for module in _padded(model):
+        piece = pieces[name := names[id(module.weight)]]
+        row = cast(int, module.padding_idx) - (piece.start if piece.axis == 0 else 0)
+        if 0 <= row < piece.own[0]:
             rows[name] = row
     return rows
+
+
+def _padded(model: nn.Module) -> Iterator[nn.Embedding | nn.EmbeddingBag]:
+    """The embeddings of which a row has no gradient by definition."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None:
+            yield module

@@ -169,7 +169,7 @@ class ShardedReplay(Replay):
             raise ValueError(
                 f"differences do not converge: over a step three times as long those of gradients or losses are "
                 f"{differs:.0%} off at best; exact influence of a sharded model needs losses and gradients in float32 "
-                "(mp_policy= without param_dtype=torch.bfloat16), or float64"
+                "(without torch.autocast), or float64"
             )
         return length, differs
 

@@ -28,6 +28,7 @@ from stagewise.retraining.updates import Rule, recorded_optimizer
 from stagewise.retraining.window_influence import order_spread
 from stagewise.sharded.alike import alike
 from stagewise.sharded.backwards import ShardedReplay
+from stagewise.sharded.check import check_padding
 from stagewise.sharded.lent import LentTask, ending, lent, loaded, point_at
 from stagewise.task import Task
 from stagewise.usable import at_usable, chosen_steps
@@ -147,6 +148,7 @@ def _start(task: LentTask, run: Trajectory, step: int) -> Start:
     """As :func:`stagewise.retraining.start.start_at` finds it."""
     fitted = loaded(task, run, step)
     optimizer, point = recorded_optimizer(fitted), point_at(task, fitted)
+    check_padding(point, task.ranks)
     if optimizer.clip_norm is not None:
         # The norm that decides is that of all gradients, also of parameters that are not updated.
         point = replace(point, vector=ParameterVector.of(task))
