@@ -168,8 +168,8 @@ class ShardedReplay(Replay):
         if not differs <= CONVERGED:
             raise ValueError(
                 f"differences do not converge: over a step three times as long those of gradients or losses are "
-                f"{differs:.0%} off at best; exact influence of a sharded model needs losses and gradients in float32 "
-                "(without torch.autocast), or float64"
+                f"{differs:.0%} off at best; exact influence of a sharded model needs losses and gradients that are "
+                "computed in float32 or float64 throughout"
             )
         return length, differs
 

@@ -18,6 +18,7 @@ from stagewise.in_place import InPlaceModel
 from stagewise.ranks import Ranks
 from stagewise.sampling.base import standard_normal
 from stagewise.sampling.noise import noise_source
+from stagewise.sharded.precision import LowPrecision
 from stagewise.slopes import weighted_slope
 from stagewise.task import Task
 from stagewise.tokens import check_tokens
@@ -98,7 +99,14 @@ def _check_losses(point: Point, ranks: Ranks, data: Samples, query: str | None) 
         ranks.together(lambda: check_form(task, found, data, rows))
         return task.by_sample(found)[0]
 
-    first, second, alone = losses(few), losses(few), torch.cat([losses(row[None]) for row in few])
+    with LowPrecision() as seen, torch.enable_grad():
+        first = losses(few).detach()
+    if found := next(filter(None, ranks.gathered(seen.found)), ""):
+        raise ValueError(
+            f"{data.name}: the loss computes {found}, to which displacements of the weights would be rounded at every "
+            "evaluation; a sharded model is evaluated in float32: leave out torch.autocast and casts of one's own"
+        )
+    second, alone = losses(few), torch.cat([losses(row[None]) for row in few])
     ranks.together(lambda: _check_same(data, few, first, second, alone))
 
 
