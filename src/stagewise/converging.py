@@ -10,8 +10,9 @@ T = TypeVar("T")
 # In units of the usual step, which is as long as rounding asks for where all weights change alike. Directions of large
 # models often have low rank: a change that is small beside a matrix may be large beside its largest singular value.
 _SHORTEST, _USUAL = -5, 1  # powers of three
-# A direction may be large where it changes nothing, as Adam's first update makes it where a gradient is 0: longer steps
-# are tried as long as they are better.
+# A direction may be large where it changes nothing, as Adam's first update makes it where a gradient is 0. Where
+# differences have converged, longer steps are tried as long as they are better; where they have not, such steps would
+# only show what the function is like far away.
 _LONGEST = 16
 CONVERGED = 0.05
 """By how much differences may change when the step is three times as long."""
@@ -28,7 +29,7 @@ def converging(differences: Callable[[float], T], changed: Callable[[T, T], floa
     for power in range(_SHORTEST, _LONGEST):
         after = differences(3.0 ** (power + 1))
         found.append((changed(before, after), 3.0**power))
-        if power + 1 >= _USUAL and min(found) != found[-1]:
+        if power + 1 >= _USUAL and (min(found) != found[-1] or not found[-1][0] <= CONVERGED):
             break
         before = after
     differs, length = min(found)

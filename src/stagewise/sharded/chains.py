@@ -69,8 +69,9 @@ def sample(
     Raises:
         RunMismatchError: the folder holds other traces, those of :func:`stagewise.sample` among them.
         RunLockedError: another run is sampling into the folder.
-        ValueError: the model is sharded in a way that is not supported, or the task, a setting or every checkpoint
-            cannot be used.
+        ValueError: the model is sharded in a way that is not supported, the processes were not given the same, or the
+            task, a setting or every checkpoint cannot be used.
+        RuntimeError: in one process, which ends the others: its samples cannot be read or evaluated any more.
 
     Example:
         >>> import tempfile, torch, stagewise as sw, stagewise.sharded

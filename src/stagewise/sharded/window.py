@@ -56,9 +56,10 @@ def window_influence(
     """As :func:`stagewise.window_influence`, of a model that ``fully_shard`` has sharded; all processes call it alike.
 
     Always in reverse mode: every query group and update costs two forward and backward passes over the update's batch.
-    Second derivatives are differences of gradients, and what single samples do differences of losses: in float64 they
-    are exact to about ten digits, in float32 to about four (on the tiny model of the tests). Where they do not
-    converge, as of gradients in bfloat16, the checkpoint is refused.
+    Second derivatives are differences of gradients, and what single samples do differences of losses: the largest
+    influence is right to about nine digits in float64, and to about four in float32 (on the tiny models of the tests);
+    to fewer where the window is Adam's very first update, see ``differs``. Where differences do not converge, the
+    checkpoint is refused.
 
     Args:
         task: the model, its losses and data; the model has its own weights again afterwards.
@@ -79,13 +80,15 @@ def window_influence(
 
     Returns:
         ``value`` and ``stderr`` ``(step, train, query)`` in every process, nats per unit weight of one sample (token).
-        Negative is helpful. ``differs (step)``: the relative change of differences of gradients and losses, in the last
-        update, when differences are taken over a step three times as long, whose length is chosen where that is least;
-        refused above 0.05. Their error is about an eighth of it where it comes from the length, and as large where it
-        is rounding.
+        Negative is helpful. ``differs (step)``: the relative change of differences of gradients and of all losses
+        together, in the last update (and in Adam's first), when they are taken over a step three times as long, whose
+        length is chosen where that is small; refused above 0.05. Their error is about an eighth of it where it comes
+        from the length, and as large where it is rounding; sums over samples that cancel have a larger one.
 
     Raises:
-        ValueError: the model is sharded in a way that is not supported, or no checkpoint can be used, with the reasons.
+        ValueError: the model is sharded in a way that is not supported, the processes were not given the same, or no
+            checkpoint can be used, with the reasons.
+        RuntimeError: in one process, which ends the others: its samples cannot be read or evaluated any more.
 
     Example:
         >>> import torch, stagewise as sw, stagewise.sharded
@@ -186,9 +189,9 @@ def _sums(replay: ShardedReplay, places: Tensor, rows: int, queried: Groups) -> 
     sums = torch.zeros(len(queried), rows + 1, dtype=torch.float64, device=state.params.device)
     adjoint = Adjoint.of(group_gradients(replay.start.point, state.params[0], queried))
     del state  # before earlier ones are made again
-    length, differs = None, 0.0
+    lengths, differs = list[float](), 0.0
     for step, state in states:
-        by_weight, length, changed = replay.back(state, step, adjoint, length)
+        by_weight, lengths, changed = replay.back(state, step, adjoint, [] if replay.looks(step) else lengths)
         del state
         differs = max(differs, changed)
         with ending():
