@@ -29,8 +29,11 @@ def converging(differences: Callable[[float], T], changed: Callable[[T, T], floa
     for power in range(_SHORTEST, _LONGEST):
         after = differences(3.0 ** (power + 1))
         found.append((changed(before, after), 3.0**power))
-        if power + 1 >= _USUAL and (min(found) != found[-1] or not found[-1][0] <= CONVERGED):
+        best = min(found)
+        if power + 1 >= _USUAL and not (
+            best[0] <= CONVERGED and best in found[-2:]
+        ):  # of two, one may be worse by luck
             break
         before = after
-    differs, length = min(found)
+    differs, length = best
     return length, differs
