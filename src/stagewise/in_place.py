@@ -72,7 +72,9 @@ class InPlaceModel(PureModel):
         self.persistent = {self.canonical[name] for name in kept if name in self.canonical}
         self.padding = _padding_rows(model, names, self.pieces)
         self.still = {name: row for name, row in self.padding.items() if places[name] == 1}
-        self.tied_padding = [module for module in _padded(model) if places[names[id(module.weight)]] > 1]
+        # An EmbeddingBag leaves such rows out of what it returns.
+        padded = [module for module in _padded(model) if isinstance(module, nn.Embedding)]
+        self.tied_padding = [module for module in padded if places[names[id(module.weight)]] > 1]
 
     @property
     def state(self) -> dict[str, Tensor]:  # type: ignore[override]

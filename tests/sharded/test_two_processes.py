@@ -283,7 +283,7 @@ def test_exact_influence_of_adams_first_update_alone_is_found_over_longer_steps(
     plain = influence(sw.window_influence, normed(), mode="reverse", window=1)
     for process in two:
         np.testing.assert_allclose(
-            process["kinds"]["one update, in columns"], plain, rtol=0, atol=1e-5 * np.abs(plain).max()
+            process["kinds"]["one update, in columns"], plain, rtol=0, atol=1e-6 * np.abs(plain).max()
         )
 
 
