@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize
 
@@ -12,7 +13,9 @@ from stagewise.check import check
 from stagewise.checkpoint import Checkpoint
 from stagewise.derivatives import mean_gradient
 from stagewise.evaluate import at
+from stagewise.fitting import fitted
 from stagewise.functional import PureModel
+from stagewise.in_place import InPlaceModel
 from stagewise.sampling import Chains, LocalPosterior, sample_block
 from stagewise.task import Task
 
@@ -527,3 +530,16 @@ def test_chains_can_be_stacked_through_shared_and_tied_layers():
         torch.testing.assert_close(
             *[torch.from_numpy(tree["train"]["loss"].values) for tree in trees], rtol=1e-4, atol=1e-5
         )
+
+
+def test_layers_in_wrappers_are_known_by_the_names_that_a_run_without_them_has_saved():
+    """Activation checkpointing and compiled layers put words into names, which only some of them take out again."""
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3))).eval()
+    wrapped = nn.Sequential(checkpoint_wrapper(plain[0]), Compiled(plain[1]))
+    start = Checkpoint(0, plain.state_dict())
+    for model in (PureModel(wrapped), InPlaceModel(wrapped)):
+        known = fitted(model, start).params
+        assert torch.equal(known["0._checkpoint_wrapped_module.weight"], start.params["0.weight"])
+        assert torch.equal(known["1._orig_mod.0.running_var"], start.params["1.0.running_var"])
+        assert "1._orig_mod.0.running_var" in model.persistent
+        assert "0._checkpoint_wrapped_module.weight" in model.persistent

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import TypeVar
 
 T = TypeVar("T")
 
 # In units of the usual step, which is as long as rounding asks for where all weights change alike. Directions of large
 # models often have low rank: a change that is small beside a matrix may be large beside its largest singular value.
-_LENGTHS = tuple(3.0**power for power in range(-5, 2))
+_SHORTEST, _USUAL = -5, 1  # powers of three
+# A direction may be large where it changes nothing, as Adam's first update makes it where a gradient is 0. Where
+# differences have converged, longer steps are tried as long as they are better; where they have not, such steps would
+# only show what the function is like far away.
+_LONGEST = 16
 CONVERGED = 0.05
 """By how much differences may change when the step is three times as long."""
 
@@ -22,10 +25,15 @@ def converging(differences: Callable[[float], T], changed: Callable[[T, T], floa
         differences: over a step of a length.
         changed: the relative change from those over one step to those over another.
     """
-    found, before = list[tuple[float, float]](), differences(_LENGTHS[0])
-    for length, longer in pairwise(_LENGTHS):
-        after = differences(longer)
-        found.append((changed(before, after), length))
+    found, before = list[tuple[float, float]](), differences(3.0**_SHORTEST)
+    for power in range(_SHORTEST, _LONGEST):
+        after = differences(3.0 ** (power + 1))
+        found.append((changed(before, after), 3.0**power))
+        best = min(found)
+        if power + 1 >= _USUAL and not (
+            best[0] <= CONVERGED and best in found[-2:]
+        ):  # of two, one may be worse by luck
+            break
         before = after
-    differs, length = min(found)
+    differs, length = best
     return length, differs

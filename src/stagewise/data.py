@@ -78,7 +78,7 @@ class Samples:
 
     def subset(self, rows: Tensor) -> Samples:
         """The samples ``rows`` ``(k,)`` of these, under the same name."""
-        part = object.__new__(Samples)
+        part = object.__new__(type(self))
         part.__dict__.update(self.__dict__)
         for known in ("digest", "sizes"):
             part.__dict__.pop(known, None)

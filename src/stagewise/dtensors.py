@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch.distributed as dist
@@ -25,11 +25,40 @@ def _mesh(tensor: Tensor) -> Any:
     return getattr(tensor, "device_mesh", None)
 
 
+def is_cut(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which a part is here."""
+    return _mesh(tensor) is not None
+
+
 def fsdp_modules(model: nn.Module) -> list[Any]:
     """The modules that ``fully_shard`` was called on."""
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def check_precision(modules: Sequence[Any]) -> None:
+    """Refuse what FSDP was told to compute in less than float32.
+
+    Weights are rounded to it whenever they are gathered, and with them the displacements of chains: all losses move by
+    what is rounded away, and covary.
+
+    Args:
+        modules: as :func:`fsdp_modules` finds them.
+
+    Raises:
+        ValueError: with the type.
+    """
+    for module in modules:
+        policy = module._get_fsdp_state()._mp_policy  # torch has no public way to ask
+        for name in ("param_dtype", "reduce_dtype", "output_dtype"):
+            dtype = getattr(policy, name)
+            if dtype is not None and dtype.itemsize < 4:
+                raise ValueError(
+                    f"fully_shard was given mp_policy= with {name}={dtype}, to which displacements of the weights "
+                    "would be rounded at every evaluation; leave out mp_policy=, so that the model is evaluated in "
+                    "float32"
+                )
 
 
 def rows_here(tensor: Tensor) -> Tensor:
@@ -53,8 +82,8 @@ def ranks_of(tensors: Mapping[str, Tensor], sharded: bool, is_fsdp: bool, split:
     for name, tensor in tensors.items():
         if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and tensor.dtype.itemsize < 4:
             raise ValueError(
-                f"parameter {name!r} is {tensor.dtype}, in which steps would be rounded away; keep the shards in "
-                "float32, and compute in bfloat16 by fully_shard(mp_policy=MixedPrecisionPolicy(param_dtype=...))"
+                f"parameter {name!r} is {tensor.dtype}, in which steps would be rounded away; shard a model in float32 "
+                "(model.float() before fully_shard)"
             )
     meshes = {name: mesh for name, tensor in tensors.items() if (mesh := _mesh(tensor)) is not None}
     if sharded and not (is_fsdp and meshes):
@@ -81,6 +110,11 @@ def ranks_of(tensors: Mapping[str, Tensor], sharded: bool, is_fsdp: bool, split:
         )
     if any(each != mesh for each in meshes.values()):
         raise ValueError("parameters lie on different meshes; give all fully_shard calls the same mesh=")
+    if (here := rows_here(tensors[name]).device.type) != mesh.device_type:
+        raise ValueError(
+            f"parameter {name!r} lies on {here}, its mesh on {mesh.device_type}; shard a model that is there, without "
+            "fully_shard(offload_policy=CPUOffloadPolicy())"
+        )
     return Ranks(mesh.get_local_rank(), mesh.size(), split and mesh.size() > 1, mesh.get_group())
 
 

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from stagewise.checkpoint import Checkpoint, CheckpointError, lifted
-from stagewise.functional import PureModel
+from stagewise.functional import WRAPPERS_OF_LAYERS, PureModel, without_wrappers
 from stagewise.numbered import with_names
 from stagewise.translation import is_of_transformers, translated
-
-_WRAPPERS = ("module.", "_orig_mod.")
 
 
 def fitted(model: PureModel, checkpoint: Checkpoint) -> Checkpoint:
@@ -147,9 +145,9 @@ def _bare(name: str, known: Mapping[str, str]) -> str:
 
 
 def _without_wrappers(name: str, known: Mapping[str, str]) -> str:
-    for prefix in _WRAPPERS:
+    for wrapper in (*WRAPPERS_OF_LAYERS, "module"):
         if name not in known:
-            name = name.replace(prefix, "")
+            name = without_wrappers(name, [wrapper])
     return name
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,9 @@ from torch.nn.parameter import is_lazy
 from stagewise.checkpoint import lifted
 from stagewise.ranks import ALONE, Alone
 from stagewise.twice import differentiate_twice
+
+WRAPPERS_OF_LAYERS = ("_orig_mod", "_checkpoint_wrapped_module")
+"""What ``torch.compile`` and activation checkpointing put into the names of parameters."""
 
 Value = Callable[[Mapping[str, Tensor]], Tensor]
 """A number that is computed from parameters and buffers by name."""
@@ -36,7 +39,8 @@ class PureModel:
         module: modules of our own, which share the user's parameters and hold copies of the buffers.
         state: parameters and buffers by name, as the user handed them in, tied ones once.
         persistent: names in the model's ``state_dict``, tied ones once.
-        canonical: every name a tensor has (tied weights have several) to the one used here.
+        canonical: every name a tensor has (tied weights have several, layers in wrappers one without them) to the one
+            used here.
         leftovers: attributes in which an earlier forward pass of the user's left something; NaN here.
         padding: rows of embeddings that have no gradient by their definition (``padding_idx``), by parameter name.
         still: those of them that have none by another layer either (a head tied to the embedding).
@@ -71,6 +75,7 @@ class PureModel:
         for holder, key, tensor in _holders(self.module):
             if id(tensor) in names:
                 self._places.setdefault(names[id(tensor)], []).append((holder, key))
+        self.canonical = with_bare_names(self.canonical)
         self.padding = {
             names[id(module.weight)]: module.padding_idx
             for module in self.module.modules()
@@ -159,6 +164,16 @@ class PureModel:
                 value = value.to(dtype)
             parameters[name].data = value
         return twin
+
+
+def without_wrappers(name: str, wrappers: Collection[str] = WRAPPERS_OF_LAYERS) -> str:
+    """A tensor's name without what wrappers put into it."""
+    return ".".join(part for part in name.split(".") if part not in wrappers)
+
+
+def with_bare_names(canonical: Mapping[str, str]) -> dict[str, str]:
+    """The names of tensors, and those that they have without the wrappers of single layers."""
+    return {without_wrappers(name): own for name, own in canonical.items()} | dict(canonical)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

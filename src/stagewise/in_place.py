@@ -9,17 +9,18 @@ that are here, and gradients are read from ``parameter.grad``.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from stagewise.checkpoint import CheckpointError
-from stagewise.dtensors import fsdp_modules, is_sharded, piece_of, ranks_of, rows_here
-from stagewise.functional import PureModel, unchanged, unwrapped
-from stagewise.piece import Piece
+from stagewise.dtensors import check_precision, fsdp_modules, is_cut, is_sharded, piece_of, ranks_of, rows_here
+from stagewise.functional import PureModel, unchanged, unwrapped, with_bare_names
+from stagewise.piece import Piece, Wanted
 from stagewise.ranks import Ranks
 
 _MOMENT = re.compile(r"\.(exp_avg|exp_avg_sq|momentum_buffer)$")
@@ -35,6 +36,7 @@ class InPlaceModel(PureModel):
     Attributes:
         pieces: the part of every parameter that is here, by name.
         ranks: the processes that hold the model.
+        tied_padding: embeddings of which a row has no gradient by definition, but has one by another layer.
 
     Raises:
         ValueError: it is sharded in a way that is not supported, or not at all although there are several processes.
@@ -48,7 +50,10 @@ class InPlaceModel(PureModel):
         self.leftovers: list[str] = []
         sharded = is_sharded(model)
         self._sharded_modules = fsdp_modules(model) if sharded else []
+        check_precision(self._sharded_modules)
         self._reshard()
+        self._read: set[str] = set()
+        """Parameters of which the files being read gave the rows that are here."""
         self.canonical: dict[str, str] = {}
         self._tensors: dict[str, Tensor] = {}
         names: dict[int, str] = {}
@@ -58,13 +63,18 @@ class InPlaceModel(PureModel):
         ]:
             self.canonical[name] = names.setdefault(id(tensor), name)
             self._tensors.setdefault(self.canonical[name], tensor)
+        places = Counter(self.canonical.values())
+        self.canonical = with_bare_names(self.canonical)
         self._parameters = {name: t for name, t in self._tensors.items() if isinstance(t, nn.Parameter)}
         self.ranks = ranks_of(self._tensors, sharded, bool(self._sharded_modules), split)
         self.pieces = {name: piece_of(name, tensor, self.ranks) for name, tensor in self._parameters.items()}
         kept = model.state_dict(keep_vars=True)
         self.persistent = {self.canonical[name] for name in kept if name in self.canonical}
-        self.padding = {}
-        self.still = _still_rows(model, names, self)
+        self.padding = _padding_rows(model, names, self.pieces)
+        self.still = {name: row for name, row in self.padding.items() if places[name] == 1}
+        # An EmbeddingBag leaves such rows out of what it returns.
+        padded = [module for module in _padded(model) if isinstance(module, nn.Embedding)]
+        self.tied_padding = [module for module in padded if places[names[id(module.weight)]] > 1]
 
     @property
     def state(self) -> dict[str, Tensor]:  # type: ignore[override]
@@ -81,20 +91,37 @@ class InPlaceModel(PureModel):
         return self._tensors[name].numel()
 
     def part(self, name: str, tensor: Tensor) -> Tensor:
-        """The rows of a tensor of this name that are here, of the whole or as they are.
+        """The rows of a tensor of this name that are here: of a whole one, of a DTensor, or as a file gave them.
 
         Raises:
-            CheckpointError: it has another shape.
+            CheckpointError: it has another shape, or is cut in another way.
         """
-        piece = self.pieces.get(name)
-        if piece is None or tuple(tensor.shape) == piece.own:
+        piece, shape = self.pieces.get(name), tuple(tensor.shape)
+        if piece is None or (name in self._read and shape == piece.own):
             return tensor
-        if tuple(tensor.shape) != piece.shape:
-            raise CheckpointError(f"{name!r} has shape {tuple(tensor.shape)}, the model expects {piece.shape}")
-        return piece.of(tensor)
+        if shape != piece.shape:
+            hint = "; whole tensors are expected, or those of model.state_dict()" if shape == piece.own else ""
+            raise CheckpointError(f"{name!r} has shape {shape}, the model expects {piece.shape}{hint}")
+        if is_cut(tensor):
+            if piece_of(name, tensor, self.ranks) != piece:
+                raise CheckpointError(f"{name!r} is cut among the processes in another way than the model's")
+            return rows_here(tensor)
+        return tensor if piece.own == shape else piece.of(tensor)
 
-    def rows_of(self, key: str, shape: tuple[int, ...]) -> Piece | None:
-        """The part that is here of what a file keeps under a name that ends like a parameter's; None: all of it."""
+    @contextmanager
+    def reading_rows(self) -> Iterator[Wanted]:
+        """What chooses the rows that are here while a checkpoint is read; inside they are taken as such."""
+        try:
+            yield self._rows_of
+        finally:
+            self._read.clear()
+
+    def _rows_of(self, key: str, shape: tuple[int, ...]) -> Piece | None:
+        """The part that is here of what a file keeps under a name that ends like a parameter's; None: all of it.
+
+        Raises:
+            CheckpointError: what the file keeps is as long as that part.
+        """
         words = (
             key.rpartition("/")[2]
             .removesuffix(".exp_avg")
@@ -103,8 +130,13 @@ class InPlaceModel(PureModel):
             .split(".")
         )
         names = (self.canonical.get(".".join(words[first:]), "") for first in range(len(words)))
-        piece = self.pieces.get(next(filter(None, names), ""))
-        return piece if piece is not None and piece.shape == shape else None
+        piece = self.pieces.get(name := next(filter(None, names), ""))
+        if piece is None or shape not in (piece.shape, piece.own):
+            return None
+        if shape != piece.shape:
+            raise CheckpointError(f"{name!r} has shape {shape}, the model expects {piece.shape}")
+        self._read.add(name)
+        return piece
 
     @contextmanager
     def holding(self, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
@@ -172,14 +204,19 @@ class InPlaceModel(PureModel):
             parameter.grad = None
 
 
-def _still_rows(model: nn.Module, names: Mapping[int, str], own: InPlaceModel) -> dict[str, int]:
-    """Rows of embeddings, among those that are here, that have no gradient by their definition, by name."""
+def _padding_rows(model: nn.Module, names: Mapping[int, str], pieces: Mapping[str, Piece]) -> dict[str, int]:
+    """Rows of embeddings that have no gradient by their definition, by name, where some of their entries are here."""
     rows = {}
-    for module in model.modules():
-        if not isinstance(module, nn.Embedding | nn.EmbeddingBag) or module.padding_idx is None:
-            continue
-        name = names[id(module.weight)]
-        row, shared = module.padding_idx - own.pieces[name].start, [*own.canonical.values()].count(name) > 1
-        if not shared and own.pieces[name].axis == 0 and 0 <= row < own.pieces[name].size:
+    for module in _padded(model):
+        piece = pieces[name := names[id(module.weight)]]
+        row = cast(int, module.padding_idx) - (piece.start if piece.axis == 0 else 0)
+        if 0 <= row < piece.own[0]:
             rows[name] = row
     return rows
+
+
+def _padded(model: nn.Module) -> Iterator[nn.Embedding | nn.EmbeddingBag]:
+    """The embeddings of which a row has no gradient by definition."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None:
+            yield module

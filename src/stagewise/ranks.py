@@ -6,6 +6,7 @@ well: an inner product is a sum over all processes. All of them must make the sa
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -170,14 +171,17 @@ class Ranks(Alone):
 
         A process that went on alone would wait for the others for ever.
         """
+        if self.count == 1:
+            return [make()]
         made: tuple[T | None, Exception | None]
+        own: Exception | None = None
         try:
-            made = make(), None
+            made = pickle.loads(pickle.dumps(make())), None  # what cannot be sent is an error here, not in sending
         except Exception as error:
-            made = None, error
+            own, made = error, (None, _sendable(error))
         everyones = self.gathered(made)
         if failed := next((error for _, error in everyones if error is not None), None):
-            raise made[1] or failed
+            raise own or failed
         return [value for value, _ in everyones]  # type: ignore[misc]
 
     def together(self, make: Callable[[], T]) -> T:
@@ -194,3 +198,12 @@ class Ranks(Alone):
     def _place(self) -> int:
         """Which share of the samples is this process's."""
         return self.index if self.split else 0
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error, or its words where other processes could not read it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

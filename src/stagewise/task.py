@@ -192,7 +192,7 @@ class Task:
         return self.train if len(self.candidates) == len(self.train) else self.train.subset(self.candidates)
 
     def state(self) -> dict[str, Tensor]:
-        """Parameters and buffers of the model as it was handed in, by name."""
+        """Parameters and buffers of the model as it was handed in, by name; of a sharded one the rows that are here."""
         return {name: tensor.detach() for name, tensor in self.pure.state.items()}
 
     def losses(self, params: Params, batch: Batch, query: str | None = None) -> Tensor:

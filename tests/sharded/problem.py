@@ -40,10 +40,65 @@ def token_loss(model, batch):
     return nn.functional.cross_entropy(model(tokens).mT, targets, reduction="none")
 
 
+class Rounded(torch.autograd.Function):
+    """As in bfloat16, but nothing is of that type."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.bfloat16().float()
+
+    @staticmethod
+    def backward(ctx, slope):
+        return slope.bfloat16().float()
+
+
+def rounded_loss(model, batch):
+    tokens, targets = batch
+    return nn.functional.cross_entropy(Rounded.apply(model(tokens)).mT, targets, reduction="none")
+
+
+def cast_loss(model, batch):
+    tokens, targets = batch
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(tokens)
+    return nn.functional.cross_entropy(logits.float().mT, targets, reduction="none")
+
+
 def padded_loss(model, batch):
     tokens, targets = batch
     losses = nn.functional.cross_entropy(model(tokens).mT, targets.clamp(min=0), reduction="none")
     return losses, targets >= 0
+
+
+class Normed(nn.Module):
+    """With a norm, and an embedding whose first row has no gradient by definition."""
+
+    def __init__(self, padding=0, tied=False):
+        super().__init__()
+        self.embed = nn.Embedding(11, 6, padding_idx=padding)
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+        self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 11, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        x = self.embed(tokens).cumsum(1)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x))
+
+
+def normed(dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    return Normed(**options).to(dtype).eval()
+
+
+def normed_run(**options):
+    """From the first update on: Adam remembers nothing, and where a gradient is 0 its update is steep."""
+    start = normed(**options)
+    return sw.Trajectory.from_checkpoints(
+        [sw.Checkpoint(0, start.state_dict(), sw.Optimizer("adam", 0.01, batch_size=5))]
+    )
 
 
 def made(dtype=torch.float32):
@@ -69,11 +124,14 @@ def task(model, **given):
         return torch.randint(11, (count, 3), generator=generator), torch.randint(5, (count, 3), generator=generator)
 
     options = {
+        "loss": token_loss,
+        "train": data(15),
+        "queries": {"val": data(5)},
         "train_groups": [str(k % 3) for k in range(15)],
         "query_groups": {"val": [["first", "later", "later"]] * 5},
         "forward_batch": 5,
     }
-    return sw.Task(model, token_loss, train=data(15), queries={"val": data(5)}, **options | given)
+    return sw.Task(model, **options | given)
 
 
 def task_of_unequal_lengths(model):

@@ -8,6 +8,8 @@ import problem
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from apart import differing, failing, precision
+from kinds import kinds
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 import stagewise as sw
@@ -124,14 +126,10 @@ def words(function):
 
 def refusals(shard, out):
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import fully_shard
 
     def sample(task, run=None, posterior=problem.POSTERIOR, folder=out / "refused", **given):
         return words(lambda: sw.sharded.sample(task, run or problem.run(), posterior, out=folder, **given))
-
-    def window(model):
-        task, run = problem.task(model), problem.run()
-        return words(lambda: sw.sharded.window_influence(task, run, window=2, order=problem.BATCHES))
 
     def partly():
         model = problem.made()
@@ -139,20 +137,19 @@ def refusals(shard, out):
         return model
 
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "rows"))
-    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-    at_last = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)}
-    in_half = problem.task(problem.sharded(problem.made(), at_last, mp_policy=half))
     ordinary = problem.task(shard(problem.made()))
+    rounded = problem.task(ordinary.model, loss=problem.rounded_loss)
+    cast = problem.task(ordinary.model, loss=problem.cast_loss)
     one_head = sw.LocalPosterior(gamma=1.0, parameters=("head.weight[:, 1:2]",))
-    by_hand = {"step_size": 0.1} | problem.BY_HAND
+    by_hand, order = {"step_size": 0.1} | problem.BY_HAND, problem.BATCHES
     return {
         "one model each": sample(problem.task(problem.made())),
         "two dimensions": words(lambda: problem.task(problem.sharded(problem.made(), mesh=mesh))),
         "some of it": words(lambda: problem.task(partly())),
         "bfloat16 shards": words(lambda: problem.task(shard(problem.made(torch.bfloat16)))),
-        "bfloat16 gradients": window(problem.sharded(problem.made(), at_last, mp_policy=half)),
-        "bfloat16 curvature": sample(in_half, posterior=sw.LocalPosterior(gamma=1.0)),
-        "bfloat16 by hand": sample(in_half, folder=out / "half", **by_hand),
+        "rounded losses": words(lambda: sw.sharded.window_influence(rounded, problem.run(), window=2, order=order)),
+        "rounded curvature": sample(rounded, posterior=sw.LocalPosterior(gamma=1.0)),
+        "autocast by hand": sample(cast, **by_hand),
         "slices": sample(ordinary, posterior=one_head),
         "one process fails": sample(ordinary, sw.Trajectory((3,), _fail_in_one)),
         "ordinary chains": words(lambda: sw.sample(ordinary, problem.run(), problem.POSTERIOR, out=out / "refused")),
@@ -193,10 +190,13 @@ def unsharded(model):
     return model
 
 
-def main(rank, folder, scenes=("draws", "places", "windows", "language", "saved_shards", "refusals", "going_on")):
+SCENES = [draws, places, windows, language, saved_shards, refusals, going_on, differing, failing, precision, kinds]
+
+
+def main(rank, folder):
     sys.path.insert(0, str(Path(__file__).parent))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
-    results = {scene: globals()[scene](problem.sharded, folder / "two") for scene in scenes}
+    results = {scene.__name__: scene(problem.sharded, folder / "two") for scene in SCENES}
     torch.save(results, folder / f"rank{rank}.pt")
     dist.destroy_process_group()

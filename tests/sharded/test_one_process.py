@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from problem import BY_HAND, POSTERIOR, checkpoint, made, run, sharded, task
+from problem import BATCHES, BY_HAND, POSTERIOR, checkpoint, made, run, sharded, task
 from torch import nn
 
 import stagewise as sw
 from stagewise.checkpoint import tensors_digest
+from stagewise.converging import converging
 from stagewise.sharded.fingerprint import fingerprint
 from stagewise.sharded.lent import lent, loaded
 
@@ -85,3 +86,56 @@ def test_differences_in_float32_are_good_along_directions_of_low_rank(tmp_path):
     found = influence(torch.float32, sw.sharded.window_influence)
     np.testing.assert_allclose(found.value, exact, rtol=0, atol=1e-3 * np.abs(exact).max())
     assert float(found.differs.max()) < 0.05
+
+
+class Breaking:
+    """Samples of which one cannot be read any more once a checkpoint has been."""
+
+    def __init__(self):
+        self.plain, self.broken = task(made()).train.batch(slice(0, 15)), False
+
+    def __len__(self):
+        return 15
+
+    def __getitem__(self, row):
+        if self.broken and row == 13:
+            raise OSError("the disk is away")
+        return self.plain[0][row], self.plain[1][row]
+
+
+@pytest.mark.parametrize("room", ["chains", "window"])
+def test_a_sample_that_cannot_be_read_ends_the_process_and_is_no_unusable_checkpoint(room, tmp_path):
+    """With which it would go on to the next one, while others wait for it."""
+    samples = Breaking()
+
+    def load(step):
+        samples.broken = True
+        return checkpoint()
+
+    studied, steps = task(made(), train=samples), sw.Trajectory((3, 4), load)
+    ask = {
+        "chains": lambda: sw.sharded.sample(studied, steps, sw.LocalPosterior(window=4), out=tmp_path),
+        "window": lambda: sw.sharded.window_influence(studied, steps, window=2, order=BATCHES),
+    }
+    with pytest.raises(RuntimeError, match=r"sample 13 cannot be read .*the disk is away"):
+        ask[room]()
+
+
+def test_a_sample_that_can_never_be_read_is_refused_before_anything_else():
+    samples = Breaking()
+    samples.broken = True
+    with pytest.raises(ValueError, match="sample 13 cannot be read"):
+        sw.sharded.window_influence(task(made(), train=samples), run(), window=2, order=BATCHES)
+
+
+def test_longer_steps_are_taken_only_where_differences_have_converged_and_as_long_as_they_are_better():
+    def best(rounding, bend):
+        length, _ = converging(
+            lambda h: 1 + rounding / h + bend * h * h, lambda near, far: abs(near - far) / max(near, far)
+        )
+        return length
+
+    assert 20 < best(1e-2, 1e-9) < 500
+    assert best(1e-6, 1e-3) < 1
+    length, differs = converging(lambda h: h, lambda near, far: 0.5 if far <= 3 else 0.0)  # alike far away alone
+    assert (differs, length <= 1) == (0.5, True)

@@ -59,7 +59,8 @@ def test_the_rows_of_all_processes_are_the_whole_checkpoint(saved, count, tmp_pa
     parts = []
     for index in range(count):
         model = held_by(index, count)
-        parts.append(trajectory.load_rows(3, model.rows_of))
+        with model.reading_rows() as wanted:
+            parts.append(trajectory.load_rows(3, wanted))
         assert all(parts[-1].params[name].shape == piece.own for name, piece in model.pieces.items())
         read_here, read[:] = {tensor.numel() for tensor in read}, []
         assert saved is of_one_process or max(read_here) <= 6 * -(-11 // count)  # no embedding in one piece
@@ -76,3 +77,31 @@ def test_a_tensor_of_another_shape_is_refused_with_both_shapes(tmp_path):
         sw.checkpoint.CheckpointError, match=r"'head.weight' has shape \(7, 6\), the model expects \(5, 6\)"
     ):
         fitted(held_by(1, 2), other)
+
+
+def of_torch(folder, tensors):
+    """Files that are read whole."""
+    (folder / "step_3").mkdir(parents=True)
+    torch.save(tensors, folder / "step_3" / "pytorch_model.bin")
+    return sw.Trajectory.from_directory(folder)
+
+
+def of_safetensors(folder, tensors):
+    (folder / "step_3").mkdir(parents=True)
+    save_file(tensors, folder / "step_3" / "model.safetensors")
+    return sw.Trajectory.from_directory(folder)
+
+
+def in_memory(folder, tensors):
+    return sw.Trajectory.from_checkpoints([sw.Checkpoint(3, tensors)])
+
+
+@pytest.mark.parametrize("saved", [of_torch, of_safetensors, in_memory])
+def test_a_checkpoint_with_as_many_rows_as_are_here_is_not_taken_for_these_rows(saved, tmp_path):
+    smaller = dict(made().state_dict())
+    smaller["embed.weight"] = smaller["embed.weight"][:6].clone()
+    trajectory, model = saved(tmp_path / "run", smaller), held_by(0, 2)
+    assert model.pieces["embed.weight"].own == (6, 6)
+    refused = pytest.raises(sw.checkpoint.CheckpointError, match=r"has shape \(6, 6\), the model expects \(11, 6\)")
+    with refused, model.reading_rows() as wanted:
+        fitted(model, trajectory.load_rows(3, wanted) if trajectory.load_rows else trajectory.load(3))

@@ -5,6 +5,8 @@ import pytest
 import scenes
 import torch
 import torch.multiprocessing as mp
+from apart import DIFFERING
+from kinds import drawn, influence
 from problem import (
     BATCHES,
     BY_HAND,
@@ -14,6 +16,8 @@ from problem import (
     language_run,
     language_task,
     made,
+    normed,
+    normed_run,
     run,
     task,
     task_of_unequal_lengths,
@@ -217,8 +221,9 @@ def test_a_run_goes_on_with_the_cells_that_are_missing_whoever_began_it(folder, 
         ("two dimensions", "mesh of 2 dimensions"),
         ("some of it", "'embed.weight' is not sharded"),
         ("bfloat16 shards", "is torch.bfloat16"),
-        ("bfloat16 gradients", "differences do not converge"),
-        ("bfloat16 curvature", "curvature cannot be told"),
+        ("rounded losses", "differences do not converge"),
+        ("rounded curvature", "curvature cannot be told"),
+        ("autocast by hand", "computes linear in torch.bfloat16"),
         ("slices", "without slices"),
         ("one process fails", "the second process cannot read it"),
         ("ordinary chains", "stagewise.sharded.sample"),
@@ -232,5 +237,73 @@ def test_what_is_not_supported_is_refused_by_both_processes_with_the_reason(two,
         assert says in process["refusals"][what]
 
 
-def test_chains_that_need_no_curvature_can_be_computed_in_bfloat16(two):
-    assert [process["refusals"]["bfloat16 by hand"] for process in two] == ["nothing", "nothing"]
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("param_dtype", "mp_policy= with param_dtype=torch.bfloat16"),
+        ("reduce_dtype", "mp_policy= with reduce_dtype=torch.bfloat16"),
+        ("elsewhere", "lies on meta, its mesh on cpu"),
+    ],
+)
+def test_shards_that_would_be_rounded_or_are_not_on_the_device_are_refused(two, what, says):
+    for process in two:
+        assert says in process["precision"][what]
+
+
+@pytest.mark.parametrize("what", DIFFERING)
+def test_what_is_another_thing_in_one_process_is_named_by_both_before_a_number_is_of_neither(two, what):
+    for process in two:
+        said = process["differing"][what]
+        assert said.startswith("ValueError: process 1 was given another ")
+        assert what in said.split(" than process 0")[0]
+
+
+@pytest.mark.parametrize(
+    ("what", "own", "others"),
+    [
+        ("cannot be read", "ResponseError: the hub says 503", "RuntimeError: ResponseError: the hub says 503"),
+        ("cannot be sent", "LockError: lock held", "RuntimeError: LockError: lock held"),
+        ("made cannot be sent", "Can't pickle", "Can't pickle"),
+        ("unsteady", "is another one each time it is read", "is another one each time it is read"),
+    ],
+)
+def test_what_goes_wrong_in_one_process_is_the_reason_in_both_and_leaves_none_waiting(two, what, own, others):
+    assert others in two[0]["failing"][what]
+    assert own in two[1]["failing"][what]
+
+
+def test_layers_that_recompute_activations_have_the_influence_and_the_names_of_those_that_do_not(two):
+    plain = influence(sw.window_influence, normed(), mode="reverse")
+    for process in two:
+        np.testing.assert_allclose(process["kinds"]["recomputing"], plain, rtol=0, atol=1e-8 * np.abs(plain).max())
+
+
+def test_exact_influence_of_adams_first_update_alone_is_found_over_longer_steps(two):
+    """Its direction is so long where gradients are 0 that usual steps change too little elsewhere."""
+    plain = influence(sw.window_influence, normed(), mode="reverse", window=1)
+    for process in two:
+        np.testing.assert_allclose(
+            process["kinds"]["one update, in columns"], plain, rtol=0, atol=1e-6 * np.abs(plain).max()
+        )
+
+
+def test_a_padding_row_that_a_tied_head_moves_is_refused_only_where_looking_it_up_changes_losses(two):
+    tied = {"run": normed_run(tied=True), "mode": "reverse", "looked_up": False, "window": 1}
+    plain = influence(sw.window_influence, normed(tied=True), **tied)
+    for process in two:
+        np.testing.assert_allclose(process["kinds"]["tied"], plain, rtol=0, atol=1e-8 * np.abs(plain).max())
+        assert "depend on looking up 0" in process["kinds"]["tied, looked up"]
+
+
+def test_a_padding_row_stays_also_where_its_columns_are_in_different_processes(folder, two):
+    alone = drawn(normed(), folder / "padded")
+    assert np.ptp(alone, 1).max() > 1e-3
+    for process in two:
+        np.testing.assert_allclose(process["kinds"]["drawn, in columns"], alone, rtol=0, atol=1e-12)
+
+
+def test_the_state_dict_of_a_sharded_model_is_a_checkpoint_like_any_other(two):
+    whole = sw.Trajectory.from_checkpoints([checkpoint(dtype=torch.float64)])
+    plain = influence(sw.window_influence, made(torch.float64), whole, mode="reverse", window=1)
+    for process in two:
+        np.testing.assert_allclose(process["kinds"]["of shards"], plain, rtol=0, atol=1e-9 * np.abs(plain).max())

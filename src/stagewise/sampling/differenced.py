@@ -15,7 +15,7 @@ def differenced_product(density: LocalDensity) -> Product:
     """Vectors ``(k, parameters)`` to H v, over steps at which those along the gradient converge.
 
     Raises:
-        ValueError: they do so at no length, as in bfloat16.
+        ValueError: they do so at no length, as where something is rounded.
     """
     ranks, rows = density.task.ranks, represented(density)
     slope = mean_gradient(density, density.origin, density.task.train, rows)
@@ -29,7 +29,6 @@ def differenced_product(density: LocalDensity) -> Product:
     if not differs <= CONVERGED:
         raise ValueError(
             f"curvature cannot be told from differences of gradients: over a step three times as long it is "
-            f"{differs:.0%} another one at best. Compute in float32 (mp_policy= without param_dtype=torch.bfloat16), "
-            "or give step_size, burn_in, thinning and LocalPosterior(n_beta=, require_localised=False), which need none"
+            f"{differs:.0%} another one at best. Compute in float32 or float64 throughout"
         )
     return lambda vectors: torch.stack([bend(density, density.origin, v, rows, length) for v in vectors])

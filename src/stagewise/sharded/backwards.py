@@ -52,13 +52,13 @@ class Back(NamedTuple):
     Attributes:
         by_weight: derivatives by the weight of each of this process's samples or tokens
             ``(number, samples[, tokens])``, float64.
-        length: of the steps of differences, in units of the usual.
+        lengths: of the steps of differences of each number, in units of the usual.
         differs: relative change of the first differences over a step three times as long; 0 where it was not looked
             at.
     """
 
     by_weight: Tensor
-    length: float
+    lengths: list[float]
     differs: float
 
 
@@ -109,14 +109,14 @@ class ShardedReplay(Replay):
         gradient, _ = self._clipped(seen.slope / seen.weight)
         return update(_unclipped(self.start.rule), state, gradient[None], step, self.learning_rate, seen.used[None])
 
-    def back(self, state: TrainingState, step: int, adjoint: Adjoint, length: float | None) -> Back:
+    def back(self, state: TrainingState, step: int, adjoint: Adjoint, lengths: list[float]) -> Back:
         """Turn the adjoint after an update into that before it, in place.
 
         Args:
             state: before the update.
             step: number of updates made before this one.
             adjoint: that after it, which is written over.
-            length: of the steps of differences, in units of the usual; None: that at which they converge best.
+            lengths: of the steps of differences, in units of the usual; empty: those at which they converge.
 
         Raises:
             ValueError: differences have not converged.
@@ -126,15 +126,24 @@ class ShardedReplay(Replay):
         gradient, norm = self._clipped(slope)
         rates = rule.rates_at(step, self.learning_rate)
         along = unclipped_back(_unclipped(rule), rates, state, gradient[None], here.used[None], adjoint)
-        parts, differs = list[Tensor](), 0.0
-        for row, bent in zip(along, adjoint.params, strict=True):
+        parts, differs, lengths, looks = list[Tensor](), 0.0, list(lengths), not lengths
+        for number, (row, bent) in enumerate(zip(along, adjoint.params, strict=True)):
             side = self._clipped_back(row, slope, norm)
-            if length is None:
-                length, differs = self._converging(params, side, bent, step)
-            bend, change = self._differences(params, side, step, length)
+            if looks:
+                length, change = self._converging(params, side, bent, step, lengths[:1])
+                lengths, differs = [*lengths, length], max(differs, change)
+            bend, part = self._differences(params, side, step, lengths[number])
             bent += bend
-            parts.append(change)
-        return Back(torch.stack(parts), length or 1.0, differs)
+            parts.append(part)
+        return Back(torch.stack(parts), lengths, differs)
+
+    def looks(self, step: int) -> bool:
+        """Whether differences in the update of a step need steps of a length of their own.
+
+        Before Adam's first update nothing is remembered, and its direction is very long where a gradient is 0.
+        """
+        start = self.start
+        return step == start.step and start.rule.optimizer.name == "adam" and not start.checkpoint.second_moment
 
     def _differences(self, params: Tensor, side: Tensor, step: int, length: float) -> tuple[Tensor, Tensor]:
         """The curvature of the objective times ``side``, and the derivative along it of every loss with its share."""
@@ -146,8 +155,12 @@ class ShardedReplay(Replay):
         scale = 1 / (2 * size * ahead.weight)
         return (ahead.slope - behind.slope).mul_(scale), (ahead.losses - behind.losses) * scale
 
-    def _converging(self, params: Tensor, side: Tensor, bent: Tensor, step: int) -> tuple[float, float]:
+    def _converging(
+        self, params: Tensor, side: Tensor, bent: Tensor, step: int, known: list[float]
+    ) -> tuple[float, float]:
         """The length of steps at which differences change least when it is three times as long, and by how much.
+
+        One that is ``known`` is taken where they change little at that.
 
         Products with the curvature are held against the adjoint ``bent`` that they are added to, where that is longer.
 
@@ -164,12 +177,18 @@ class ShardedReplay(Replay):
             by = lengths(far[0] - near[0], far[1] - near[1])
             return max(c / s if s else 0.0 for c, s in zip(by, sizes, strict=True))
 
-        length, differs = converging(lambda length: self._differences(params, side, step, length), changed)
+        def differences(length: float) -> tuple[Tensor, Tensor]:
+            return self._differences(params, side, step, length)
+
+        for length in known:
+            if (differs := changed(differences(length), differences(3 * length))) <= CONVERGED:
+                return length, differs
+        length, differs = converging(differences, changed)
         if not differs <= CONVERGED:
             raise ValueError(
                 f"differences do not converge: over a step three times as long those of gradients or losses are "
-                f"{differs:.0%} off at best; exact influence of a sharded model needs losses and gradients in float32 "
-                "(mp_policy= without param_dtype=torch.bfloat16), or float64"
+                f"{differs:.0%} off at best; exact influence of a sharded model needs losses and gradients that are "
+                "computed in float32 or float64 throughout"
             )
         return length, differs
 

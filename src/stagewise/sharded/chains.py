@@ -69,8 +69,9 @@ def sample(
     Raises:
         RunMismatchError: the folder holds other traces, those of :func:`stagewise.sample` among them.
         RunLockedError: another run is sampling into the folder.
-        ValueError: the model is sharded in a way that is not supported, or the task, a setting or every checkpoint
-            cannot be used.
+        ValueError: the model is sharded in a way that is not supported, the processes were not given the same, or the
+            task, a setting or every checkpoint cannot be used.
+        RuntimeError: in one process, which ends the others: its samples cannot be read or evaluated any more.
 
     Example:
         >>> import tempfile, torch, stagewise as sw, stagewise.sharded
@@ -80,7 +81,7 @@ def sample(
         ...     lambda model, batch: (model(batch[0])[:, 0] - batch[1]) ** 2,
         ...     train=(x, y), queries={"same": (x, y)}, train_groups=list("aabb"),
         ... )
-        >>> start = sw.Checkpoint(0, task.state(), sw.Optimizer("sgd", 0.1, batch_size=0))
+        >>> start = sw.Checkpoint(0, task.model.state_dict(), sw.Optimizer("sgd", 0.1, batch_size=0))
         >>> run, folder = sw.Trajectory.from_checkpoints([start]), tempfile.TemporaryDirectory()
         >>> store = sw.sharded.sample(task, run, sw.LocalPosterior(window=10), out=folder.name, chains=4, draws=8)
         >>> dict(store.load(0)["train"].sizes)
@@ -89,10 +90,14 @@ def sample(
     """
     run, chosen = as_trajectory(trajectory), replace(sampling or Chains(), **settings)
     _check_supported(chosen)
-    with lent(task, split) as own, ExitStack() as stack:
+    settled = settings_of(posterior, chosen)
+    with (
+        lent(task, split, blocks=chosen.blocks, steps=chosen_steps(run, steps), **settled) as own,
+        ExitStack() as stack,
+    ):
         ranks = own.ranks
         usable, unusable = _look(own, run, posterior, chosen_steps(run, steps))
-        parts = identity(own) | settings_of(posterior, chosen) | _KIND
+        parts = identity(own) | settled | _KIND
         store = ranks.of_first(lambda: TraceStore.open(out, parts))
         first = ranks.index == 0
         ranks.together(lambda: stack.enter_context(store.lock()) if first else None)
