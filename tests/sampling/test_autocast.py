@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from stagewise.checkpoint import Checkpoint, Optimizer
+from stagewise.influence.bif import bif
+from stagewise.influence.trusted import TracesInMemory
 from stagewise.sampling import Chains, LocalPosterior, sample_block
 from stagewise.task import Task
 
@@ -39,3 +41,17 @@ def test_losses_under_autocast_fluctuate_as_those_of_float32(batching):
         return tree["train"]["loss"].var(("chain", "draw")).mean().item()
 
     assert spread(True) == pytest.approx(spread(False), rel=0.02)
+
+
+@pytest.mark.parametrize("sampler", ["underdamped", "window"])
+def test_influence_after_a_tiny_learning_rate_is_not_the_rounding_of_weights_under_autocast(sampler):
+    def influence(cast):
+        studied = task(cast, set())
+        start = Checkpoint(0, studied.state(), Optimizer("sgd", 1e-9, batch_size=0))
+        sampling = Chains(sampler, chains=16, draws=64)
+        tree = sample_block(studied, start, LocalPosterior(window=5), sampling)
+        assert tree.attrs["n_beta_raised"] < 1 or not cast
+        return bif(TracesInMemory({0: tree}), train_groups=[str(k % 3) for k in range(30)])
+
+    rounded, exact = influence(True), influence(False)
+    assert (abs(rounded["value"] - exact["value"]) < 5 * exact["stderr"]).all()

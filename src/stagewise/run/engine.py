@@ -28,7 +28,7 @@ from stagewise.traces.store import TraceStore
 from stagewise.usable import chosen_steps
 
 # Raised whenever a change alters the numbers a cell would hold: old cells must not be taken for new ones.
-NUMERICS_VERSION = "7"
+NUMERICS_VERSION = "8"
 
 
 class ChainSettings(TypedDict, total=False):

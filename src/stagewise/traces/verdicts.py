@@ -188,7 +188,11 @@ def _beyond_first_order(numbers: Numbers, _statuses: Sequence[str], settings: Se
         return f"{found}, although n_beta is {raised:g} times the usual; {_shorter(settings)}"
     # The variance of the odd part shrinks like 1/n_beta, that of the even part like its square.
     factor = (1 / _GOOD_EVEN_SHARE - 1) * share / max(1 - share, 0.01)
-    return f"{found}; raise n_beta at the same window: {_times(settings, 'n_beta', math.ceil(factor))}"
+    raised = _times(settings, "n_beta", math.ceil(factor))
+    return (
+        f"{found}; raise n_beta at the same window: {raised}. If that changes nothing, what is seen is rounding, as "
+        "under autocast: evaluate in float32, or lower n_beta"
+    )
 
 
 _RULES: dict[str, Callable[[Numbers, Sequence[str], Settings], str]] = {
