@@ -37,7 +37,7 @@ is 1.8 times too much, at -0.75 already 2.7 times, and at -1 there is no posteri
 """
 
 # Fluctuations this much smaller than at n_beta = n keep the loss close to its quadratic form on ordinary
-# networks. A pilot measures whether they do (the share of the even part), and raises n_beta if not.
+# networks. A pilot measures whether they do (the share of the even part), and changes n_beta if not.
 DEFAULT_N_BETA_PER_SAMPLE = 10.0
 
 
@@ -53,7 +53,8 @@ class LocalPosterior:
         window: length W of the training window, in steps.
         gamma: precision of the localisation, if set by hand.
         n_beta: inverse temperature times the number of samples; larger is closer to first order. Default:
-            10 n, and with a window as much more as a pilot at each checkpoint finds necessary for that.
+            10 n, and with a window as much more as a pilot at each checkpoint finds necessary for that, or as
+            much less as it takes for displacements not to be lost in rounding.
         metric: ``"euclidean"``, or ``"adam"``, which needs second moments in the checkpoints. Default: Adam's
             metric for Adam-trained runs with a window, Euclidean otherwise.
         centred: drop the gradient at the checkpoint, so that the posterior is centred there. Otherwise chains

@@ -45,7 +45,7 @@ class Tuning:
 
     Attributes:
         density: the posterior, with ``n_beta`` as it was chosen.
-        n_beta_raised: how many times the usual that is; None where it was given.
+        n_beta_raised: how many times the usual that is, below 1 where it was lowered; None where it was given.
         sampler: with its step size.
         burn_in: steps before the first draw.
         thinning: steps per draw.
