@@ -30,9 +30,8 @@ def converging(differences: Callable[[float], T], changed: Callable[[T, T], floa
         after = differences(3.0 ** (power + 1))
         found.append((changed(before, after), 3.0**power))
         best = min(found)
-        if power + 1 >= _USUAL and not (
-            best[0] <= CONVERGED and best in found[-2:]
-        ):  # of two, one may be worse by luck
+        better = best[0] <= CONVERGED and best in found[-2:]  # of two, one may be worse by luck
+        if power + 1 >= _USUAL and not better:
             break
         before = after
     differs, length = best

@@ -63,7 +63,8 @@ class RunWork(Work):
         )
         for step in digests:
             self.checkpoint(task, step)
-        vouch(kept, task, self.trajectory, {step: digests[step] for step in [max(digests)]})
+        last = max(digests)
+        vouch(kept, task, self.trajectory, {last: digests[last]})
         analysis = Analysis(task, self.trajectory, self.config, digests, kept, progress)
         with suppress(RefusedError):  # which is kept too: the reason is part of the answer
             # The stages behind it are not made: what a replay depends on is every checkpoint of the run, read anew.
